@@ -1,0 +1,39 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What kernel::bindings lacks. Kbuild hands this file to bindgen, and each line below that starts
+ * with "bindgen:" is one of its options. Types that are not named here are kernel::bindings' own.
+ */
+
+#include <linux/blkdev.h>
+#include <linux/blk-mq.h>
+#include <linux/nbd.h>
+#include <net/sock.h>
+#include <net/tcp.h>
+
+/* The fields of struct sock; what it only points to stays opaque. */
+//bindgen: --allowlist-type sock
+//bindgen: --allowlist-type sock__bindgen.*
+//bindgen: --allowlist-type sock_common
+//bindgen: --allowlist-type sock_common__bindgen.*
+//bindgen: --allowlist-type socket_lock_t
+//bindgen: --allowlist-type __addrpair
+//bindgen: --allowlist-type __portpair
+//bindgen: --allowlist-function sk_set_memalloc
+//bindgen: --allowlist-function tcp_abort
+
+/* Macros with casts, which bindgen cannot read. Kbuild strips the prefix from their names. */
+#define RNBD_CONST(type, name) const type RNBD_CONST_##name = (__force type)name
+RNBD_CONST(u8, BLK_STS_NOTSUPP);
+RNBD_CONST(u8, BLK_STS_NOSPC);
+RNBD_CONST(u8, BLK_STS_TARGET);
+RNBD_CONST(u8, BLK_STS_IOERR);
+RNBD_CONST(u32, BLK_FEAT_WRITE_CACHE);
+RNBD_CONST(u32, BLK_FEAT_FUA);
+RNBD_CONST(u32, BLK_FLAG_WRITE_CACHE_DISABLED);
+RNBD_CONST(u32, GFP_NOIO);
+RNBD_CONST(u32, __GFP_MEMALLOC);
+RNBD_CONST(u32, RCV_SHUTDOWN);
+RNBD_CONST(u32, SOCK_NOSPACE);
+RNBD_CONST(u32, SOCK_STREAM);
+RNBD_CONST(u32, HZ);
+//bindgen: --allowlist-var RNBD_CONST_.*

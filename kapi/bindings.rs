@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The C declarations that kapi uses: those of the `kernel` crate, and those that it lacks, which
+//! Kbuild generates from `kapi/bindings.h`.
+
+#![allow(
+    clippy::all,
+    clippy::as_underscore,
+    clippy::borrow_as_ptr,
+    clippy::cast_lossless,
+    clippy::ptr_as_ptr,
+    clippy::ref_as_ptr,
+    clippy::undocumented_unsafe_blocks,
+    dead_code,
+    improper_ctypes,
+    missing_docs,
+    non_camel_case_types,
+    non_snake_case,
+    non_upper_case_globals,
+    unreachable_pub,
+    unsafe_op_in_unsafe_fn
+)]
+
+pub(crate) use kernel::bindings::*;
+use kernel::ffi;
+
+/// Declares C types that `struct sock` points to and that nothing here looks into.
+macro_rules! opaque {
+    ($($name:ident),*) => { $(
+        #[repr(C)]
+        pub struct $name { _unused: [u8; 0] }
+    )* };
+}
+opaque!(numa_drop_counters, proto, sk_filter, sock_reuseport);
+
+include!(env!("RNBD_BINDINGS"));

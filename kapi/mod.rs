@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Safe wrappers for the C interfaces that the `kernel` crate (7.3) lacks. The only place with
+//! `unsafe`.
+//!
+//! Nothing here knows what NBD is. Names and shapes are those of the `kernel` crate where it has
+//! something alike, so that a file can go on the day the crate grows the same thing.
+
+mod bindings;
+pub(crate) mod disk;
+pub(crate) mod mq;
+pub(crate) mod sock;
+pub(crate) mod task;
+pub(crate) mod wq;

@@ -1,0 +1,691 @@
+// SPDX-License-Identifier: GPL-2.0
+//! blk-mq: tag sets, requests, and the operations of a driver.
+//!
+//! Mirrors `kernel::block::mq`, which (7.3) has no timeout, no request direction, no access to a
+//! request's data and no blocking `queue_rq`. Source: `include/linux/blk-mq.h`,
+//! `Documentation/block/blk-mq.rst`.
+
+use super::{bindings, disk::Frozen};
+use core::{marker::PhantomData, ptr::NonNull};
+use kernel::{
+    error::to_result,
+    ffi,
+    prelude::*,
+    sync::{
+        atomic::{Acquire, Atomic, Full, Relaxed, Release},
+        Arc,
+    },
+    types::Opaque,
+};
+
+/// A block layer status (`blk_status_t`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Status(u8);
+
+impl Status {
+    pub(crate) const OK: Status = Status(bindings::BLK_STS_OK as u8);
+    /// `EOPNOTSUPP`.
+    pub(crate) const NOTSUPP: Status = Status(bindings::BLK_STS_NOTSUPP);
+    /// `ENOSPC`.
+    pub(crate) const NOSPC: Status = Status(bindings::BLK_STS_NOSPC);
+    /// `EREMOTEIO`: the target refused.
+    pub(crate) const TARGET: Status = Status(bindings::BLK_STS_TARGET);
+    /// `EIO`.
+    pub(crate) const IOERR: Status = Status(bindings::BLK_STS_IOERR);
+}
+
+/// What a request asks for (`enum req_op`, as far as a disk without zones gets it).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Op {
+    Read,
+    Write,
+    Flush,
+    Discard,
+    WriteZeroes,
+    Other,
+}
+
+impl Op {
+    /// Whether the operation changes the medium (`op_is_write()`, for which a flush does not).
+    pub(crate) fn is_write(self) -> bool {
+        matches!(self, Op::Write | Op::Discard | Op::WriteZeroes)
+    }
+}
+
+/// How a request ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Verdict {
+    /// It is over, with this status.
+    Complete(Status),
+    /// The block layer shall dispatch it again.
+    Requeue,
+}
+
+/// The driver's private data in each request.
+struct Pdu {
+    /// [`Request`] handles. The last one that goes ends the request.
+    handles: Atomic<i32>,
+    /// How it ends: a `blk_status_t`, or [`REQUEUE`].
+    verdict: Atomic<u32>,
+}
+
+const REQUEUE: u32 = 1 << 8;
+
+/// A request that `queue_rq` was given and that has not been started.
+///
+/// # Invariants
+///
+/// `rq` was passed to `queue_rq`, and neither has it been started nor has `queue_rq` returned.
+pub(crate) struct NewRequest {
+    rq: NonNull<bindings::request>,
+}
+
+/// A request in flight. Two handles are made when it starts; when both are gone it ends.
+///
+/// # Invariants
+///
+/// `rq` was started and has not ended, and this handle is counted in its `Pdu::handles`.
+pub(crate) struct Request {
+    rq: NonNull<bindings::request>,
+}
+
+/// What became of a request in `queue_rq`: only the request itself makes one.
+pub(crate) struct Queued(Status);
+
+/// Where a request asks for what.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Extent {
+    pub(crate) op: Op,
+    pub(crate) offset_bytes: u64,
+    pub(crate) len_bytes: u32,
+    pub(crate) fua: bool,
+    pub(crate) nounmap: bool,
+}
+
+/// # Safety
+///
+/// `rq` must point to a request that cannot be freed or given to somebody else during the call.
+unsafe fn extent(rq: NonNull<bindings::request>) -> Extent {
+    // SAFETY: The caller promises that `rq` is valid; these fields do not change while the driver, or
+    // the timeout handler's reference, holds it.
+    let (cmd_flags, sector, len_bytes) = unsafe {
+        let rq = rq.as_ptr();
+        ((*rq).cmd_flags, (*rq).__sector, (*rq).__data_len)
+    };
+    let op = match cmd_flags & ((1 << bindings::REQ_OP_BITS) - 1) {
+        bindings::req_op_REQ_OP_READ => Op::Read,
+        bindings::req_op_REQ_OP_WRITE => Op::Write,
+        bindings::req_op_REQ_OP_FLUSH => Op::Flush,
+        bindings::req_op_REQ_OP_DISCARD => Op::Discard,
+        bindings::req_op_REQ_OP_WRITE_ZEROES => Op::WriteZeroes,
+        _ => Op::Other,
+    };
+    let has = |bit: u32| cmd_flags & (1 << bit) != 0;
+    Extent {
+        op,
+        offset_bytes: sector << bindings::SECTOR_SHIFT,
+        len_bytes,
+        fua: has(bindings::req_flag_bits___REQ_FUA),
+        nounmap: has(bindings::req_flag_bits___REQ_NOUNMAP),
+    }
+}
+
+/// # Safety
+///
+/// `rq` must point to a request of a tag set of [`TagSet`], for as long as `'a`.
+unsafe fn pdu<'a>(rq: NonNull<bindings::request>) -> &'a Pdu {
+    // SAFETY: blk-mq allocates `cmd_size` bytes behind each request (`blk_mq_rq_to_pdu()` is that
+    // address), and `init_request` wrote a `Pdu` there. It consists of atomics, so sharing is fine.
+    unsafe { &*rq.as_ptr().add(1).cast::<Pdu>() }
+}
+
+impl NewRequest {
+    /// What it asks for.
+    pub(crate) fn extent(&self) -> Extent {
+        // SAFETY: By the type invariant the driver holds the request.
+        unsafe { extent(self.rq) }
+    }
+
+    /// Its tag, unique within its hardware queue.
+    pub(crate) fn tag(&self) -> u32 {
+        // SAFETY: By the type invariant the driver holds the request, which has a driver tag.
+        unsafe { (*self.rq.as_ptr()).tag as u32 }
+    }
+
+    /// Leaves it to the block layer, which ends it with `status`.
+    pub(crate) fn refuse(self, status: Status) -> Queued {
+        Queued(status)
+    }
+
+    /// Starts it, and with it its timer: one handle for the transmit side, one for the other side.
+    pub(crate) fn start(self) -> (Request, Request, Queued) {
+        // SAFETY: By the type invariant the driver holds the request and it was not started.
+        unsafe {
+            let pdu = pdu(self.rq);
+            pdu.verdict.store(u32::from(Status::IOERR.0), Relaxed);
+            pdu.handles.store(2, Release);
+            bindings::blk_mq_start_request(self.rq.as_ptr());
+        }
+        // INVARIANT: It was started just now, and two handles are counted.
+        (
+            Request { rq: self.rq },
+            Request { rq: self.rq },
+            Queued(Status::OK),
+        )
+    }
+}
+
+// SAFETY: A request may be worked on from any task.
+unsafe impl Send for Request {}
+// SAFETY: What `&Request` offers reads fields that do not change while the request is in flight.
+unsafe impl Sync for Request {}
+
+impl Request {
+    /// What it asks for.
+    pub(crate) fn extent(&self) -> Extent {
+        // SAFETY: By the type invariant the request is in flight while this handle lives.
+        unsafe { extent(self.rq) }
+    }
+
+    /// Says how the request ends, and lets go of it. Only the side that claimed it says so.
+    pub(crate) fn decide(self, verdict: Verdict) {
+        let value = match verdict {
+            Verdict::Complete(status) => u32::from(status.0),
+            Verdict::Requeue => REQUEUE,
+        };
+        // SAFETY: By the type invariant the request is in flight.
+        unsafe { pdu(self.rq) }.verdict.store(value, Relaxed);
+    }
+
+    /// Ends the request.
+    ///
+    /// # Safety
+    ///
+    /// No handle may be left.
+    unsafe fn end(rq: NonNull<bindings::request>) {
+        // SAFETY: The request is the driver's until the calls below, and there is no handle through
+        // which anybody else could end it.
+        unsafe {
+            let verdict = pdu(rq).verdict.load(Relaxed);
+            if verdict == REQUEUE {
+                bindings::blk_mq_requeue_request(rq.as_ptr(), true);
+            } else {
+                bindings::blk_mq_end_request(rq.as_ptr(), verdict as u8);
+            }
+        }
+    }
+}
+
+impl Drop for Request {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant the request is in flight and this handle is counted.
+        let left = unsafe { pdu(self.rq) }.handles.fetch_sub(1, Full);
+        if left == 1 {
+            // SAFETY: This was the last handle.
+            unsafe { Self::end(self.rq) };
+        }
+    }
+}
+
+/// Room for one parked [`Request`] handle.
+///
+/// # Invariants
+///
+/// `ptr` is null or owns one handle.
+pub(crate) struct Parked {
+    ptr: Atomic<*mut bindings::request>,
+}
+
+impl Parked {
+    /// Nothing is parked.
+    pub(crate) fn empty() -> Self {
+        Parked {
+            ptr: Atomic::new(core::ptr::null_mut()),
+        }
+    }
+
+    fn exchange(&self, new: *mut bindings::request) -> Option<Request> {
+        // INVARIANT: Ownership of what was parked moves to the value returned here.
+        NonNull::new(self.ptr.xchg(new, Full)).map(|rq| Request { rq })
+    }
+
+    /// Parks a handle; gives back what was there before.
+    pub(crate) fn put(&self, request: Request) -> Option<Request> {
+        let rq = request.rq.as_ptr();
+        core::mem::forget(request);
+        self.exchange(rq)
+    }
+
+    /// Takes the handle out.
+    pub(crate) fn take(&self) -> Option<Request> {
+        self.exchange(core::ptr::null_mut())
+    }
+}
+
+impl Drop for Parked {
+    fn drop(&mut self) {
+        drop(self.take());
+    }
+}
+
+/// A request's handle and a position in its data.
+///
+/// # Invariants
+///
+/// `bio` is null or one of the request's bios; `index` and `done_bytes` are a position in it as
+/// `struct bvec_iter` has it; `bio_left_bytes` are left in this bio from there, `left_bytes` in the
+/// request.
+pub(crate) struct Payload {
+    request: Request,
+    bio: *mut bindings::bio,
+    index: usize,
+    done_bytes: u32,
+    bio_left_bytes: u32,
+    left_bytes: usize,
+}
+
+// SAFETY: The bios belong to the request, whose handle this owns and which is `Send`.
+unsafe impl Send for Payload {}
+
+impl Payload {
+    /// The data of a request whose operation is `op`, from the start; none for any other request.
+    pub(crate) fn new(request: Request, op: Op) -> Self {
+        let extent = request.extent();
+        let left_bytes = if extent.op == op {
+            extent.len_bytes as usize
+        } else {
+            0
+        };
+        // SAFETY: The request is in flight.
+        let bio = unsafe { (*request.rq.as_ptr()).bio };
+        let mut payload = Payload {
+            request,
+            bio,
+            index: 0,
+            done_bytes: 0,
+            bio_left_bytes: 0,
+            left_bytes,
+        };
+        if left_bytes > 0 {
+            payload.enter_bio();
+        }
+        payload
+    }
+
+    /// What is left of the data.
+    pub(crate) fn left_bytes(&self) -> usize {
+        self.left_bytes
+    }
+
+    /// Says how the request ends, and lets go of it.
+    pub(crate) fn decide(self, verdict: Verdict) {
+        self.request.decide(verdict);
+    }
+
+    /// Takes over the start position of the current bio.
+    fn enter_bio(&mut self) {
+        if self.bio.is_null() {
+            self.left_bytes = 0;
+            return;
+        }
+        // SAFETY: By the type invariant `bio` is one of the request's bios; the block layer does not
+        // advance it while the request is in flight.
+        let iter = unsafe { &raw const (*self.bio).bi_iter };
+        // SAFETY: As above. The struct is packed, so its fields are read by value.
+        unsafe {
+            self.index = (*iter).bi_idx as usize;
+            self.done_bytes = (*iter).bi_offset;
+            self.bio_left_bytes = (*iter).bi_size;
+        }
+    }
+
+    /// The piece of memory at the current position, or `None` at the end.
+    fn piece(&self) -> Option<bindings::bio_vec> {
+        if self.left_bytes == 0 || self.bio_left_bytes == 0 {
+            return None;
+        }
+        // SAFETY: By the type invariant `index` is within the bio's vector while data is left in it.
+        let vec = unsafe { &*(*self.bio).bi_io_vec.add(self.index) };
+        Some(bindings::bio_vec {
+            bv_page: vec.bv_page,
+            bv_len: (vec.bv_len - self.done_bytes).min(self.bio_left_bytes),
+            bv_offset: vec.bv_offset + self.done_bytes,
+        })
+    }
+
+    /// Moves on by `bytes`, which must lie within the current piece.
+    fn step(&mut self, bytes: u32) {
+        self.left_bytes -= bytes as usize;
+        self.bio_left_bytes -= bytes;
+        self.done_bytes += bytes;
+        if self.bio_left_bytes == 0 {
+            // SAFETY: By the type invariant `bio` is one of the request's bios.
+            self.bio = unsafe { (*self.bio).bi_next };
+            if self.left_bytes > 0 {
+                self.enter_bio();
+            }
+            return;
+        }
+        // SAFETY: As in `piece()`.
+        let len = unsafe { (*(*self.bio).bi_io_vec.add(self.index)).bv_len };
+        if self.done_bytes == len {
+            self.done_bytes = 0;
+            self.index += 1;
+        }
+    }
+
+    /// Moves on by `bytes`, at most to the end.
+    pub(crate) fn advance(&mut self, mut bytes: usize) {
+        while bytes > 0 {
+            let Some(piece) = self.piece() else { return };
+            let step = bytes.min(piece.bv_len as usize) as u32;
+            self.step(step);
+            bytes -= step as usize;
+        }
+    }
+
+    /// Calls `each` with the pieces from here on until it returns false or the data ends. Returns
+    /// whether the end was reached. The position stays.
+    pub(super) fn for_each_piece(&self, mut each: impl FnMut(bindings::bio_vec) -> bool) -> bool {
+        // The copy only looks: it must not count as a handle.
+        let mut look = core::mem::ManuallyDrop::new(Payload {
+            request: Request {
+                rq: self.request.rq,
+            },
+            ..*self
+        });
+        while let Some(piece) = look.piece() {
+            let len = piece.bv_len;
+            if !each(piece) {
+                return false;
+            }
+            look.step(len);
+        }
+        true
+    }
+}
+
+/// Proof of being inside an operation that the block layer called: its queue cannot be quiesced and
+/// frozen before it is over.
+pub(crate) struct InQueue<'a> {
+    queue: *mut bindings::request_queue,
+    _call: PhantomData<&'a ()>,
+}
+
+/// A request whose time is up. The block layer holds a reference, so its tag is not given away, but
+/// it may have ended meanwhile.
+///
+/// # Invariants
+///
+/// `rq` was passed to `timeout`, which has not returned.
+pub(crate) struct Overdue<'a> {
+    rq: NonNull<bindings::request>,
+    _call: PhantomData<&'a ()>,
+}
+
+impl Overdue<'_> {
+    /// What it asks for.
+    pub(crate) fn extent(&self) -> Extent {
+        // SAFETY: By the type invariant the block layer holds a reference.
+        unsafe { extent(self.rq) }
+    }
+
+    /// Its hardware queue and its tag.
+    pub(crate) fn tag(&self) -> (u32, u32) {
+        // SAFETY: As above; the hardware context lives as long as the queue has requests.
+        unsafe {
+            let rq = self.rq.as_ptr();
+            ((*(*rq).mq_hctx).queue_num, (*rq).tag as u32)
+        }
+    }
+
+    /// How long it may take, in jiffies.
+    pub(crate) fn timeout_jiffies(&self) -> u32 {
+        // SAFETY: As above.
+        unsafe { (*self.rq.as_ptr()).timeout }
+    }
+}
+
+/// A driver's blk-mq operations. They may sleep (`BLK_MQ_F_BLOCKING`).
+pub(crate) trait Operations: Sized + Send + Sync + 'static {
+    /// A request to start. `last`: no other follows at once, or `commit_rqs` is called.
+    fn queue_rq(&self, cx: &InQueue<'_>, hw_queue: u32, rq: NewRequest, last: bool) -> Queued;
+
+    /// No other request follows at once, although the one before was not marked `last`.
+    fn commit_rqs(&self, cx: &InQueue<'_>, hw_queue: u32);
+
+    /// A request's time is up. It may have ended meanwhile. Its timer starts anew.
+    fn timeout(&self, cx: &InQueue<'_>, rq: Overdue<'_>);
+}
+
+/// The C side of [`Operations`]. All queues that use it have a `*const T` as `queuedata` that is valid
+/// for as long as the queue is ([`super::disk::Disk`] sees to it).
+struct VTable<T: Operations>(PhantomData<T>);
+
+impl<T: Operations> VTable<T> {
+    /// # Safety
+    ///
+    /// `hctx` must be a hardware context of a queue of [`super::disk::Disk<T>`].
+    unsafe fn driver<'a>(hctx: *mut bindings::blk_mq_hw_ctx) -> (&'a T, InQueue<'a>, u32) {
+        // SAFETY: The caller promises that `queuedata` is a `*const T`.
+        unsafe {
+            let queue = (*hctx).queue;
+            let cx = InQueue {
+                queue,
+                _call: PhantomData,
+            };
+            (&*(*queue).queuedata.cast::<T>(), cx, (*hctx).queue_num)
+        }
+    }
+
+    /// `blk_mq_ops.queue_rq`
+    ///
+    /// # Safety
+    ///
+    /// `hctx` as for [`Self::driver()`]; `bd` must hold a request of it that was not started.
+    unsafe extern "C" fn queue_rq(
+        hctx: *mut bindings::blk_mq_hw_ctx,
+        bd: *const bindings::blk_mq_queue_data,
+    ) -> bindings::blk_status_t {
+        // SAFETY: blk-mq passes a hardware context of our queue, and a request for it.
+        let (driver, cx, hw_queue) = unsafe { Self::driver(hctx) };
+        // SAFETY: As above.
+        let (rq, last) = unsafe { (NonNull::new_unchecked((*bd).rq), (*bd).last) };
+        // INVARIANT: The request was passed to us and was not started.
+        let Queued(status) = driver.queue_rq(&cx, hw_queue, NewRequest { rq }, last);
+        status.0
+    }
+
+    /// `blk_mq_ops.commit_rqs`
+    ///
+    /// # Safety
+    ///
+    /// `hctx` as for [`Self::driver()`].
+    unsafe extern "C" fn commit_rqs(hctx: *mut bindings::blk_mq_hw_ctx) {
+        // SAFETY: blk-mq passes a hardware context of our queue.
+        let (driver, cx, hw_queue) = unsafe { Self::driver(hctx) };
+        driver.commit_rqs(&cx, hw_queue);
+    }
+
+    /// `blk_mq_ops.timeout`
+    ///
+    /// # Safety
+    ///
+    /// `rq` must be a request of a queue of [`super::disk::Disk<T>`], referenced during the call.
+    unsafe extern "C" fn timeout(rq: *mut bindings::request) -> bindings::blk_eh_timer_return {
+        // SAFETY: blk-mq passes a request of our queue and holds a reference to it and to the queue.
+        let (driver, queue, rq) = unsafe {
+            let queue = (*rq).q;
+            let driver = &*(*queue).queuedata.cast::<T>();
+            (driver, queue, NonNull::new_unchecked(rq))
+        };
+        let cx = InQueue {
+            queue,
+            _call: PhantomData,
+        };
+        // INVARIANT: The request was passed to us.
+        let overdue = Overdue {
+            rq,
+            _call: PhantomData,
+        };
+        driver.timeout(&cx, overdue);
+        bindings::blk_eh_timer_return_BLK_EH_RESET_TIMER
+    }
+
+    /// `blk_mq_ops.init_request`
+    ///
+    /// # Safety
+    ///
+    /// `rq` must be a new request of a [`TagSet`].
+    unsafe extern "C" fn init_request(
+        _set: *mut bindings::blk_mq_tag_set,
+        rq: *mut bindings::request,
+        _hctx: ffi::c_uint,
+        _node: ffi::c_int,
+    ) -> ffi::c_int {
+        // SAFETY: `cmd_size` bytes lie behind the request, enough for a `Pdu` and aligned for one: a
+        // request's size is a multiple of its alignment, which is that of a pointer.
+        unsafe {
+            rq.add(1).cast::<Pdu>().write(Pdu {
+                handles: Atomic::new(0),
+                verdict: Atomic::new(0),
+            })
+        };
+        0
+    }
+
+    const OPS: bindings::blk_mq_ops = bindings::blk_mq_ops {
+        queue_rq: Some(Self::queue_rq),
+        commit_rqs: Some(Self::commit_rqs),
+        timeout: Some(Self::timeout),
+        init_request: Some(Self::init_request),
+        ..pin_init::zeroed()
+    };
+}
+
+/// A set of tags, and the requests that go with them.
+///
+/// # Invariants
+///
+/// `inner` was set up by `blk_mq_alloc_tag_set()`.
+#[pin_data(PinnedDrop)]
+pub(crate) struct TagSet<T: Operations> {
+    #[pin]
+    inner: Opaque<bindings::blk_mq_tag_set>,
+    _driver: PhantomData<T>,
+}
+
+// SAFETY: The tag set's own locks protect it; it holds no `T`.
+unsafe impl<T: Operations> Send for TagSet<T> {}
+// SAFETY: As above.
+unsafe impl<T: Operations> Sync for TagSet<T> {}
+
+impl<T: Operations> TagSet<T> {
+    /// Tags for `hw_queues` hardware queues, `depth` for each. May sleep.
+    pub(crate) fn new(hw_queues: u32, depth: u32) -> impl PinInit<Self, Error> {
+        try_pin_init!(Self {
+            inner <- Opaque::try_ffi_init(move |slot: *mut bindings::blk_mq_tag_set| {
+                // SAFETY: `slot` is ours to initialise, and it is pinned.
+                unsafe {
+                    slot.write(pin_init::zeroed());
+                    (*slot).ops = &VTable::<T>::OPS;
+                    (*slot).nr_hw_queues = hw_queues;
+                    (*slot).queue_depth = depth;
+                    (*slot).numa_node = bindings::NUMA_NO_NODE;
+                    (*slot).cmd_size = size_of::<Pdu>() as u32;
+                    (*slot).flags = bindings::BLK_MQ_F_BLOCKING;
+                    to_result(bindings::blk_mq_alloc_tag_set(slot))
+                }
+            }),
+            _driver: PhantomData,
+        })
+    }
+
+    pub(super) fn as_ptr(&self) -> *mut bindings::blk_mq_tag_set {
+        self.inner.get()
+    }
+}
+
+#[pinned_drop]
+impl<T: Operations> PinnedDrop for TagSet<T> {
+    fn drop(self: Pin<&mut Self>) {
+        // SAFETY: By the type invariant it was allocated; a disk that uses it goes before it does.
+        unsafe { bindings::blk_mq_free_tag_set(self.inner.get()) };
+    }
+}
+
+/// An `Arc` that the operations of one queue read without a lock or a count: it is taken away only
+/// while the queue is frozen and quiesced. (Frozen alone does not do: `queue_rq` may still run when its
+/// request has already ended. Quiesced alone does not either: it does not stop `timeout`.)
+///
+/// # Invariants
+///
+/// `ptr` is null or came from `Arc::into_raw()`.
+pub(crate) struct Published<T> {
+    queue: *mut bindings::request_queue,
+    ptr: Atomic<*const T>,
+    _owns: PhantomData<Arc<T>>,
+}
+
+// SAFETY: It is an `Arc` that can be replaced; `queue` is only compared.
+unsafe impl<T: Send + Sync> Send for Published<T> {}
+// SAFETY: As above.
+unsafe impl<T: Send + Sync> Sync for Published<T> {}
+
+impl<T> Published<T> {
+    /// Nothing is published. For the operations of `queue`.
+    pub(super) fn new(queue: *mut bindings::request_queue) -> Self {
+        Published {
+            queue,
+            ptr: Atomic::new(core::ptr::null()),
+            _owns: PhantomData,
+        }
+    }
+
+    /// What is published, for as long as the operation runs.
+    pub(crate) fn get<'a>(&self, cx: &'a InQueue<'_>) -> Option<&'a T> {
+        if cx.queue != self.queue {
+            return None;
+        }
+        let ptr = self.ptr.load(Acquire);
+        // SAFETY: By the type invariant it is null or a live `Arc`'s. It is taken away only while this
+        // queue is frozen and quiesced, which cannot be while an operation of it runs, and `'a` ends
+        // with the operation.
+        unsafe { ptr.as_ref() }
+    }
+
+    /// Publishes `value` where nothing is published; gives it back where something is.
+    pub(crate) fn publish(&self, value: Arc<T>) -> core::result::Result<(), Arc<T>> {
+        let new = Arc::into_raw(value);
+        match self.ptr.cmpxchg(core::ptr::null(), new, Full) {
+            Ok(_) => Ok(()),
+            // SAFETY: `new` came from `Arc::into_raw()` above.
+            Err(_) => Err(unsafe { Arc::from_raw(new) }),
+        }
+    }
+
+    /// Takes away what is published.
+    pub(crate) fn retract(&self, frozen: &Frozen<'_>) -> Option<Arc<T>> {
+        if frozen.queue() != self.queue {
+            return None;
+        }
+        let old = self.ptr.xchg(core::ptr::null(), Full);
+        if old.is_null() {
+            return None;
+        }
+        // SAFETY: By the type invariant it came from `Arc::into_raw()`, and with its queue frozen and
+        // quiesced no operation looks at it.
+        Some(unsafe { Arc::from_raw(old) })
+    }
+}
+
+impl<T> Drop for Published<T> {
+    fn drop(&mut self) {
+        let old = self.ptr.load(Relaxed);
+        if !old.is_null() {
+            // SAFETY: By the type invariant it came from `Arc::into_raw()`, and with exclusive access
+            // nobody looks at it.
+            drop(unsafe { Arc::from_raw(old) });
+        }
+    }
+}

@@ -1,0 +1,574 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Connected stream sockets that user space hands over: sending, receiving, callbacks, death.
+//!
+//! The `kernel` crate (7.3) has no sockets. Source: `include/linux/net.h`, `include/net/sock.h`; the
+//! use of the callbacks follows `drivers/nvme/host/tcp.c` and `net/sunrpc/xprtsock.c`.
+
+use super::{bindings, mq::Payload};
+use core::{marker::PhantomData, mem::MaybeUninit, ptr::NonNull};
+use kernel::{
+    alloc::AllocError,
+    error::to_result,
+    page::Page,
+    prelude::*,
+    sync::{Arc, ArcBorrow},
+};
+
+/// Why a file descriptor cannot be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum BadSocket {
+    /// It is no open file, or no socket: the errno of `sockfd_lookup()`.
+    Fd(Error),
+    /// Neither TCP nor a UNIX stream.
+    Kind,
+}
+
+/// What becomes of bytes that the peer has not read yet when a connection ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Ending {
+    /// They are still delivered.
+    Polite,
+    /// They are thrown away where that is possible (TCP: a reset; a UNIX socket has no such thing).
+    Reset,
+}
+
+/// A socket, and a reference to its file.
+///
+/// # Invariants
+///
+/// `socket` is valid, and so is its `sk`, which does not change, because we hold a reference to its
+/// file. It is TCP or a UNIX stream.
+pub(crate) struct Socket {
+    socket: NonNull<bindings::socket>,
+}
+
+// SAFETY: Sockets may be used by any task, and lock themselves.
+unsafe impl Send for Socket {}
+// SAFETY: As above.
+unsafe impl Sync for Socket {}
+
+impl Socket {
+    /// The socket behind a file descriptor of the current process (`nbd_get_socket()`). May sleep.
+    pub(crate) fn from_fd(fd: i32) -> core::result::Result<Self, BadSocket> {
+        let mut err = 0;
+        // SAFETY: `err` is valid for the write.
+        let socket = unsafe { bindings::sockfd_lookup(fd, &mut err) };
+        let Some(socket) = NonNull::new(socket) else {
+            return Err(BadSocket::Fd(to_result(err).err().unwrap_or(EBADF)));
+        };
+        // INVARIANT: `sockfd_lookup()` took a reference to the file; dropping this puts it.
+        let socket = Socket { socket };
+        if socket.is_tcp() || socket.is_unix_stream() {
+            Ok(socket)
+        } else {
+            Err(BadSocket::Kind)
+        }
+    }
+
+    fn sk(&self) -> *mut bindings::sock {
+        // SAFETY: By the type invariant the socket is valid. kernel::bindings does not know the fields
+        // of `struct sock`, our bindings do; it is the same type in C.
+        unsafe { (*self.socket.as_ptr()).sk.cast() }
+    }
+
+    fn family(&self) -> u32 {
+        // SAFETY: By the type invariant `sk` is valid. The family of a connected socket does not change
+        // but from IPv6 to IPv4 (`IPV6_ADDRFORM`), which makes no difference here.
+        u32::from(unsafe { (*self.sk()).__sk_common.skc_family })
+    }
+
+    /// `sk_is_tcp()`.
+    fn is_tcp(&self) -> bool {
+        let sk = self.sk();
+        // SAFETY: By the type invariant `sk` is valid; its kind does not change.
+        let (kind, protocol) = unsafe { ((*sk).sk_type, (*sk).sk_protocol) };
+        matches!(self.family(), bindings::AF_INET | bindings::AF_INET6)
+            && u32::from(kind) == bindings::SOCK_STREAM
+            && u32::from(protocol) == bindings::IPPROTO_TCP
+    }
+
+    /// `sk_is_stream_unix()`.
+    fn is_unix_stream(&self) -> bool {
+        // SAFETY: By the type invariant `sk` is valid; its type does not change.
+        let kind = unsafe { (*self.sk()).sk_type };
+        self.family() == bindings::AF_UNIX && u32::from(kind) == bindings::SOCK_STREAM
+    }
+
+    /// Makes the socket fit for writing out dirty memory: it may dip into the reserves, and its
+    /// allocations never wait for I/O (as nbd.c's `__sock_xmit()` and `nbd_start_device()`).
+    fn prepare_for_reclaim(&self) {
+        let sk = self.sk();
+        // SAFETY: By the type invariant `sk` is valid. Only the kernel's own users of a socket set
+        // these fields, and there is no other while it is hooked.
+        unsafe {
+            bindings::sk_set_memalloc(sk);
+            (*sk).sk_allocation = bindings::GFP_NOIO | bindings::__GFP_MEMALLOC;
+            (*sk).sk_use_task_frag = false;
+        }
+    }
+
+    /// Sends as much of `data` as fits. `more`: further data follows at once. Does not wait for room,
+    /// but may sleep for the socket's lock.
+    ///
+    /// # Errors
+    ///
+    /// `EAGAIN` where nothing fits; anything else means that the connection is gone.
+    pub(crate) fn send(&self, data: Iov<'_>, more: bool) -> Result<usize> {
+        let mut flags = bindings::MSG_DONTWAIT | bindings::MSG_NOSIGNAL;
+        if more {
+            flags |= bindings::MSG_MORE;
+        }
+        self.transfer(data, bindings::ITER_SOURCE, |socket, msg| {
+            // SAFETY: The socket is valid; `msg` describes memory that lives during the call.
+            unsafe {
+                (*msg).msg_flags = flags;
+                bindings::sock_sendmsg(socket, msg)
+            }
+        })
+    }
+
+    /// Receives at most as much as `data` has room for. Does not wait for data, but may sleep for the
+    /// socket's lock.
+    ///
+    /// # Errors
+    ///
+    /// `EAGAIN` where nothing is there; `EPIPE` at the end of the stream; anything else means that the
+    /// connection is gone.
+    pub(crate) fn receive(&self, data: Iov<'_>) -> Result<usize> {
+        let got = self.transfer(data, bindings::ITER_DEST, |socket, msg| {
+            let flags = bindings::MSG_DONTWAIT | bindings::MSG_NOSIGNAL;
+            // SAFETY: The socket is valid; `msg` describes memory that lives during the call.
+            unsafe { bindings::sock_recvmsg(socket, msg, flags as i32) }
+        })?;
+        if got == 0 {
+            return Err(EPIPE);
+        }
+        Ok(got)
+    }
+
+    fn transfer(
+        &self,
+        data: Iov<'_>,
+        direction: u32,
+        call: impl FnOnce(*mut bindings::socket, *mut bindings::msghdr) -> i32,
+    ) -> Result<usize> {
+        // SAFETY: It consists of numbers and pointers, for which zeroes are fine.
+        let mut msg: bindings::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
+        // SAFETY: The pieces describe memory that lives as long as `data`.
+        unsafe {
+            bindings::iov_iter_bvec(
+                &mut msg.msg_iter,
+                direction,
+                data.pieces.as_ptr(),
+                data.pieces.len(),
+                data.bytes,
+            )
+        };
+        let result = in_io_context(|| call(self.socket.as_ptr(), &mut msg));
+        to_result(result)?;
+        Ok(result as usize)
+    }
+
+    /// Whether there is something to receive: data, the end of the stream, or an error. May be wrong
+    /// about what happens at the same time; that is announced by [`Events::readable`].
+    pub(crate) fn has_input(&self) -> bool {
+        let sk = self.sk();
+        // SAFETY: By the type invariant `sk` is valid; these are looked at as `tcp_poll()` does.
+        unsafe {
+            let queue = &raw const (*sk).sk_receive_queue;
+            let first = (&raw const (*queue).__bindgen_anon_1.list.next).read_volatile();
+            let shutdown = (&raw const (*sk).sk_shutdown).read_volatile();
+            let err = (&raw const (*sk).sk_err).read_volatile();
+            !core::ptr::eq(first.cast::<u8>(), queue.cast::<u8>())
+                || u32::from(shutdown) & bindings::RCV_SHUTDOWN != 0
+                || err != 0
+        }
+    }
+
+    /// Whether enough room has become free that sending again is worth it
+    /// (`sk_stream_is_writeable()`, `unix_writable()`).
+    pub(crate) fn has_room(&self) -> bool {
+        let sk = self.sk();
+        // SAFETY: By the type invariant `sk` is valid; these are looked at without its lock in C too.
+        unsafe {
+            let limit = (&raw const (*sk).sk_sndbuf).read_volatile();
+            if self.family() == bindings::AF_UNIX {
+                let used = (&raw const (*sk).sk_wmem_alloc.refs.counter).read_volatile();
+                used.saturating_mul(4) <= limit
+            } else {
+                let used = (&raw const (*sk).sk_wmem_queued).read_volatile();
+                limit.saturating_sub(used) >= used >> 1
+            }
+        }
+    }
+
+    /// Ends the connection: nothing more is sent or received. May sleep.
+    pub(crate) fn end(&self, ending: Ending) {
+        // SAFETY: The socket is valid. Both calls may be repeated.
+        unsafe {
+            if ending == Ending::Reset && self.is_tcp() {
+                // kernel::bindings' and our `struct sock` are the same type in C.
+                bindings::tcp_abort(self.sk().cast(), bindings::ECONNABORTED as i32);
+            }
+            bindings::kernel_sock_shutdown(
+                self.socket.as_ptr(),
+                bindings::sock_shutdown_cmd_SHUT_RDWR,
+            );
+        }
+    }
+
+    /// Has `owner` told of what happens on the socket, until the returned guard goes.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` where another part of the kernel, such as another device of ours, has the socket.
+    pub(crate) fn hook<T: Events>(&self, owner: Arc<T>) -> Result<Hooked<T>> {
+        let sk = self.sk();
+        let mut hook = KBox::new(
+            Hook {
+                owner,
+                state_change: None,
+                error_report: None,
+                data_ready: None,
+                write_space: None,
+            },
+            GFP_KERNEL,
+        )?;
+        // SAFETY: By the type invariant `sk` is valid; the lock protects what is changed here.
+        unsafe {
+            bindings::_raw_write_lock_bh(&raw mut (*sk).sk_callback_lock);
+            let free = (*sk).sk_user_data.is_null();
+            if free {
+                hook.state_change = (*sk).sk_state_change;
+                hook.error_report = (*sk).sk_error_report;
+                hook.data_ready = (*sk).sk_data_ready;
+                hook.write_space = (*sk).sk_write_space;
+                (*sk).sk_user_data = (&raw const *hook).cast_mut().cast();
+                (*sk).sk_state_change = Some(state_change::<T>);
+                (*sk).sk_error_report = Some(error_report::<T>);
+                (*sk).sk_data_ready = Some(data_ready::<T>);
+                (*sk).sk_write_space = Some(write_space::<T>);
+            }
+            bindings::_raw_write_unlock_bh(&raw mut (*sk).sk_callback_lock);
+            if !free {
+                return Err(EBUSY);
+            }
+        }
+        self.prepare_for_reclaim();
+        // INVARIANT: It was installed above.
+        Ok(Hooked {
+            socket: self.clone(),
+            hook: Some(hook),
+        })
+    }
+}
+
+impl Clone for Socket {
+    fn clone(&self) -> Self {
+        // SAFETY: By the type invariant we hold a reference to the file.
+        unsafe { bindings::get_file((*self.socket.as_ptr()).file) };
+        // INVARIANT: A reference was taken above.
+        Socket {
+            socket: self.socket,
+        }
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant we hold a reference to the file (`sockfd_put()`).
+        unsafe { bindings::fput((*self.socket.as_ptr()).file) };
+    }
+}
+
+/// What a socket tells its owner. Called in any context, also in softirq: must not sleep.
+pub(crate) trait Events: Send + Sync + 'static {
+    /// There may be something to receive: data, the end of the stream, an error.
+    fn readable(this: ArcBorrow<'_, Self>);
+
+    /// There may be room to send. Returns whether it was waited for.
+    fn writable(this: ArcBorrow<'_, Self>) -> bool;
+}
+
+type Callback = Option<unsafe extern "C" fn(*mut bindings::sock)>;
+
+/// What `sk_user_data` points to while a socket is hooked.
+struct Hook<T: Events> {
+    owner: Arc<T>,
+    state_change: Callback,
+    error_report: Callback,
+    data_ready: Callback,
+    write_space: Callback,
+}
+
+/// Keeps a socket's callbacks pointed at their owner.
+///
+/// # Invariants
+///
+/// `hook` is the socket's `sk_user_data`, and its callbacks are ours for `T`.
+pub(crate) struct Hooked<T: Events> {
+    socket: Socket,
+    hook: Option<KBox<Hook<T>>>,
+}
+
+impl<T: Events> Drop for Hooked<T> {
+    fn drop(&mut self) {
+        let sk = self.socket.sk();
+        let Some(hook) = self.hook.take() else { return };
+        // SAFETY: By the type invariant the callbacks are ours. They run with the lock held for
+        // reading, so when the lock for writing is released none runs and none will.
+        unsafe {
+            bindings::_raw_write_lock_bh(&raw mut (*sk).sk_callback_lock);
+            (*sk).sk_user_data = core::ptr::null_mut();
+            (*sk).sk_state_change = hook.state_change;
+            (*sk).sk_error_report = hook.error_report;
+            (*sk).sk_data_ready = hook.data_ready;
+            (*sk).sk_write_space = hook.write_space;
+            bindings::_raw_write_unlock_bh(&raw mut (*sk).sk_callback_lock);
+        }
+    }
+}
+
+/// Calls `f` with the socket's hook, if it is still there.
+///
+/// # Safety
+///
+/// To be called by a callback that was installed for `T`, with its `sk`.
+unsafe fn with_hook<T: Events, R>(
+    sk: *mut bindings::sock,
+    f: impl FnOnce(&Hook<T>) -> R,
+) -> Option<R> {
+    // SAFETY: `sk` is valid during its callback. What `sk_user_data` points to stays while the lock is
+    // held; it is null or a `Hook<T>`, because the callback is replaced together with it.
+    unsafe {
+        bindings::_raw_read_lock_bh(&raw mut (*sk).sk_callback_lock);
+        let hook = (*sk).sk_user_data.cast::<Hook<T>>();
+        let result = hook.as_ref().map(f);
+        bindings::_raw_read_unlock_bh(&raw mut (*sk).sk_callback_lock);
+        result
+    }
+}
+
+/// `sk_data_ready`
+///
+/// # Safety
+///
+/// To be called as the callback of a socket that was hooked for a `T`.
+unsafe extern "C" fn data_ready<T: Events>(sk: *mut bindings::sock) {
+    // SAFETY: This is the callback for `T`.
+    unsafe { with_hook::<T, _>(sk, |hook| T::readable(hook.owner.as_arc_borrow())) };
+}
+
+/// `sk_write_space`
+///
+/// # Safety
+///
+/// As for [`data_ready()`].
+unsafe extern "C" fn write_space<T: Events>(sk: *mut bindings::sock) {
+    // SAFETY: This is the callback for `T`.
+    let waited = unsafe { with_hook::<T, _>(sk, |hook| T::writable(hook.owner.as_arc_borrow())) };
+    if waited == Some(true) {
+        // SAFETY: `sk` is valid, and has its socket while the file is held. The next send that finds
+        // no room sets the bit again.
+        unsafe {
+            let socket = (*sk).sk_socket;
+            if !socket.is_null() {
+                bindings::clear_bit(bindings::SOCK_NOSPACE as usize, &raw mut (*socket).flags);
+            }
+        }
+    }
+}
+
+/// `sk_state_change`
+///
+/// # Safety
+///
+/// As for [`data_ready()`].
+unsafe extern "C" fn state_change<T: Events>(sk: *mut bindings::sock) {
+    // SAFETY: This is the callback for `T`; the saved callback gets the `sk` that it expects.
+    unsafe {
+        with_hook::<T, _>(sk, |hook| {
+            T::readable(hook.owner.as_arc_borrow());
+            hook.state_change.map(|f| f(sk))
+        })
+    };
+}
+
+/// `sk_error_report`
+///
+/// # Safety
+///
+/// As for [`data_ready()`].
+unsafe extern "C" fn error_report<T: Events>(sk: *mut bindings::sock) {
+    // SAFETY: As above.
+    unsafe {
+        with_hook::<T, _>(sk, |hook| {
+            T::readable(hook.owner.as_arc_borrow());
+            hook.error_report.map(|f| f(sk))
+        })
+    };
+}
+
+/// Runs `f` as I/O has to run: allocations may use the reserves and never wait for reclaim, and
+/// security modules see the kernel, not whoever happens to write (as `__sock_xmit()`).
+fn in_io_context<R>(f: impl FnOnce() -> R) -> R {
+    // SAFETY: The current task changes its own flags and credentials, and puts them back.
+    unsafe {
+        let task = bindings::get_current();
+        let had_memalloc = (*task).flags & bindings::PF_MEMALLOC;
+        let creds = (*task).cred;
+        (*task).flags |= bindings::PF_MEMALLOC;
+        (*task).cred = bindings::init_task.cred;
+        let result = f();
+        (*task).cred = creds;
+        (*task).flags = (*task).flags & !bindings::PF_MEMALLOC | had_memalloc;
+        result
+    }
+}
+
+/// A page of memory for headers. Its bytes are copied in and out, never referred to, so a socket may
+/// read and write them too.
+pub(crate) struct IoPage(Page);
+
+impl IoPage {
+    /// How much it holds.
+    pub(crate) const BYTES: usize = bindings::PAGE_SIZE;
+
+    /// A page. May sleep.
+    pub(crate) fn new() -> core::result::Result<Self, AllocError> {
+        Ok(IoPage(Page::alloc_page(GFP_KERNEL)?))
+    }
+
+    /// Copies `bytes` to `offset`.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` where that is not within the page.
+    pub(crate) fn write(&mut self, offset: usize, bytes: &[u8]) -> Result {
+        // SAFETY: `bytes` is that long. The page is exclusively ours.
+        unsafe { self.0.write_raw(bytes.as_ptr(), offset, bytes.len()) }
+    }
+
+    /// Copies from `offset` to `bytes`.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` where that is not within the page.
+    pub(crate) fn read(&self, offset: usize, bytes: &mut [u8]) -> Result {
+        // SAFETY: `bytes` is that long. No socket call writes to the page: it would have an `Iov` that
+        // borrows the page mutably.
+        unsafe { self.0.read_raw(bytes.as_mut_ptr(), offset, bytes.len()) }
+    }
+
+    /// Copies from `offset` to the current position of `payload` and moves that on, as far as both
+    /// reach, at most `bytes`. Returns how much it was.
+    pub(crate) fn copy_to(&self, offset: usize, bytes: usize, payload: &mut Payload) -> usize {
+        let mut done = 0;
+        payload.for_each_piece(|piece| {
+            let step = (piece.bv_len as usize).min(bytes - done);
+            // SAFETY: The piece lies within the data of a request in flight.
+            if step == 0 || unsafe { self.copy_to_piece(offset + done, step, &piece) }.is_err() {
+                return false;
+            }
+            done += step;
+            true
+        });
+        payload.advance(done);
+        done
+    }
+
+    /// # Safety
+    ///
+    /// `piece` must be memory that may be written.
+    unsafe fn copy_to_piece(&self, offset: usize, len: usize, piece: &bindings::bio_vec) -> Result {
+        let mut at = piece.bv_offset as usize;
+        let mut done = 0;
+        while done < len {
+            // A piece may span pages that follow one another.
+            let step = (len - done).min(bindings::PAGE_SIZE - at % bindings::PAGE_SIZE);
+            // SAFETY: The caller promises that this is memory to write to.
+            unsafe {
+                let page = piece.bv_page.add(at / bindings::PAGE_SIZE);
+                let to = bindings::kmap_local_page(page).cast::<u8>();
+                let result = self
+                    .0
+                    .read_raw(to.add(at % bindings::PAGE_SIZE), offset + done, step);
+                bindings::kunmap_local(to.cast());
+                result?;
+            }
+            done += step;
+            at += step;
+        }
+        Ok(())
+    }
+}
+
+/// Room for the description of one transfer, kept so that none needs an allocation.
+pub(crate) struct Pieces(KVec<bindings::bio_vec>);
+
+// SAFETY: It is empty but while an `Iov` borrows it.
+unsafe impl Send for Pieces {}
+
+impl Pieces {
+    /// Room for `count` pieces. May sleep.
+    pub(crate) fn new(count: usize) -> core::result::Result<Self, AllocError> {
+        Ok(Pieces(KVec::with_capacity(count, GFP_KERNEL)?))
+    }
+}
+
+/// Memory to send from or receive into.
+///
+/// # Invariants
+///
+/// `pieces` describe memory that lives for `'a`, `bytes` in all.
+pub(crate) struct Iov<'a> {
+    pieces: &'a mut KVec<bindings::bio_vec>,
+    bytes: usize,
+    _data: PhantomData<&'a mut IoPage>,
+}
+
+impl<'a> Iov<'a> {
+    /// Nothing yet.
+    pub(crate) fn new(room: &'a mut Pieces) -> Self {
+        room.0.clear();
+        Iov {
+            pieces: &mut room.0,
+            bytes: 0,
+            _data: PhantomData,
+        }
+    }
+
+    /// How much it describes.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    fn push(&mut self, piece: bindings::bio_vec) -> bool {
+        let len = piece.bv_len as usize;
+        let pushed = self.pieces.push_within_capacity(piece).is_ok();
+        if pushed {
+            self.bytes += len;
+        }
+        pushed
+    }
+
+    /// Appends what is left of `payload`. Returns whether all of it found room.
+    pub(crate) fn push_payload(&mut self, payload: &'a Payload) -> bool {
+        payload.for_each_piece(|piece| self.push(piece))
+    }
+
+    /// Appends `len` bytes of a page from `offset`, to send.
+    pub(crate) fn push_bytes(&mut self, page: &'a IoPage, offset: usize, len: usize) -> bool {
+        offset + len <= IoPage::BYTES
+            && self.push(bindings::bio_vec {
+                bv_page: page.0.as_ptr(),
+                bv_len: len as u32,
+                bv_offset: offset as u32,
+            })
+    }
+
+    /// Appends `len` bytes of a page from `offset`, to receive into.
+    pub(crate) fn push_room(&mut self, page: &'a mut IoPage, offset: usize, len: usize) -> bool {
+        self.push_bytes(page, offset, len)
+    }
+}

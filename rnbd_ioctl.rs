@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Front end 1: the ioctls of `include/uapi/linux/nbd.h` (`nbd_ioctl()`).
+
+use crate::{kapi::task, rnbd_dev::Device};
+use kernel::{
+    ioctl::{_IO, _IOC_TYPE},
+    prelude::*,
+};
+
+const TYPE: u32 = 0xab;
+const NBD_SET_SOCK: u32 = _IO(TYPE, 0);
+const NBD_SET_BLKSIZE: u32 = _IO(TYPE, 1);
+const NBD_SET_SIZE: u32 = _IO(TYPE, 2);
+const NBD_DO_IT: u32 = _IO(TYPE, 3);
+const NBD_CLEAR_SOCK: u32 = _IO(TYPE, 4);
+const NBD_CLEAR_QUE: u32 = _IO(TYPE, 5);
+const NBD_PRINT_DEBUG: u32 = _IO(TYPE, 6);
+const NBD_SET_SIZE_BLOCKS: u32 = _IO(TYPE, 7);
+const NBD_DISCONNECT: u32 = _IO(TYPE, 8);
+const NBD_SET_TIMEOUT: u32 = _IO(TYPE, 9);
+const NBD_SET_FLAGS: u32 = _IO(TYPE, 10);
+
+/// Carries out an ioctl, native or compat: the argument is a number, never a pointer. May sleep.
+///
+/// # Errors
+///
+/// `EPERM` without `CAP_SYS_ADMIN`, `EINVAL` for an ioctl of another kind, `ENOTTY` for one of ours
+/// that does not exist, or that of the call.
+pub(crate) fn ioctl(device: &Device, cmd: u32, arg: usize) -> Result<usize> {
+    if !task::may_administer() {
+        return Err(EPERM);
+    }
+    if _IOC_TYPE(cmd) != TYPE {
+        return Err(EINVAL);
+    }
+    match cmd {
+        NBD_DISCONNECT => device.disconnect(),
+        NBD_CLEAR_SOCK => device.clear_sockets(),
+        NBD_SET_SOCK => device.add_socket(arg),
+        NBD_SET_BLKSIZE => device.set_block_bytes(arg),
+        NBD_SET_SIZE => device.set_size_bytes(arg),
+        NBD_SET_SIZE_BLOCKS => device.set_size_blocks(arg),
+        NBD_SET_TIMEOUT => device.set_timeout_seconds(arg),
+        NBD_SET_FLAGS => device.set_flags(arg),
+        NBD_DO_IT => device.run(),
+        // For compatibility only: the queue is cleared with the session, and there is no list of
+        // requests to print.
+        NBD_CLEAR_QUE | NBD_PRINT_DEBUG => Ok(()),
+        _ => Err(ENOTTY),
+    }
+    .map(|()| 0)
+}

@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What all connections of a session share: the table of the commands in flight, and the session's
+//! fate.
+//!
+//! Replies find their command here and never in memory that the block layer may be reallocating.
+
+use crate::{
+    kapi::{
+        mq::{Parked, Request, Status, Verdict},
+        task,
+    },
+    rnbd_cmd::{Cookie, Parking, Slot},
+};
+use kernel::{
+    new_condvar, new_mutex,
+    prelude::*,
+    sync::{
+        atomic::{Acquire, Atomic, Full, Relaxed},
+        Arc, CondVar, Mutex,
+    },
+};
+
+impl Parking for Parked {
+    type Item = Request;
+
+    fn put(&self, item: Request) -> Option<Request> {
+        Parked::put(self, item)
+    }
+
+    fn take(&self) -> Option<Request> {
+        Parked::take(self)
+    }
+}
+
+/// The user has asked for the disconnect (`NBD_RT_DISCONNECT_REQUESTED`).
+const DISCONNECT_REQUESTED: u32 = 1 << 0;
+/// No connection is left, or none is wanted (`NBD_RT_DISCONNECTED`).
+const DISCONNECTED: u32 = 1 << 1;
+
+/// How many bits of a slot number are the tag; the hardware queue is above them, as in
+/// `blk_mq_unique_tag()`.
+const TAG_BITS: u32 = 16;
+
+/// See the module's documentation.
+#[pin_data]
+pub(crate) struct Table {
+    /// The device's index, for messages.
+    pub(crate) device: u32,
+    /// Limits what a bad server can write into the log.
+    pub(crate) log: Ratelimit,
+    depth: u32,
+    slots: KVVec<Slot<Parked>>,
+    /// How long a request may take; 0: for ever.
+    timeout_jiffies: Atomic<u32>,
+    fate: Atomic<u32>,
+    /// Connections that have not been reaped.
+    #[pin]
+    alive: Mutex<u32>,
+    #[pin]
+    all_gone: CondVar,
+}
+
+impl Table {
+    /// A table for `connections` hardware queues of `depth` tags. May sleep.
+    pub(crate) fn new(
+        device: u32,
+        connections: u32,
+        depth: u32,
+        timeout_jiffies: u32,
+    ) -> Result<Arc<Self>> {
+        let count = connections as usize * depth as usize;
+        let mut slots = KVVec::with_capacity(count, GFP_KERNEL)?;
+        for _ in 0..count {
+            slots.push(Slot::new(Parked::empty()), GFP_KERNEL)?;
+        }
+        Arc::pin_init(
+            pin_init!(Table {
+                device,
+                log: Ratelimit::new(),
+                depth,
+                slots,
+                timeout_jiffies: Atomic::new(timeout_jiffies),
+                fate: Atomic::new(0),
+                alive <- new_mutex!(0),
+                all_gone <- new_condvar!(),
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// The slot of a tag.
+    pub(crate) fn slot(&self, hw_queue: u32, tag: u32) -> Option<&Slot<Parked>> {
+        if tag >= self.depth {
+            return None;
+        }
+        let index = u64::from(hw_queue) * u64::from(self.depth) + u64::from(tag);
+        self.slots.get(usize::try_from(index).ok()?)
+    }
+
+    /// The slot that a cookie from the wire names.
+    pub(crate) fn slot_of(&self, cookie: Cookie) -> Option<&Slot<Parked>> {
+        let number = cookie.slot();
+        self.slot(number >> TAG_BITS, number & ((1 << TAG_BITS) - 1))
+    }
+
+    /// The cookie of a tag's command.
+    pub(crate) fn cookie(&self, generation: u32, hw_queue: u32, tag: u32) -> Cookie {
+        Cookie::new(generation, hw_queue << TAG_BITS | tag)
+    }
+
+    /// How many commands can be in flight.
+    pub(crate) fn capacity(&self) -> usize {
+        self.slots.len()
+    }
+
+    /// Claims everything in flight on `connection`, and has it sent on another one, or failed where
+    /// none is wanted.
+    pub(crate) fn reclaim(&self, connection: u16) {
+        for slot in &self.slots {
+            if let Some(request) = slot.reclaim(connection) {
+                request.decide(self.verdict_of_lost());
+            }
+        }
+    }
+
+    /// What becomes of a command whose connection is lost.
+    pub(crate) fn verdict_of_lost(&self) -> Verdict {
+        if self.is_disconnected() {
+            Verdict::Complete(Status::IOERR)
+        } else {
+            Verdict::Requeue
+        }
+    }
+
+    /// The user wants the session to end.
+    pub(crate) fn request_disconnect(&self) {
+        self.mark(DISCONNECT_REQUESTED);
+    }
+
+    /// The session has ended, or is ending: nothing is sent again. Returns whether that is news.
+    pub(crate) fn mark_disconnected(&self) -> bool {
+        self.mark(DISCONNECTED) & DISCONNECTED == 0
+    }
+
+    fn mark(&self, bit: u32) -> u32 {
+        let mut old = self.fate.load(Relaxed);
+        while let Err(seen) = self.fate.cmpxchg(old, old | bit, Full) {
+            old = seen;
+        }
+        old
+    }
+
+    /// Whether the user has asked for the disconnect.
+    pub(crate) fn is_disconnect_requested(&self) -> bool {
+        self.fate.load(Acquire) & DISCONNECT_REQUESTED != 0
+    }
+
+    /// nbd.c's `nbd_disconnected()`.
+    pub(crate) fn is_disconnected(&self) -> bool {
+        self.fate.load(Acquire) != 0
+    }
+
+    /// How long a request may take, in jiffies; 0: for ever.
+    pub(crate) fn timeout_jiffies(&self) -> u32 {
+        self.timeout_jiffies.load(Relaxed)
+    }
+
+    /// Sets how long a request may take, in jiffies; 0: for ever.
+    pub(crate) fn set_timeout_jiffies(&self, jiffies: u32) {
+        self.timeout_jiffies.store(jiffies, Relaxed);
+    }
+
+    /// A connection has come to life. May sleep.
+    pub(crate) fn connection_born(&self) {
+        *self.alive.lock() += 1;
+    }
+
+    /// A connection has been reaped; returns how many are left. May sleep.
+    pub(crate) fn connection_gone(&self) -> u32 {
+        let left = {
+            let mut alive = self.alive.lock();
+            *alive = alive.saturating_sub(1);
+            *alive
+        };
+        if left == 0 {
+            self.all_gone.notify_all();
+        }
+        left
+    }
+
+    /// How many connections are alive. May sleep.
+    pub(crate) fn connections_alive(&self) -> u32 {
+        *self.alive.lock()
+    }
+
+    /// Waits until the last connection has been reaped, or for a signal; returns whether it was a
+    /// signal.
+    pub(crate) fn wait_gone_or_signal(&self) -> bool {
+        let mut alive = self.alive.lock();
+        while *alive > 0 {
+            if self.all_gone.wait_interruptible(&mut alive) {
+                return *alive > 0;
+            }
+        }
+        false
+    }
+
+    /// Waits until the last connection has been reaped.
+    pub(crate) fn wait_gone(&self) {
+        let mut alive = self.alive.lock();
+        while *alive > 0 {
+            self.all_gone.wait(&mut alive);
+        }
+    }
+}
+
+/// Lets a burst of messages through, then only some: as the kernel's default rate limit, ten in five
+/// seconds. Exact only where one task asks.
+pub(crate) struct Ratelimit {
+    begin: Atomic<usize>,
+    printed: Atomic<u32>,
+}
+
+impl Ratelimit {
+    const BURST: u32 = 10;
+    const INTERVAL_SECONDS: usize = 5;
+
+    fn new() -> Self {
+        Ratelimit {
+            begin: Atomic::new(0),
+            printed: Atomic::new(0),
+        }
+    }
+
+    /// Whether the next message may be printed.
+    pub(crate) fn allow(&self) -> bool {
+        let now = task::jiffies();
+        let interval = Self::INTERVAL_SECONDS * task::HZ as usize;
+        if now.wrapping_sub(self.begin.load(Relaxed)) > interval {
+            self.begin.store(now, Relaxed);
+            self.printed.store(0, Relaxed);
+        }
+        let printed = self.printed.load(Relaxed);
+        self.printed.store(printed.saturating_add(1), Relaxed);
+        printed < Self::BURST
+    }
+}
