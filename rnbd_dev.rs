@@ -12,7 +12,8 @@ use crate::{
     },
     rnbd_ioctl,
     rnbd_proto::flags,
-    rnbd_session::Session,
+    rnbd_session::{Queues, Session},
+    rnbd_sock,
 };
 use kernel::{
     new_mutex,
@@ -185,6 +186,8 @@ impl BlockDevice for Device {
                 self.tear_down(config);
             }
             state.timeout_jiffies = 0;
+            self.disk
+                .set_request_timeout(DEFAULT_TIMEOUT_SECONDS * task::HZ);
         }
     }
 
@@ -348,6 +351,12 @@ impl Device {
             config.disconnect_requested = true;
             if let Some(session) = &config.session {
                 session.say_goodbye();
+                return Ok(());
+            }
+            for socket in &config.sockets {
+                if let Err(e) = rnbd_sock::say_goodbye_on(socket) {
+                    pr_err!("nbd{}: send disconnect failed ({e:?})\n", self.index);
+                }
             }
             Ok(())
         })
@@ -406,13 +415,14 @@ impl Device {
         let config = state.config.as_mut().ok_or(ENODEV)?;
         // Somebody may have been here while the lock was not held.
         self.check_startable(config)?;
-        if config.sockets.len() as u32 != self.disk.hw_queues() {
-            return Err(EBUSY);
-        }
+        let queues = Queues {
+            count: self.disk.hw_queues(),
+            depth: QUEUE_DEPTH,
+        };
         let session = Session::new(
             self.index,
             &config.sockets,
-            QUEUE_DEPTH,
+            queues,
             config.flags,
             timeout_jiffies,
         )?;

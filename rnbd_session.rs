@@ -22,7 +22,14 @@ pub(crate) struct Session {
     flags: u32,
 }
 
-/// A command that is about to be in flight: its place in the table, and what goes over the wire.
+/// The hardware queues of a device.
+pub(crate) struct Queues {
+    pub(crate) count: u32,
+    /// Tags of each.
+    pub(crate) depth: u32,
+}
+
+/// A command's place in the table.
 #[derive(Clone, Copy)]
 struct Place {
     hw_queue: u32,
@@ -30,7 +37,8 @@ struct Place {
 }
 
 impl Session {
-    /// Takes the sockets over, one hardware queue of `depth` tags each. May sleep.
+    /// Takes the sockets over. The first ones have a hardware queue each; the others, where there are more
+    /// than the block layer makes queues for, stand by. May sleep.
     ///
     /// # Errors
     ///
@@ -38,11 +46,11 @@ impl Session {
     pub(crate) fn new(
         device: u32,
         sockets: &[Socket],
-        depth: u32,
+        queues: Queues,
         flags: u32,
         timeout_jiffies: u32,
     ) -> Result<Arc<Self>> {
-        let table = Table::new(device, sockets.len() as u32, depth, timeout_jiffies)?;
+        let table = Table::new(device, queues.count, queues.depth, timeout_jiffies)?;
         let mut session = Session {
             table: table.clone(),
             connections: KVec::with_capacity(sockets.len(), GFP_KERNEL)?,
@@ -199,7 +207,8 @@ impl Session {
     }
 
     fn no_connection_left(&self) {
-        if self.table.mark_disconnected() {
+        let wanted = self.table.is_disconnect_requested();
+        if self.table.mark_disconnected() && !wanted {
             pr_err!(
                 "nbd{}: no connection left, I/O fails until the device is connected anew\n",
                 self.table.device

@@ -444,16 +444,19 @@ impl Connection {
 
     // Receiving.
 
+    /// The work item. Also after the connection was declared dead, so that replies that are already
+    /// here count.
     fn receive_or_reap(self: &Arc<Self>) {
-        if self.is_alive() {
-            let stop = self.receive_all(&mut self.receive.lock());
-            match stop {
-                Ok(Stop::Budget) => return self.queue_receive(self.clone()),
-                Ok(_) => {}
-                Err(e) => {
-                    self.receive_failed(e);
-                    self.die(Ending::Polite);
-                }
+        if self.state.load(Acquire) == DEAD {
+            return;
+        }
+        let stop = self.receive_all(&mut self.receive.lock());
+        match stop {
+            Ok(Stop::Budget) => return self.queue_receive(self.clone()),
+            Ok(_) => {}
+            Err(e) => {
+                self.receive_failed(e);
+                self.die(Ending::Polite);
             }
         }
         if self.state.cmpxchg(DYING, DEAD, Full).is_ok() {
@@ -677,8 +680,18 @@ impl Receive {
     }
 }
 
+/// Sends a disconnect on a socket that no connection has taken over. May sleep.
+pub(crate) fn say_goodbye_on(socket: &Socket) -> Result {
+    let mut page = IoPage::new()?;
+    page.write(0, &goodbye().encode())?;
+    let mut pieces = Pieces::new(1)?;
+    let mut iov = Iov::new(&mut pieces);
+    iov.push_bytes(&page, 0, REQUEST_BYTES);
+    socket.send(iov, false).map(|_| ())
+}
+
 /// The request that ends a session (`send_disconnects()`).
-pub(crate) fn goodbye() -> proto::Request {
+fn goodbye() -> proto::Request {
     proto::Request {
         command: Command::Disconnect,
         flags: 0,

@@ -429,8 +429,8 @@ impl DiskRef {
         unsafe { bindings::disk_force_media_change(self.disk.as_ptr()) };
     }
 
-    /// How many hardware queues there are, and changes it to `count` where it differs: the queue is
-    /// frozen for it. May sleep.
+    /// Asks for `count` hardware queues; the block layer makes at most one for each CPU. The queue is
+    /// frozen where the number changes. May sleep.
     pub(crate) fn set_hw_queues(&self, count: u32) {
         // SAFETY: By the type invariant the disk is valid, and so is its queue's tag set.
         unsafe {

@@ -334,18 +334,16 @@ impl<T: Events> Drop for Hooked<T> {
 /// # Safety
 ///
 /// To be called by a callback that was installed for `T`, with its `sk`.
-unsafe fn with_hook<T: Events, R>(
-    sk: *mut bindings::sock,
-    f: impl FnOnce(&Hook<T>) -> R,
-) -> Option<R> {
+unsafe fn with_hook<T: Events>(sk: *mut bindings::sock, f: impl FnOnce(&Hook<T>)) {
     // SAFETY: `sk` is valid during its callback. What `sk_user_data` points to stays while the lock is
     // held; it is null or a `Hook<T>`, because the callback is replaced together with it.
     unsafe {
         bindings::_raw_read_lock_bh(&raw mut (*sk).sk_callback_lock);
         let hook = (*sk).sk_user_data.cast::<Hook<T>>();
-        let result = hook.as_ref().map(f);
+        if let Some(hook) = hook.as_ref() {
+            f(hook);
+        }
         bindings::_raw_read_unlock_bh(&raw mut (*sk).sk_callback_lock);
-        result
     }
 }
 
@@ -356,7 +354,7 @@ unsafe fn with_hook<T: Events, R>(
 /// To be called as the callback of a socket that was hooked for a `T`.
 unsafe extern "C" fn data_ready<T: Events>(sk: *mut bindings::sock) {
     // SAFETY: This is the callback for `T`.
-    unsafe { with_hook::<T, _>(sk, |hook| T::readable(hook.owner.as_arc_borrow())) };
+    unsafe { with_hook::<T>(sk, |hook| T::readable(hook.owner.as_arc_borrow())) };
 }
 
 /// `sk_write_space`
@@ -365,18 +363,16 @@ unsafe extern "C" fn data_ready<T: Events>(sk: *mut bindings::sock) {
 ///
 /// As for [`data_ready()`].
 unsafe extern "C" fn write_space<T: Events>(sk: *mut bindings::sock) {
-    // SAFETY: This is the callback for `T`.
-    let waited = unsafe { with_hook::<T, _>(sk, |hook| T::writable(hook.owner.as_arc_borrow())) };
-    if waited == Some(true) {
-        // SAFETY: `sk` is valid, and has its socket while the file is held. The next send that finds
-        // no room sets the bit again.
-        unsafe {
-            let socket = (*sk).sk_socket;
-            if !socket.is_null() {
+    // SAFETY: This is the callback for `T`. `sk` has its socket while it is hooked, since the hook holds
+    // the file. The next send that finds no room sets the bit again.
+    unsafe {
+        with_hook::<T>(sk, |hook| {
+            if T::writable(hook.owner.as_arc_borrow()) {
+                let socket = (*sk).sk_socket;
                 bindings::clear_bit(bindings::SOCK_NOSPACE as usize, &raw mut (*socket).flags);
             }
-        }
-    }
+        })
+    };
 }
 
 /// `sk_state_change`
@@ -387,9 +383,11 @@ unsafe extern "C" fn write_space<T: Events>(sk: *mut bindings::sock) {
 unsafe extern "C" fn state_change<T: Events>(sk: *mut bindings::sock) {
     // SAFETY: This is the callback for `T`; the saved callback gets the `sk` that it expects.
     unsafe {
-        with_hook::<T, _>(sk, |hook| {
+        with_hook::<T>(sk, |hook| {
             T::readable(hook.owner.as_arc_borrow());
-            hook.state_change.map(|f| f(sk))
+            if let Some(saved) = hook.state_change {
+                saved(sk);
+            }
         })
     };
 }
@@ -402,9 +400,11 @@ unsafe extern "C" fn state_change<T: Events>(sk: *mut bindings::sock) {
 unsafe extern "C" fn error_report<T: Events>(sk: *mut bindings::sock) {
     // SAFETY: As above.
     unsafe {
-        with_hook::<T, _>(sk, |hook| {
+        with_hook::<T>(sk, |hook| {
             T::readable(hook.owner.as_arc_borrow());
-            hook.error_report.map(|f| f(sk))
+            if let Some(saved) = hook.error_report {
+                saved(sk);
+            }
         })
     };
 }
