@@ -10,31 +10,44 @@ mod atomic;
 #[allow(unsafe_code)]
 mod kapi;
 mod rnbd_cmd;
+mod rnbd_config;
 mod rnbd_dev;
+mod rnbd_events;
 mod rnbd_ioctl;
+mod rnbd_netlink;
 mod rnbd_proto;
+mod rnbd_registry;
 mod rnbd_ring;
 mod rnbd_session;
 mod rnbd_sock;
 mod rnbd_table;
 
-use kapi::{
-    disk::{Disk, Major},
-    wq::ModuleQueue,
-};
-use kernel::prelude::*;
-use rnbd_dev::{Device, Layout};
+use kapi::{disk::Major, genl::Family, wq};
+use kernel::{prelude::*, sync::Arc};
+use rnbd_dev::Layout;
+use rnbd_netlink::Netlink;
+use rnbd_registry::Registry;
 
-/// `MINORBITS`
-const MINOR_BITS: u32 = 20;
 /// `DISK_MAX_PARTS`
 const DISK_MAX_PARTS: u64 = 256;
 
-/// Everything that the module holds, in the order in which it goes.
+/// Everything that the module holds, in the order in which it goes: first nobody can ask for anything
+/// any more, then the devices go, then what they work with.
 struct Rnbd {
-    _devices: KVec<Disk<Device>>,
-    _queue: ModuleQueue,
+    _netlink: Pin<KBox<Family<Netlink>>>,
+    _devices: AllDevices,
+    _slow: wq::Running,
+    _io: wq::Running,
     _major: Major,
+}
+
+/// Removes the devices when it goes.
+struct AllDevices(Arc<Registry>);
+
+impl Drop for AllDevices {
+    fn drop(&mut self) {
+        self.0.clear();
+    }
 }
 
 impl kernel::Module for Rnbd {
@@ -46,18 +59,29 @@ impl kernel::Module for Rnbd {
             pr_err!("cannot have major {}: is nbd.ko loaded?\n", rnbd_dev::MAJOR);
             EIO
         })?;
-        let queue = ModuleQueue::new(c"rnbd")?;
-        let mut devices = KVec::with_capacity(count as usize, GFP_KERNEL)?;
-        for index in 0..count {
-            // As nbd.c: the module loads with the devices that could be made.
-            match rnbd_dev::add(index, layout) {
-                Ok(device) => devices.push(device, GFP_KERNEL)?,
-                Err(e) => pr_err!("cannot make nbd{index} ({e:?})\n"),
+        let io = wq::IO.start(c"rnbd", wq::Kind::Reclaim)?;
+        let slow = wq::SLOW.start(c"rnbd-del", wq::Kind::Plain)?;
+        let registry = Registry::new(layout)?;
+        let devices = AllDevices(registry.clone());
+        let netlink = Family::register(Netlink {
+            registry: registry.clone(),
+        })?;
+        registry.with(|devices| {
+            for index in 0..count {
+                // As nbd.c: the module loads with the devices that could be made. One may be there
+                // already: netlink can be used by now.
+                if devices.get(&index).is_none() {
+                    if let Err(e) = registry.add(devices, index, None) {
+                        pr_err!("cannot make nbd{index} ({e:?})\n");
+                    }
+                }
             }
-        }
+        });
         Ok(Rnbd {
+            _netlink: netlink,
             _devices: devices,
-            _queue: queue,
+            _slow: slow,
+            _io: io,
             _major: major,
         })
     }
@@ -88,7 +112,7 @@ fn layout() -> Result<Layout> {
 
 fn device_count(layout: Layout) -> Result<u32> {
     let count = module_parameters::nbds_max.value() as u32;
-    if count > 1 << (MINOR_BITS - layout.part_shift) {
+    if count > Registry::index_limit(layout) {
         return Err(EINVAL);
     }
     Ok(count)
@@ -100,6 +124,7 @@ module! {
     authors: ["The rnbd authors"],
     description: "Network Block Device",
     license: "GPL",
+    alias: ["net-pf-16-proto-16-family-nbd"],
     params: {
         nbds_max: i32 {
             default: 16,

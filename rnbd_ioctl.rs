@@ -24,13 +24,22 @@ const NBD_SET_FLAGS: u32 = _IO(TYPE, 10);
 ///
 /// # Errors
 ///
-/// `EPERM` without `CAP_SYS_ADMIN`, `EINVAL` for an ioctl of another kind, `ENOTTY` for one of ours
+/// `EPERM` without `CAP_SYS_ADMIN`, `EINVAL` for an ioctl of another kind or on a device that netlink
+/// has connected, `ENOTTY` for one of ours
 /// that does not exist, or that of the call.
 pub(crate) fn ioctl(device: &Device, cmd: u32, arg: usize) -> Result<usize> {
     if !task::may_administer() {
         return Err(EPERM);
     }
     if _IOC_TYPE(cmd) != TYPE {
+        return Err(EINVAL);
+    }
+    let only_ends = matches!(cmd, NBD_DISCONNECT | NBD_CLEAR_SOCK);
+    if !only_ends && device.with_config(|config| Ok(config.is_bound()))? {
+        pr_err!(
+            "nbd{}: cannot use ioctl interface on a netlink controlled device\n",
+            device.index
+        );
         return Err(EINVAL);
     }
     match cmd {

@@ -4,7 +4,8 @@
 
 use crate::{
     kapi::{
-        mq::{NewRequest, Overdue, Queued, Request, Status, Verdict},
+        disk::DiskRef,
+        mq::{Dispatch, Dispatched, NewRequest, Overdue, Queued, Request, Status, Verdict},
         sock::{Ending, Socket},
         task,
     },
@@ -12,21 +13,49 @@ use crate::{
     rnbd_sock::{command_of, Connection},
     rnbd_table::Table,
 };
-use kernel::{prelude::*, sync::Arc};
+use kernel::{
+    new_mutex,
+    prelude::*,
+    sync::{
+        atomic::{Atomic, Full, Relaxed},
+        Arc, ArcBorrow, Mutex,
+    },
+};
+
+/// How often requests that wait for a connection to come back look whether they have waited long
+/// enough. One that comes back does not wait for it.
+const LOOK_AGAIN_MS: u32 = 100;
 
 /// See the module's documentation.
+#[pin_data]
 pub(crate) struct Session {
     table: Arc<Table>,
-    connections: KVec<Arc<Connection>>,
+    /// The connections, as dispatches see them.
+    slots: KVec<Dispatched<Connection>>,
+    /// The connections, for everybody else.
+    #[pin]
+    connections: Mutex<KVec<Arc<Connection>>>,
     /// `NBD_FLAG_*`.
     flags: u32,
+    /// How long requests wait for a dead connection to come back, in jiffies (`dead_conn_timeout`).
+    dead_timeout_jiffies: Atomic<u64>,
+    /// Since when requests have been waiting, in jiffies with the lowest bit set; 0: none waits.
+    waiting_since: Atomic<usize>,
 }
 
-/// The hardware queues of a device.
-pub(crate) struct Queues {
-    pub(crate) count: u32,
-    /// Tags of each.
+/// How a session is to be.
+pub(crate) struct Options {
+    /// The device's index.
+    pub(crate) device: u32,
+    /// The device's hardware queues, and the tags of each.
+    pub(crate) hw_queues: u32,
     pub(crate) depth: u32,
+    /// `NBD_FLAG_*`.
+    pub(crate) flags: u32,
+    /// How long a request may take; 0: for ever.
+    pub(crate) timeout_jiffies: u32,
+    /// How long requests wait for a dead connection to come back.
+    pub(crate) dead_timeout_jiffies: u64,
 }
 
 /// A command's place in the table.
@@ -37,42 +66,67 @@ struct Place {
 }
 
 impl Session {
-    /// Takes the sockets over. The first ones have a hardware queue each; the others, where there are more
-    /// than the block layer makes queues for, stand by. May sleep.
+    /// Takes the sockets over. The first ones have a hardware queue each; the others, where there are
+    /// more than the block layer makes queues for, stand by. May sleep.
     ///
     /// # Errors
     ///
     /// `EBUSY` where a socket is in use elsewhere, `ENOMEM`.
-    pub(crate) fn new(
-        device: u32,
-        sockets: &[Socket],
-        queues: Queues,
-        flags: u32,
-        timeout_jiffies: u32,
-    ) -> Result<Arc<Self>> {
-        let table = Table::new(device, queues.count, queues.depth, timeout_jiffies)?;
-        let mut session = Session {
-            table: table.clone(),
-            connections: KVec::with_capacity(sockets.len(), GFP_KERNEL)?,
-            flags,
-        };
-        for (index, socket) in sockets.iter().enumerate() {
-            let connected = u16::try_from(index)
-                .map_err(|_| EINVAL)
-                .and_then(|index| Connection::new(index, table.clone(), socket.clone()))
-                .and_then(|c| Ok(session.connections.push(c, GFP_KERNEL)?));
-            if let Err(e) = connected {
-                session.end(Ending::Polite);
-                return Err(e);
+    pub(crate) fn new(disk: &DiskRef, sockets: &[Socket], options: Options) -> Result<Arc<Self>> {
+        let table = Table::new(
+            options.device,
+            options.hw_queues,
+            options.depth,
+            options.timeout_jiffies,
+        )?;
+        let mut connections = KVec::with_capacity(sockets.len(), GFP_KERNEL)?;
+        let session = Self::connect(&table, sockets, &mut connections).and_then(|()| {
+            let mut slots = KVec::with_capacity(connections.len(), GFP_KERNEL)?;
+            let mut owners = KVec::with_capacity(connections.len(), GFP_KERNEL)?;
+            for connection in &connections {
+                slots.push(disk.dispatched(connection.clone()), GFP_KERNEL)?;
+                owners.push(connection.clone(), GFP_KERNEL)?;
             }
-        }
-        Ok(Arc::new(session, GFP_KERNEL)?)
+            let table = table.clone();
+            Arc::pin_init(
+                pin_init!(Session {
+                    table,
+                    slots,
+                    connections <- new_mutex!(owners),
+                    flags: options.flags,
+                    dead_timeout_jiffies: Atomic::new(options.dead_timeout_jiffies),
+                    waiting_since: Atomic::new(0),
+                }),
+                GFP_KERNEL,
+            )
+        });
+        session.inspect_err(|_| {
+            table.mark_disconnected();
+            for connection in &connections {
+                connection.as_arc_borrow().die(Ending::Polite);
+            }
+            table.wait_gone();
+        })
     }
 
-    /// Starts to receive.
+    fn connect(
+        table: &Arc<Table>,
+        sockets: &[Socket],
+        connections: &mut KVec<Arc<Connection>>,
+    ) -> Result {
+        for (index, socket) in sockets.iter().enumerate() {
+            let index = u16::try_from(index).map_err(|_| EINVAL)?;
+            // There is room, so what was made is never lost.
+            let connection = Connection::new(index, table.clone(), socket.clone())?;
+            connections.push(connection, GFP_KERNEL)?;
+        }
+        Ok(())
+    }
+
+    /// Starts to receive. May sleep.
     pub(crate) fn begin(&self) {
-        for connection in &self.connections {
-            connection.begin();
+        for connection in &*self.connections.lock() {
+            connection.as_arc_borrow().begin();
         }
     }
 
@@ -84,30 +138,60 @@ impl Session {
     /// Sends a disconnect on every connection. May sleep.
     pub(crate) fn say_goodbye(&self) {
         self.table.request_disconnect();
-        for connection in &self.connections {
-            connection.say_goodbye();
+        for connection in &*self.connections.lock() {
+            connection.as_arc_borrow().say_goodbye();
         }
     }
 
     /// Ends all connections; what is in flight fails (`sock_shutdown()`). Returns when nothing of the
     /// session runs any more. May sleep.
     pub(crate) fn end(&self, ending: Ending) {
-        self.shut_down(ending);
-        self.table.wait_gone();
-    }
-
-    /// Declares all connections dead, and the session with them. May sleep.
-    fn shut_down(&self, ending: Ending) {
         if self.table.mark_disconnected() {
             pr_warn!("nbd{}: shutting down sockets\n", self.table.device);
         }
-        for connection in &self.connections {
-            connection.die(ending);
+        for connection in &*self.connections.lock() {
+            connection.as_arc_borrow().die(ending);
         }
+        self.table.wait_gone();
+    }
+
+    /// Puts a socket in the place of a dead connection (`nbd_genl_reconnect_sock_cb()`). Returns
+    /// whether there was one. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` where the socket is in use elsewhere, `ENOMEM`.
+    pub(crate) fn reconnect(&self, disk: &DiskRef, socket: &Socket) -> Result<bool> {
+        let mut connections = self.connections.lock();
+        let dead = connections
+            .iter_mut()
+            .zip(&self.slots)
+            .find(|(c, _)| !c.is_alive());
+        let Some((place, slot)) = dead else {
+            return Ok(false);
+        };
+        // The new one has the old one's number: nothing may be in flight under it.
+        place.wait_reaped();
+        let new = Connection::new(place.index(), self.table.clone(), socket.clone())?;
+        *place = new.clone();
+        // When this returns no dispatch runs that found no connection and might still say so.
+        slot.replace(new.clone());
+        self.table.clear_disconnected();
+        self.waiting_since.store(0, Relaxed);
+        new.as_arc_borrow().begin();
+        drop(connections);
+        disk.run_queues();
+        pr_info!("nbd{}: reconnected socket\n", self.table.device);
+        Ok(true)
+    }
+
+    /// Sets how long requests wait for a dead connection to come back.
+    pub(crate) fn set_dead_timeout_jiffies(&self, jiffies: u64) {
+        self.dead_timeout_jiffies.store(jiffies, Relaxed);
     }
 
     /// `nbd_queue_rq()`: puts a request in flight. May sleep.
-    pub(crate) fn queue_rq(&self, hw_queue: u32, rq: NewRequest, last: bool) -> Queued {
+    pub(crate) fn queue_rq(&self, cx: &Dispatch<'_>, rq: NewRequest, last: bool) -> Queued {
         let extent = rq.extent();
         let Some(command) = command_of(extent.op) else {
             return rq.refuse(Status::IOERR);
@@ -118,9 +202,8 @@ impl Session {
             }
             return rq.refuse(Status::IOERR);
         }
-        let Some(connection) = self.pick(hw_queue) else {
-            self.no_connection_left();
-            return rq.refuse(Status::IOERR);
+        let Some(connection) = self.pick(cx) else {
+            return rq.refuse(self.wait_or_fail(cx));
         };
         let mut wire = proto::Request {
             command,
@@ -136,22 +219,22 @@ impl Session {
             wire.flags |= proto::CMD_FLAG_NO_HOLE;
         }
         let place = Place {
-            hw_queue,
+            hw_queue: cx.hw_queue(),
             tag: rq.tag(),
         };
         let (transmit, other, queued) = rq.start();
-        self.dispatch(connection, place, wire, transmit, other, last);
+        self.dispatch(cx, connection, place, wire, (transmit, other), last);
         queued
     }
 
     /// Hands a request to a connection; to another one where that has just died.
     fn dispatch<'a>(
         &'a self,
-        mut connection: &'a Arc<Connection>,
+        cx: &'a Dispatch<'_>,
+        mut connection: ArcBorrow<'a, Connection>,
         place: Place,
         mut wire: proto::Request,
-        mut transmit: Request,
-        mut other: Request,
+        (mut transmit, mut other): (Request, Request),
         last: bool,
     ) {
         let Some(slot) = self.table.slot(place.hw_queue, place.tag) else {
@@ -176,11 +259,11 @@ impl Session {
                 return;
             };
             other = ours;
-            match self.pick(place.hw_queue) {
+            match self.pick(cx) {
                 Some(next) => connection = next,
                 None => {
-                    self.no_connection_left();
-                    other.decide(Verdict::Complete(Status::IOERR));
+                    // It was started, so it cannot be left to the block layer: once around.
+                    other.decide(Verdict::Requeue);
                     return;
                 }
             }
@@ -188,22 +271,52 @@ impl Session {
     }
 
     /// `nbd_commit_rqs`: what was queued without a `last` is sent. May sleep.
-    pub(crate) fn commit_rqs(&self, hw_queue: u32) {
-        if let Some(connection) = self.connections.get(hw_queue as usize) {
+    pub(crate) fn commit_rqs(&self, cx: &Dispatch<'_>) {
+        if let Some(connection) = self.connection(cx, cx.hw_queue() as usize) {
             connection.kick();
         }
     }
 
+    fn connection<'a>(
+        &self,
+        cx: &'a Dispatch<'_>,
+        index: usize,
+    ) -> Option<ArcBorrow<'a, Connection>> {
+        self.slots.get(index)?.get(cx)
+    }
+
     /// The hardware queue's own connection, or one that lives (`find_fallback()`).
-    fn pick(&self, hw_queue: u32) -> Option<&Arc<Connection>> {
+    fn pick<'a>(&self, cx: &'a Dispatch<'_>) -> Option<ArcBorrow<'a, Connection>> {
         if self.table.is_disconnected() && !self.table.is_disconnect_requested() {
             return None;
         }
-        let own = self.connections.get(hw_queue as usize);
-        if let Some(own) = own.filter(|c| c.is_alive()) {
-            return Some(own);
+        let own = self.connection(cx, cx.hw_queue() as usize);
+        own.filter(|c| c.is_alive()).or_else(|| {
+            (0..self.slots.len())
+                .filter_map(|index| self.connection(cx, index))
+                .find(|c| c.is_alive())
+        })
+    }
+
+    /// No connection lives: a request waits for one to come back, or fails (`wait_for_reconnect()`).
+    /// nbd.c waits in `queue_rq`; here the block layer keeps the request.
+    fn wait_or_fail(&self, cx: &Dispatch<'_>) -> Status {
+        let patience = self.dead_timeout_jiffies.load(Relaxed);
+        if patience == 0 || self.table.is_disconnected() {
+            self.no_connection_left();
+            return Status::IOERR;
         }
-        self.connections.iter().find(|c| c.is_alive())
+        let now = task::jiffies() | 1;
+        let since = match self.waiting_since.cmpxchg(0, now, Full) {
+            Ok(_) => now,
+            Err(since) => since,
+        };
+        if now.wrapping_sub(since) as u64 >= patience {
+            self.no_connection_left();
+            return Status::IOERR;
+        }
+        cx.run_again(LOOK_AGAIN_MS);
+        Status::DEV_RESOURCE
     }
 
     fn no_connection_left(&self) {
@@ -223,41 +336,45 @@ impl Session {
             return;
         };
         let (index, unclaimed) = slot.status();
-        let Some(connection) = self.connections.get(usize::from(index)) else {
+        let connections = self.connections.lock();
+        let count = connections.len();
+        let Some(connection) = connections.get(usize::from(index)).cloned() else {
             return;
         };
+        drop(connections);
         if !unclaimed && connection.progressed_within(rq.timeout_jiffies()) {
             // Its data is coming in, or it is just ending.
             return;
         }
-        if self.connections.len() == 1 && self.table.timeout_jiffies() == 0 {
-            return self.warn_of_stuck(&rq, connection);
+        if count == 1 && self.table.timeout_jiffies() == 0 {
+            return self.warn_of_stuck(&rq, &connection);
         }
         if connection.is_alive() && self.table.log.allow() {
             pr_err!(
                 "nbd{}: connection {} timed out, retrying ({}/{} alive)\n",
                 self.table.device,
                 index,
-                self.table.connections_alive() - 1,
-                self.connections.len()
+                self.table.connections_alive().saturating_sub(1),
+                count
             );
         }
         // Whoever clears the connection away gives this request back too. What the server has not
         // read must not reach it later: the request may have been written again by then.
-        connection.die(Ending::Reset);
+        connection.as_arc_borrow().die(Ending::Reset);
     }
 
     fn warn_of_stuck(&self, rq: &Overdue<'_>, connection: &Connection) {
-        let extent = rq.extent();
-        if self.table.log.allow() {
-            pr_info!(
-                "nbd{}: possible stuck request: {} of {} bytes at {}; the server has sent nothing for {} seconds\n",
-                self.table.device,
-                command_of(extent.op).map_or("request", proto::Command::name),
-                extent.len_bytes,
-                extent.offset_bytes,
-                connection.idle_jiffies() / task::HZ as usize
-            );
+        if !self.table.log.allow() {
+            return;
         }
+        let extent = rq.extent();
+        pr_info!(
+            "nbd{}: possible stuck request: {} of {} bytes at {}; nothing came from the server for {} seconds\n",
+            self.table.device,
+            command_of(extent.op).map_or("request", proto::Command::name),
+            extent.len_bytes,
+            extent.offset_bytes,
+            connection.idle_jiffies() / task::HZ as usize
+        );
     }
 }

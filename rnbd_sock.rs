@@ -13,6 +13,7 @@ use crate::{
         task, wq,
     },
     rnbd_cmd::{Cookie, Refused},
+    rnbd_events,
     rnbd_proto::{self as proto, Command, Reply, ServerError, REPLY_BYTES, REQUEST_BYTES},
     rnbd_ring::Ring,
     rnbd_table::Table,
@@ -23,7 +24,7 @@ use kernel::{
     sync::{
         atomic::{Acquire, Atomic, Full, Relaxed, Release},
         barrier::smp_mb,
-        Arc, ArcBorrow, Mutex, SpinLock,
+        Arc, ArcBorrow, Completion, Mutex, SpinLock,
     },
     time::msecs_to_jiffies,
     workqueue::{DelayedWork, Work, WorkItem},
@@ -132,6 +133,9 @@ pub(crate) struct Connection {
     full: Atomic<bool>,
     /// A disconnect is to be sent.
     say_goodbye: Atomic<bool>,
+    /// Completes when it has been cleared away.
+    #[pin]
+    reaped: Completion,
     #[pin]
     hooked: SpinLock<Option<Hooked<Connection>>>,
     #[pin]
@@ -157,7 +161,7 @@ impl WorkItem<1> for Connection {
     type Pointer = Arc<Connection>;
 
     fn run(this: Arc<Connection>) {
-        this.receive_or_reap();
+        this.as_arc_borrow().receive_or_reap();
     }
 }
 
@@ -166,20 +170,20 @@ impl WorkItem<2> for Connection {
 
     fn run(this: Arc<Connection>) {
         this.full.store(false, Release);
-        this.transmit_backlog();
+        this.as_arc_borrow().transmit_backlog();
     }
 }
 
 impl Events for Connection {
     fn readable(this: ArcBorrow<'_, Self>) {
-        this.queue_receive(this.into());
+        this.queue_receive();
     }
 
     fn writable(this: ArcBorrow<'_, Self>) -> bool {
         if !this.full.load(Relaxed) || !this.socket.has_room() {
             return false;
         }
-        this.queue_transmit(this.into(), 0);
+        this.queue_transmit(0);
         true
     }
 }
@@ -217,6 +221,7 @@ impl Connection {
                 progress: Atomic::new(task::jiffies()),
                 full: Atomic::new(false),
                 say_goodbye: Atomic::new(false),
+                reaped <- Completion::new(),
                 hooked <- new_spinlock!(None),
                 backlog <- new_spinlock!(backlog),
                 transmit <- new_mutex!(transmit),
@@ -233,8 +238,8 @@ impl Connection {
     }
 
     /// Starts to receive: what came in before there was a callback too.
-    pub(crate) fn begin(self: &Arc<Self>) {
-        self.queue_receive(self.clone());
+    pub(crate) fn begin(self: ArcBorrow<'_, Self>) {
+        self.queue_receive();
     }
 
     /// Whether commands can be given to it.
@@ -278,42 +283,49 @@ impl Connection {
             .map_err(|queued| queued.request)
     }
 
+    /// Waits until it has been cleared away. It must have been declared dead. May sleep.
+    pub(crate) fn wait_reaped(&self) {
+        self.reaped.wait_for_completion();
+    }
+
     /// Sends what waits, unless somebody else does or the socket is full. May sleep.
-    pub(crate) fn kick(self: &Arc<Self>) {
+    pub(crate) fn kick(self: ArcBorrow<'_, Self>) {
         if !self.full.load(Acquire) {
             self.transmit_backlog();
         }
     }
 
     /// Sends a disconnect after what is being sent now. May sleep.
-    pub(crate) fn say_goodbye(self: &Arc<Self>) {
+    pub(crate) fn say_goodbye(self: ArcBorrow<'_, Self>) {
         self.say_goodbye.store(true, Release);
         self.kick();
     }
 
     /// Declares the connection dead. What is in flight on it is given back soon after. May sleep.
-    pub(crate) fn die(self: &Arc<Self>, ending: Ending) {
+    pub(crate) fn die(self: ArcBorrow<'_, Self>, ending: Ending) {
         if self.state.cmpxchg(ALIVE, DYING, Full).is_err() {
             return;
         }
         self.socket.end(ending);
-        self.queue_receive(self.clone());
+        self.queue_receive();
     }
 
-    fn queue_receive(&self, this: Arc<Self>) {
+    fn queue_receive(self: ArcBorrow<'_, Self>) {
         // Where it is queued already it will see whatever we have seen.
-        let _ = wq::queue().enqueue::<Arc<Self>, 1>(this);
+        let _ = wq::IO.get().enqueue::<Arc<Self>, 1>(self.into());
     }
 
-    fn queue_transmit(&self, this: Arc<Self>, delay_ms: u32) {
+    fn queue_transmit(self: ArcBorrow<'_, Self>, delay_ms: u32) {
         let delay = msecs_to_jiffies(delay_ms);
-        let _ = wq::queue().enqueue_delayed::<Arc<Self>, 2>(this, delay);
+        let _ = wq::IO
+            .get()
+            .enqueue_delayed::<Arc<Self>, 2>(self.into(), delay);
     }
 
     // Sending.
 
     /// Sends until nothing waits. Whoever has the lock sends for all.
-    fn transmit_backlog(self: &Arc<Self>) {
+    fn transmit_backlog(self: ArcBorrow<'_, Self>) {
         loop {
             let Some(mut transmit) = self.transmit.try_lock() else {
                 return;
@@ -322,7 +334,7 @@ impl Connection {
             drop(transmit);
             match stop {
                 Ok(Stop::Idle) => {}
-                Ok(Stop::Budget) => return self.queue_transmit(self.clone(), 0),
+                Ok(Stop::Budget) => return self.queue_transmit(0),
                 Ok(Stop::Full) => return self.wait_for_room(),
                 Err(e) => return self.send_failed(e),
             }
@@ -340,17 +352,17 @@ impl Connection {
     }
 
     /// The socket has taken less than it was given: has the rest sent when it can be.
-    fn wait_for_room(self: &Arc<Self>) {
+    fn wait_for_room(self: ArcBorrow<'_, Self>) {
         self.full.store(true, Release);
         // Room that became free before this was not announced to us; what comes after it is.
         smp_mb(Full);
         if self.socket.has_room() {
             // Then it wants for memory, which is announced by nobody.
-            self.queue_transmit(self.clone(), NO_MEMORY_DELAY_MS);
+            self.queue_transmit(NO_MEMORY_DELAY_MS);
         }
     }
 
-    fn send_failed(self: &Arc<Self>, error: Error) {
+    fn send_failed(self: ArcBorrow<'_, Self>, error: Error) {
         if !self.table.is_disconnected() && self.is_alive() && self.table.log.allow() {
             pr_err!(
                 "nbd{}: connection {}: send failed ({:?}), closing it\n",
@@ -446,13 +458,13 @@ impl Connection {
 
     /// The work item. Also after the connection was declared dead, so that replies that are already
     /// here count.
-    fn receive_or_reap(self: &Arc<Self>) {
+    fn receive_or_reap(self: ArcBorrow<'_, Self>) {
         if self.state.load(Acquire) == DEAD {
             return;
         }
         let stop = self.receive_all(&mut self.receive.lock());
         match stop {
-            Ok(Stop::Budget) => return self.queue_receive(self.clone()),
+            Ok(Stop::Budget) => return self.queue_receive(),
             Ok(_) => {}
             Err(e) => {
                 self.receive_failed(e);
@@ -599,6 +611,10 @@ impl Connection {
             }
         }
         self.table.reclaim(self.index);
+        if !self.table.is_disconnected() {
+            rnbd_events::link_dead(self.table.device);
+        }
+        self.reaped.complete_all();
         if self.table.connection_gone() == 0 && self.table.is_disconnect_requested() {
             pr_info!("nbd{}: disconnected by user request\n", self.table.device);
         }

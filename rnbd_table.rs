@@ -142,6 +142,14 @@ impl Table {
         self.mark(DISCONNECTED) & DISCONNECTED == 0
     }
 
+    /// A connection has come back, so the session has not ended for want of one.
+    pub(crate) fn clear_disconnected(&self) {
+        let mut old = self.fate.load(Relaxed);
+        while let Err(seen) = self.fate.cmpxchg(old, old & !DISCONNECTED, Full) {
+            old = seen;
+        }
+    }
+
     fn mark(&self, bit: u32) -> u32 {
         let mut old = self.fate.load(Relaxed);
         while let Err(seen) = self.fate.cmpxchg(old, old | bit, Full) {

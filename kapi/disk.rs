@@ -6,14 +6,17 @@
 
 use super::{
     bindings,
-    mq::{Operations, Published, TagSet},
+    mq::{Dispatched, Operations, Published, TagSet},
 };
 use core::{fmt::Write, marker::PhantomData, ptr::NonNull};
 use kernel::{
     error::{from_err_ptr, from_result, to_result},
     ffi, fmt,
     prelude::*,
-    sync::atomic::{Atomic, Relaxed},
+    sync::{
+        atomic::{Atomic, Relaxed},
+        Arc,
+    },
 };
 
 /// What user space can do with a disk. All of it may sleep.
@@ -29,6 +32,9 @@ pub(crate) trait BlockDevice: Operations {
 
     /// The number in the sysfs file `pid`.
     fn pid(&self) -> i32;
+
+    /// Gives `print` what the sysfs file `backend` says.
+    fn backend(&self, print: impl FnOnce(&CStr) -> isize) -> isize;
 }
 
 /// The limits that a disk is made with, besides the defaults of the block layer.
@@ -96,7 +102,7 @@ pub(crate) struct Numbers {
 pub(crate) struct Disk<T: BlockDevice> {
     disk: NonNull<bindings::gendisk>,
     tags: Option<Pin<KBox<TagSet<T>>>>,
-    _data: PhantomData<T>,
+    _data: PhantomData<KBox<T>>,
 }
 
 // SAFETY: A disk may be removed by any task, and `T` is `Send` and `Sync`.
@@ -189,6 +195,17 @@ impl<T: BlockDevice> Disk<T> {
         unsafe { &*(*disk).private_data.cast::<T>() }
     }
 
+    /// # Safety
+    ///
+    /// `dev` must be the device of a disk of this type, and the disk live for `'a`.
+    unsafe fn from_device<'a>(dev: *mut bindings::device) -> &'a T {
+        // SAFETY: The caller promises so (`dev_to_disk()`).
+        unsafe {
+            let bdev = kernel::container_of!(dev, bindings::block_device, bd_device);
+            Self::from_disk((*bdev).bd_disk)
+        }
+    }
+
     /// `block_device_operations.open`
     ///
     /// # Safety
@@ -250,11 +267,8 @@ impl<T: BlockDevice> Disk<T> {
         _attr: *mut bindings::device_attribute,
         buf: *mut ffi::c_char,
     ) -> isize {
-        // SAFETY: The file was made for a disk of ours (`dev_to_disk()`), which sysfs holds.
-        let data = unsafe {
-            let bdev = kernel::container_of!(dev, bindings::block_device, bd_device);
-            Self::from_disk((*bdev).bd_disk)
-        };
+        // SAFETY: The caller promises so.
+        let data = unsafe { Self::from_device(dev) };
         // SAFETY: sysfs gives a page.
         unsafe { bindings::sysfs_emit(buf, c"%d\n".as_char_ptr(), data.pid()) as isize }
     }
@@ -269,25 +283,86 @@ impl<T: BlockDevice> Disk<T> {
         ..pin_init::zeroed()
     };
 
-    const PID_ATTR: bindings::device_attribute = {
-        let mut attr: bindings::device_attribute = pin_init::zeroed();
-        attr.attr.name = kernel::str::as_char_ptr_in_const_context(c"pid");
-        attr.attr.mode = 0o444;
-        attr.__bindgen_anon_1.show = Some(Self::pid_show);
-        attr
-    };
+    /// `device_attribute.show` of the file `backend`
+    ///
+    /// # Safety
+    ///
+    /// As for [`Self::pid_show()`].
+    unsafe extern "C" fn backend_show(
+        dev: *mut bindings::device,
+        _attr: *mut bindings::device_attribute,
+        buf: *mut ffi::c_char,
+    ) -> isize {
+        // SAFETY: The caller promises so.
+        unsafe { Self::from_device(dev) }.backend(|backend| {
+            let format = c"%s\n".as_char_ptr();
+            // SAFETY: sysfs gives a page; the string ends with a zero.
+            unsafe { bindings::sysfs_emit(buf, format, backend.as_char_ptr()) as isize }
+        })
+    }
 
-    /// Makes the sysfs file `pid` of this disk. May sleep.
-    pub(crate) fn add_pid_file(disk: &DiskRef) -> Result {
+    const FILES: [bindings::device_attribute; 2] = [
+        attribute(c"pid", Self::pid_show),
+        attribute(c"backend", Self::backend_show),
+    ];
+
+    /// Makes a sysfs file of this disk. May sleep.
+    pub(crate) fn add_file(disk: &DiskRef, file: File) -> Result {
+        let files: &'static [bindings::device_attribute; 2] = &Self::FILES;
+        let [pid, backend] = files;
+        let attr = match file {
+            File::Pid => pid,
+            File::Backend => backend,
+        };
         // SAFETY: The disk is one of ours and was added; the attribute lives for ever.
-        to_result(unsafe { bindings::device_create_file(disk.device(), &Self::PID_ATTR) })
+        to_result(unsafe { bindings::device_create_file(disk.device(), attr) })
     }
 
-    /// Removes the sysfs file `pid` again. Waits for its readers.
-    pub(crate) fn remove_pid_file(disk: &DiskRef) {
+    /// Removes a sysfs file again. Waits for its readers.
+    pub(crate) fn remove_file(disk: &DiskRef, file: File) {
+        let files: &'static [bindings::device_attribute; 2] = &Self::FILES;
+        let [pid, backend] = files;
+        let attr = match file {
+            File::Pid => pid,
+            File::Backend => backend,
+        };
         // SAFETY: As above.
-        unsafe { bindings::device_remove_file(disk.device(), &Self::PID_ATTR) };
+        unsafe { bindings::device_remove_file(disk.device(), attr) };
     }
+}
+
+impl<T: BlockDevice> core::ops::Deref for Disk<T> {
+    type Target = T;
+
+    /// The driver's part of the disk.
+    fn deref(&self) -> &T {
+        // SAFETY: By the type invariant `private_data` is a `T`, which lives until the last reference
+        // to the disk goes, and `self` holds one.
+        unsafe { Self::from_disk(self.disk.as_ptr()) }
+    }
+}
+
+/// A sysfs file of a disk.
+#[derive(Clone, Copy)]
+pub(crate) enum File {
+    /// [`BlockDevice::pid()`]
+    Pid,
+    /// [`BlockDevice::backend()`]
+    Backend,
+}
+
+type Show = unsafe extern "C" fn(
+    *mut bindings::device,
+    *mut bindings::device_attribute,
+    *mut ffi::c_char,
+) -> isize;
+
+const fn attribute(name: &'static CStr, show: Show) -> bindings::device_attribute {
+    let mut attr: bindings::device_attribute = pin_init::zeroed();
+    attr.attr.name = kernel::str::as_char_ptr_in_const_context(name);
+    attr.attr.mode = 0o444;
+    attr.__bindgen_anon_1.show = Some(show);
+    attr
 }
 
 impl<T: BlockDevice> Drop for Disk<T> {
@@ -360,6 +435,17 @@ impl DiskRef {
     /// Something that this disk's queue operations can read.
     pub(crate) fn published<T>(&self) -> Published<T> {
         Published::new(self.queue())
+    }
+
+    /// Something that this disk's dispatches can read.
+    pub(crate) fn dispatched<T>(&self, value: Arc<T>) -> Dispatched<T> {
+        Dispatched::new(self.queue(), value)
+    }
+
+    /// Has all hardware queues run, by and by.
+    pub(crate) fn run_queues(&self) {
+        // SAFETY: By the type invariant the disk is valid.
+        unsafe { bindings::blk_mq_run_hw_queues(self.queue(), true) };
     }
 
     /// How many have the disk or one of its partitions open (`disk_openers()`).

@@ -7,6 +7,7 @@
 
 mod bindings;
 pub(crate) mod disk;
+pub(crate) mod genl;
 pub(crate) mod mq;
 pub(crate) mod sock;
 pub(crate) mod task;

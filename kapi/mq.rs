@@ -13,7 +13,7 @@ use kernel::{
     prelude::*,
     sync::{
         atomic::{Acquire, Atomic, Full, Relaxed, Release},
-        Arc,
+        Arc, ArcBorrow,
     },
     types::Opaque,
 };
@@ -32,6 +32,9 @@ impl Status {
     pub(crate) const TARGET: Status = Status(bindings::BLK_STS_TARGET);
     /// `EIO`.
     pub(crate) const IOERR: Status = Status(bindings::BLK_STS_IOERR);
+    /// Not an end: the block layer keeps the request until the queue runs again, which the driver
+    /// sees to ([`Dispatch::run_again()`]).
+    pub(crate) const DEV_RESOURCE: Status = Status(bindings::BLK_STS_DEV_RESOURCE);
 }
 
 /// What a request asks for (`enum req_op`, as far as a disk without zones gets it).
@@ -407,9 +410,49 @@ impl Payload {
 
 /// Proof of being inside an operation that the block layer called: its queue cannot be quiesced and
 /// frozen before it is over.
-pub(crate) struct InQueue<'a> {
+pub(crate) trait InQueue {
+    /// The queue.
+    #[doc(hidden)]
+    fn queue(&self) -> *mut bindings::request_queue;
+}
+
+/// Proof of being inside `queue_rq` or `commit_rqs`: the queue cannot be quiesced before it is over.
+pub(crate) struct Dispatch<'a> {
+    hctx: *mut bindings::blk_mq_hw_ctx,
+    _call: PhantomData<&'a ()>,
+}
+
+impl InQueue for Dispatch<'_> {
+    fn queue(&self) -> *mut bindings::request_queue {
+        // SAFETY: The hardware context is valid during the call.
+        unsafe { (*self.hctx).queue }
+    }
+}
+
+impl Dispatch<'_> {
+    /// Which hardware queue it is.
+    pub(crate) fn hw_queue(&self) -> u32 {
+        // SAFETY: The hardware context is valid during the call.
+        unsafe { (*self.hctx).queue_num }
+    }
+
+    /// Has the hardware queue run again after `delay_ms`.
+    pub(crate) fn run_again(&self, delay_ms: u32) {
+        // SAFETY: The hardware context is valid during the call.
+        unsafe { bindings::blk_mq_delay_run_hw_queue(self.hctx, delay_ms as usize) };
+    }
+}
+
+/// Proof of being inside `timeout`: the queue cannot be frozen before it is over.
+pub(crate) struct Expiry<'a> {
     queue: *mut bindings::request_queue,
     _call: PhantomData<&'a ()>,
+}
+
+impl InQueue for Expiry<'_> {
+    fn queue(&self) -> *mut bindings::request_queue {
+        self.queue
+    }
 }
 
 /// A request whose time is up. The block layer holds a reference, so its tag is not given away, but
@@ -449,13 +492,13 @@ impl Overdue<'_> {
 /// A driver's blk-mq operations. They may sleep (`BLK_MQ_F_BLOCKING`).
 pub(crate) trait Operations: Sized + Send + Sync + 'static {
     /// A request to start. `last`: no other follows at once, or `commit_rqs` is called.
-    fn queue_rq(&self, cx: &InQueue<'_>, hw_queue: u32, rq: NewRequest, last: bool) -> Queued;
+    fn queue_rq(&self, cx: &Dispatch<'_>, rq: NewRequest, last: bool) -> Queued;
 
     /// No other request follows at once, although the one before was not marked `last`.
-    fn commit_rqs(&self, cx: &InQueue<'_>, hw_queue: u32);
+    fn commit_rqs(&self, cx: &Dispatch<'_>);
 
     /// A request's time is up. It may have ended meanwhile. Its timer starts anew.
-    fn timeout(&self, cx: &InQueue<'_>, rq: Overdue<'_>);
+    fn timeout(&self, cx: &Expiry<'_>, rq: Overdue<'_>);
 }
 
 /// The C side of [`Operations`]. All queues that use it have a `*const T` as `queuedata` that is valid
@@ -466,16 +509,13 @@ impl<T: Operations> VTable<T> {
     /// # Safety
     ///
     /// `hctx` must be a hardware context of a queue of [`super::disk::Disk<T>`].
-    unsafe fn driver<'a>(hctx: *mut bindings::blk_mq_hw_ctx) -> (&'a T, InQueue<'a>, u32) {
+    unsafe fn driver<'a>(hctx: *mut bindings::blk_mq_hw_ctx) -> (&'a T, Dispatch<'a>) {
+        let cx = Dispatch {
+            hctx,
+            _call: PhantomData,
+        };
         // SAFETY: The caller promises that `queuedata` is a `*const T`.
-        unsafe {
-            let queue = (*hctx).queue;
-            let cx = InQueue {
-                queue,
-                _call: PhantomData,
-            };
-            (&*(*queue).queuedata.cast::<T>(), cx, (*hctx).queue_num)
-        }
+        (unsafe { &*(*cx.queue()).queuedata.cast::<T>() }, cx)
     }
 
     /// `blk_mq_ops.queue_rq`
@@ -488,11 +528,11 @@ impl<T: Operations> VTable<T> {
         bd: *const bindings::blk_mq_queue_data,
     ) -> bindings::blk_status_t {
         // SAFETY: blk-mq passes a hardware context of our queue, and a request for it.
-        let (driver, cx, hw_queue) = unsafe { Self::driver(hctx) };
+        let (driver, cx) = unsafe { Self::driver(hctx) };
         // SAFETY: As above.
         let (rq, last) = unsafe { (NonNull::new_unchecked((*bd).rq), (*bd).last) };
         // INVARIANT: The request was passed to us and was not started.
-        let Queued(status) = driver.queue_rq(&cx, hw_queue, NewRequest { rq }, last);
+        let Queued(status) = driver.queue_rq(&cx, NewRequest { rq }, last);
         status.0
     }
 
@@ -503,8 +543,8 @@ impl<T: Operations> VTable<T> {
     /// `hctx` as for [`Self::driver()`].
     unsafe extern "C" fn commit_rqs(hctx: *mut bindings::blk_mq_hw_ctx) {
         // SAFETY: blk-mq passes a hardware context of our queue.
-        let (driver, cx, hw_queue) = unsafe { Self::driver(hctx) };
-        driver.commit_rqs(&cx, hw_queue);
+        let (driver, cx) = unsafe { Self::driver(hctx) };
+        driver.commit_rqs(&cx);
     }
 
     /// `blk_mq_ops.timeout`
@@ -519,7 +559,7 @@ impl<T: Operations> VTable<T> {
             let driver = &*(*queue).queuedata.cast::<T>();
             (driver, queue, NonNull::new_unchecked(rq))
         };
-        let cx = InQueue {
+        let cx = Expiry {
             queue,
             _call: PhantomData,
         };
@@ -643,8 +683,8 @@ impl<T> Published<T> {
     }
 
     /// What is published, for as long as the operation runs.
-    pub(crate) fn get<'a>(&self, cx: &'a InQueue<'_>) -> Option<&'a T> {
-        if cx.queue != self.queue {
+    pub(crate) fn get<'a>(&self, cx: &'a impl InQueue) -> Option<&'a T> {
+        if cx.queue() != self.queue {
             return None;
         }
         let ptr = self.ptr.load(Acquire);
@@ -687,5 +727,64 @@ impl<T> Drop for Published<T> {
             // nobody looks at it.
             drop(unsafe { Arc::from_raw(old) });
         }
+    }
+}
+
+/// An `Arc` that `queue_rq` and `commit_rqs` of one queue read without a lock or a count. Unlike
+/// [`Published`] it can be replaced while requests are in flight.
+///
+/// # Invariants
+///
+/// `ptr` came from `Arc::into_raw()`.
+pub(crate) struct Dispatched<T> {
+    queue: *mut bindings::request_queue,
+    ptr: Atomic<*const T>,
+    _owns: PhantomData<Arc<T>>,
+}
+
+// SAFETY: It is an `Arc` that can be replaced; `queue` is only compared.
+unsafe impl<T: Send + Sync> Send for Dispatched<T> {}
+// SAFETY: As above.
+unsafe impl<T: Send + Sync> Sync for Dispatched<T> {}
+
+impl<T> Dispatched<T> {
+    /// For `queue_rq` and `commit_rqs` of `queue`.
+    pub(super) fn new(queue: *mut bindings::request_queue, value: Arc<T>) -> Self {
+        Dispatched {
+            queue,
+            ptr: Atomic::new(Arc::into_raw(value)),
+            _owns: PhantomData,
+        }
+    }
+
+    /// What it is, for as long as the operation runs.
+    pub(crate) fn get<'a>(&self, cx: &'a Dispatch<'_>) -> Option<ArcBorrow<'a, T>> {
+        if cx.queue() != self.queue {
+            return None;
+        }
+        // SAFETY: By the type invariant it is a live `Arc`'s. It is let go of only after this queue
+        // was quiesced since it was replaced, which cannot be while a dispatch runs that saw it.
+        Some(unsafe { ArcBorrow::from_raw(self.ptr.load(Acquire)) })
+    }
+
+    /// Replaces it. Waits until no dispatch looks at what it was. May sleep.
+    pub(crate) fn replace(&self, value: Arc<T>) {
+        let old = self.ptr.xchg(Arc::into_raw(value), Full);
+        // SAFETY: This lives in what the disk's queue refers to, so the queue is valid. Afterwards no
+        // dispatch runs that began before the exchange, so `old`, which came from `Arc::into_raw()`,
+        // is ours alone.
+        drop(unsafe {
+            bindings::blk_mq_quiesce_queue(self.queue);
+            bindings::blk_mq_unquiesce_queue(self.queue);
+            Arc::from_raw(old)
+        });
+    }
+}
+
+impl<T> Drop for Dispatched<T> {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant it came from `Arc::into_raw()`, and with exclusive access
+        // nobody looks at it.
+        drop(unsafe { Arc::from_raw(self.ptr.load(Relaxed)) });
     }
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The current task, and time.
+//! The current task, the module's own references, and time.
 
 use super::bindings;
 use kernel::prelude::*;
@@ -34,3 +34,23 @@ pub(crate) fn jiffies() -> usize {
 
 /// How many jiffies a second has.
 pub(crate) const HZ: u32 = bindings::HZ;
+
+/// Keeps the module loaded.
+pub(crate) struct ModuleRef(());
+
+impl ModuleRef {
+    /// Takes a reference, unless the module is about to go (`try_module_get(THIS_MODULE)`).
+    pub(crate) fn get() -> Option<Self> {
+        // SAFETY: The module exists while its code runs.
+        let got =
+            unsafe { bindings::try_module_get((&raw const bindings::__this_module).cast_mut()) };
+        got.then_some(ModuleRef(()))
+    }
+}
+
+impl Drop for ModuleRef {
+    fn drop(&mut self) {
+        // SAFETY: `get()` took the reference.
+        unsafe { bindings::module_put((&raw const bindings::__this_module).cast_mut()) };
+    }
+}

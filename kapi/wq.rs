@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The module's workqueue. Mirrors `kernel::workqueue`, which (7.3) offers only the system's queues,
-//! none of which may be relied on to write out dirty memory.
+//! The module's workqueues. Mirrors `kernel::workqueue`, which (7.3) offers only the system's queues,
+//! none of which may be relied on to write out dirty memory, or can be waited for when a module goes.
 
 use super::bindings;
 use kernel::{
@@ -9,41 +9,64 @@ use kernel::{
     workqueue::Queue,
 };
 
-static QUEUE: Atomic<*mut bindings::workqueue_struct> = Atomic::new(core::ptr::null_mut());
+/// A workqueue of the module.
+///
+/// # Invariants
+///
+/// The pointer is null, or a workqueue that lives until the [`Running`] guard goes.
+pub(crate) struct ModuleQueue(Atomic<*mut bindings::workqueue_struct>);
 
-/// Keeps the module's workqueue. The module drops it last: when nothing is left that could queue work.
-pub(crate) struct ModuleQueue(());
+/// For sending, receiving and clearing away connections: gets on without memory.
+pub(crate) static IO: ModuleQueue = ModuleQueue(Atomic::new(core::ptr::null_mut()));
+
+/// For work that may wait for anything, such as removing a disk.
+pub(crate) static SLOW: ModuleQueue = ModuleQueue(Atomic::new(core::ptr::null_mut()));
+
+/// What a workqueue must be able to do.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// Write out dirty memory: it has a rescuer.
+    Reclaim,
+    /// Nothing special.
+    Plain,
+}
 
 impl ModuleQueue {
-    /// Makes the workqueue, with a rescuer so that it gets on without memory. May sleep.
-    pub(crate) fn new(name: &'static CStr) -> Result<Self> {
-        let flags = bindings::wq_flags_WQ_MEM_RECLAIM
-            | bindings::wq_flags_WQ_HIGHPRI
-            | bindings::wq_flags_WQ_UNBOUND;
+    /// Makes the workqueue. The module drops the guard when nothing is left that could queue work on
+    /// it. May sleep.
+    pub(crate) fn start(&'static self, name: &'static CStr, kind: Kind) -> Result<Running> {
+        let mut flags = bindings::wq_flags_WQ_UNBOUND;
+        if kind == Kind::Reclaim {
+            flags |= bindings::wq_flags_WQ_MEM_RECLAIM | bindings::wq_flags_WQ_HIGHPRI;
+        }
         // SAFETY: The name has no format in it; 0 asks for the default number of workers.
         let queue = unsafe { bindings::alloc_workqueue_noprof(name.as_char_ptr(), flags, 0) };
         if queue.is_null() {
             return Err(ENOMEM);
         }
-        QUEUE.xchg(queue, Full);
-        Ok(ModuleQueue(()))
+        self.0.xchg(queue, Full);
+        Ok(Running(self))
+    }
+
+    /// The workqueue; the system's while it is not there.
+    pub(crate) fn get(&'static self) -> &'static Queue {
+        let queue = self.0.load(Acquire);
+        if queue.is_null() {
+            return kernel::workqueue::system();
+        }
+        // SAFETY: By the type invariant it lives until the guard goes, which the module keeps for as
+        // long as anything of it can call this.
+        unsafe { Queue::from_raw(queue) }
     }
 }
 
-impl Drop for ModuleQueue {
+/// Keeps a workqueue of the module.
+pub(crate) struct Running(&'static ModuleQueue);
+
+impl Drop for Running {
     fn drop(&mut self) {
-        let queue = QUEUE.xchg(core::ptr::null_mut(), Full);
-        // SAFETY: `new()` made it. This waits until all work in it is over.
+        let queue = self.0 .0.xchg(core::ptr::null_mut(), Full);
+        // SAFETY: `start()` made it. This waits until all work in it is over.
         unsafe { bindings::destroy_workqueue(queue) };
     }
-}
-
-/// The module's workqueue; the system's while there is none.
-pub(crate) fn queue() -> &'static Queue {
-    let queue = QUEUE.load(Acquire);
-    if queue.is_null() {
-        return kernel::workqueue::system();
-    }
-    // SAFETY: It lives until the module goes, and whoever calls this is gone before that.
-    unsafe { Queue::from_raw(queue) }
 }

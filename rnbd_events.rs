@@ -1,0 +1,17 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What user space is told without asking: netlink multicasts of the family "nbd".
+
+use crate::kapi::genl;
+use kernel::prelude::*;
+
+/// `NBD_CMD_LINK_DEAD`
+const CMD_LINK_DEAD: u8 = 4;
+/// `NBD_ATTR_INDEX`
+pub(crate) const ATTR_INDEX: u16 = 1;
+
+/// A connection of a device has died, and the user did not ask for it (`nbd_mcast_index()`). May sleep.
+pub(crate) fn link_dead(device: u32) {
+    if let Err(e) = genl::multicast(CMD_LINK_DEAD, ATTR_INDEX, &device.to_ne_bytes()) {
+        pr_warn!("nbd{device}: cannot tell that a link is dead ({e:?})\n");
+    }
+}

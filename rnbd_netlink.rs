@@ -1,0 +1,238 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Front end 2: the generic netlink family "nbd" (`include/uapi/linux/nbd-netlink.h`).
+
+use crate::{
+    kapi::genl::{self, Attr, Commands, Info, Policy},
+    rnbd_config::Request,
+    rnbd_dev::Device,
+    rnbd_events::ATTR_INDEX,
+    rnbd_registry::{Devices, Registry},
+};
+use kernel::{prelude::*, sync::Arc};
+
+const CMD_CONNECT: u8 = 1;
+const CMD_DISCONNECT: u8 = 2;
+const CMD_RECONFIGURE: u8 = 3;
+const CMD_STATUS: u8 = 5;
+
+const ATTR_SIZE_BYTES: u16 = 2;
+const ATTR_BLOCK_SIZE_BYTES: u16 = 3;
+const ATTR_TIMEOUT: u16 = 4;
+const ATTR_SERVER_FLAGS: u16 = 5;
+const ATTR_CLIENT_FLAGS: u16 = 6;
+const ATTR_SOCKETS: u16 = 7;
+const ATTR_DEAD_CONN_TIMEOUT: u16 = 8;
+const ATTR_DEVICE_LIST: u16 = 9;
+const ATTR_BACKEND_IDENTIFIER: u16 = 10;
+
+const SOCK_ITEM: u16 = 1;
+const SOCK_FD: u16 = 1;
+const DEVICE_ITEM: u16 = 1;
+const DEVICE_INDEX: u16 = 1;
+const DEVICE_CONNECTED: u16 = 2;
+
+/// See the module's documentation.
+pub(crate) struct Netlink {
+    pub(crate) registry: Arc<Registry>,
+}
+
+impl Commands for Netlink {
+    const NAME: &'static CStr = c"nbd";
+    const VERSION: u32 = 1;
+    const GROUP: &'static CStr = c"nbd_mc_group";
+    /// `nbd_attr_policy`
+    const POLICY: &'static [Policy] = &[
+        Policy::ANY,
+        Policy::U32,
+        Policy::U64,
+        Policy::U64,
+        Policy::U64,
+        Policy::U64,
+        Policy::U64,
+        Policy::NESTED,
+        Policy::U64,
+        Policy::NESTED,
+        Policy::STRING,
+    ];
+    const COMMANDS: &'static [u8] = &[CMD_CONNECT, CMD_DISCONNECT, CMD_RECONFIGURE, CMD_STATUS];
+
+    fn run(&self, command: u8, info: &Info<'_>) -> Result {
+        match command {
+            CMD_CONNECT => self.connect(info),
+            CMD_DISCONNECT => self.disconnect(info),
+            CMD_RECONFIGURE => self.reconfigure(info),
+            CMD_STATUS => self.status(info),
+            _ => Err(EOPNOTSUPP),
+        }
+    }
+}
+
+impl Netlink {
+    /// `nbd_genl_connect()`
+    fn connect(&self, info: &Info<'_>) -> Result {
+        administrator(info)?;
+        let wanted = info.attr(ATTR_INDEX).and_then(|a| a.u32());
+        if wanted.is_some_and(|index| index >= self.registry.limit()) {
+            info.complain(Some(ATTR_INDEX), c"no device can have such an index");
+            return Err(EINVAL);
+        }
+        info.require(ATTR_SOCKETS, c"at least one socket is needed")?;
+        info.require(ATTR_SIZE_BYTES, c"a size in bytes is needed")?;
+        let request = request(info)?;
+        let index = self.registry.with(|devices| {
+            let index = match wanted {
+                Some(index) => index,
+                None => first_unused(devices),
+            };
+            self.find_or_add(info, devices, index, request.sockets.len() as u32)?;
+            let device = devices.get(&index).ok_or(ENODEV)?;
+            device.connect(&request).inspect_err(|e| {
+                if *e == EBUSY {
+                    info.complain(Some(ATTR_INDEX), c"the device or a socket is in use");
+                }
+            })?;
+            Ok::<u32, Error>(index)
+        })?;
+        // As nbd.c: the device is connected even where the answer is lost.
+        let _ = info.reply(CMD_CONNECT, ATTR_INDEX, &index.to_ne_bytes());
+        Ok(())
+    }
+
+    fn find_or_add(
+        &self,
+        info: &Info<'_>,
+        devices: &mut Devices,
+        index: u32,
+        sockets: u32,
+    ) -> Result {
+        if let Some(device) = devices.get(&index) {
+            if device.is_going() {
+                info.complain(Some(ATTR_INDEX), c"the device is being removed");
+                return Err(EINVAL);
+            }
+            return Ok(());
+        }
+        if index >= self.registry.limit() {
+            info.complain(None, c"no index is left");
+            return Err(ENOSPC);
+        }
+        self.registry.add(devices, index, Some(sockets.max(1)))
+    }
+
+    /// `nbd_genl_disconnect()`
+    fn disconnect(&self, info: &Info<'_>) -> Result {
+        administrator(info)?;
+        self.with_device(info, |device| {
+            if device.is_configured() {
+                device.disconnect_and_put();
+            }
+            Ok(())
+        })
+    }
+
+    /// `nbd_genl_reconfigure()`
+    fn reconfigure(&self, info: &Info<'_>) -> Result {
+        administrator(info)?;
+        let request = request(info)?;
+        self.with_device(info, |device| device.reconfigure(&request))
+    }
+
+    fn with_device(&self, info: &Info<'_>, f: impl FnOnce(&Device) -> Result) -> Result {
+        let index = info.require(ATTR_INDEX, c"the index of a device is needed")?;
+        let index = index.u32().ok_or(EINVAL)?;
+        self.registry.with(|devices| {
+            let Some(device) = devices.get(&index) else {
+                info.complain(Some(ATTR_INDEX), c"there is no such device");
+                return Err(EINVAL);
+            };
+            f(device)
+        })
+    }
+
+    /// `nbd_genl_status()`
+    fn status(&self, info: &Info<'_>) -> Result {
+        let wanted = info.attr(ATTR_INDEX).and_then(|a| a.u32());
+        // What nbd.c takes for all of them.
+        let wanted = wanted.filter(|index| *index != u32::MAX);
+        let mut list = KVec::new();
+        self.registry.with(|devices| {
+            for (index, device) in devices.iter() {
+                if wanted.is_none_or(|wanted| wanted == *index) {
+                    put_status(&mut list, *index, device)?;
+                }
+            }
+            Ok::<(), Error>(())
+        })?;
+        info.reply(CMD_STATUS, ATTR_DEVICE_LIST, &list)
+    }
+}
+
+fn administrator(info: &Info<'_>) -> Result {
+    if !info.may_administer() {
+        return Err(EPERM);
+    }
+    Ok(())
+}
+
+/// The lowest index that is free, or whose device nobody uses.
+fn first_unused(devices: &Devices) -> u32 {
+    let unused = devices.iter().find(|(_, device)| device.is_unused());
+    if let Some((index, _)) = unused {
+        return *index;
+    }
+    let mut free = 0;
+    for index in devices.keys() {
+        if *index != free {
+            break;
+        }
+        free += 1;
+    }
+    free
+}
+
+fn put_status(list: &mut KVec<u8>, index: u32, device: &Device) -> Result {
+    let mut item = KVec::new();
+    genl::put(&mut item, DEVICE_INDEX, &index.to_ne_bytes())?;
+    let connected = u8::from(device.is_configured());
+    genl::put(&mut item, DEVICE_CONNECTED, &[connected])?;
+    genl::put(list, DEVICE_ITEM, &item)
+}
+
+/// What a message asks for.
+fn request<'a>(info: &Info<'a>) -> Result<Request<'a>> {
+    let number = |kind| info.attr(kind).and_then(|a: Attr<'a>| a.u64());
+    Ok(Request {
+        size_bytes: number(ATTR_SIZE_BYTES),
+        block_bytes: number(ATTR_BLOCK_SIZE_BYTES),
+        timeout_seconds: number(ATTR_TIMEOUT),
+        dead_timeout_seconds: number(ATTR_DEAD_CONN_TIMEOUT),
+        server_flags: number(ATTR_SERVER_FLAGS),
+        client_flags: number(ATTR_CLIENT_FLAGS),
+        sockets: sockets(info)?,
+        backend: info.attr(ATTR_BACKEND_IDENTIFIER).map(|a| a.string()),
+    })
+}
+
+/// The file descriptors of the sockets (`nbd_genl_foreach_sock()`).
+fn sockets(info: &Info<'_>) -> Result<KVec<u32>> {
+    let mut fds = KVec::new();
+    let Some(list) = info.attr(ATTR_SOCKETS) else {
+        return Ok(fds);
+    };
+    for (kind, item) in list.nested() {
+        if kind != SOCK_ITEM {
+            info.complain(Some(ATTR_SOCKETS), c"sockets must be in a SOCK_ITEM");
+            return Err(EINVAL);
+        }
+        for (kind, value) in item {
+            if kind == SOCK_FD {
+                let Some(fd) = value.u32() else {
+                    info.complain(Some(ATTR_SOCKETS), c"a socket's number must have 32 bits");
+                    return Err(EINVAL);
+                };
+                fds.push(fd, GFP_KERNEL)?;
+            }
+        }
+    }
+    Ok(fds)
+}
