@@ -89,17 +89,18 @@ impl kernel::Module for Rnbd {
 
 /// How the devices look that the parameters ask for.
 fn layout() -> Result<Layout> {
-    let max_part = module_parameters::max_part.value();
+    let max_part = MAX_PART.get();
     if max_part < 0 {
         pr_err!("max_part must be >= 0\n");
         return Err(EINVAL);
     }
     // fls()
     let part_shift = i32::BITS - max_part.leading_zeros();
+    MAX_PART.set(((1u64 << part_shift) - 1) as i32);
     if 1u64 << part_shift > DISK_MAX_PARTS {
         return Err(EINVAL);
     }
-    let connections = module_parameters::pre_defined_connections.value();
+    let connections = PRE_DEFINED_CONNECTIONS.get();
     if connections < 1 {
         pr_err!("pre_defined_connections must be >= 1\n");
         return Err(EINVAL);
@@ -111,11 +112,21 @@ fn layout() -> Result<Layout> {
 }
 
 fn device_count(layout: Layout) -> Result<u32> {
-    let count = module_parameters::nbds_max.value() as u32;
+    let count = NBDS_MAX.get() as u32;
     if count > Registry::index_limit(layout) {
         return Err(EINVAL);
     }
     Ok(count)
+}
+
+kapi::module_parameter! {
+    /// How many devices there are from the start.
+    NBDS_MAX = nbds_max: 16, "number of network block devices to initialize (default: 16)";
+    /// How many partitions a device can have. What is read is what it was rounded up to.
+    MAX_PART = max_part: 16, "number of partitions per device (default: 16)";
+    /// How many hardware queues a device is made with.
+    PRE_DEFINED_CONNECTIONS = pre_defined_connections: 1,
+        "number of connections for devices pre-created at module load (default: 1)";
 }
 
 module! {
@@ -125,18 +136,4 @@ module! {
     description: "Network Block Device",
     license: "GPL",
     alias: ["net-pf-16-proto-16-family-nbd"],
-    params: {
-        nbds_max: i32 {
-            default: 16,
-            description: "number of network block devices to initialize (default: 16)",
-        },
-        max_part: i32 {
-            default: 16,
-            description: "number of partitions per device (default: 16)",
-        },
-        pre_defined_connections: i32 {
-            default: 1,
-            description: "number of connections for devices pre-created at module load (default: 1)",
-        },
-    },
 }

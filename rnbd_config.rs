@@ -99,6 +99,15 @@ impl Config {
         self.disconnect_requested || self.session.as_ref().is_some_and(ended)
     }
 
+    /// Ends the session, or the connections of sockets that none has taken over (`sock_shutdown()`).
+    /// May sleep.
+    pub(crate) fn end(&self) {
+        match &self.session {
+            Some(session) => session.end(Ending::Polite),
+            None => self.sockets.iter().for_each(|s| s.end(Ending::Polite)),
+        }
+    }
+
     /// Whether it was set up by netlink.
     pub(crate) fn is_bound(&self) -> bool {
         self.bound
@@ -237,9 +246,7 @@ impl Device {
     /// Ends the session at once, and forgets the sockets (`nbd_clear_sock_ioctl()`). May sleep.
     pub(crate) fn clear_sockets(&self) -> Result {
         let put = self.with_config(|config| {
-            if let Some(session) = &config.session {
-                session.end(Ending::Polite);
-            }
+            config.end();
             config.sockets = KVec::new();
             config.setup_by = None;
             Ok(core::mem::take(&mut config.held_by_netlink))
@@ -366,9 +373,7 @@ impl Device {
             return;
         }
         let put = self.with_config(|config| {
-            if let Some(session) = &config.session {
-                session.end(Ending::Polite);
-            }
+            config.end();
             config.setup_by = None;
             config.bound = false;
             Ok(core::mem::take(&mut config.held_by_netlink))

@@ -8,7 +8,6 @@ use crate::{
         mq::{
             Dispatch, Expiry, NewRequest, Operations, Overdue, Published, Queued, Status, TagSet,
         },
-        sock::Ending,
         task,
     },
     rnbd_config::Config,
@@ -237,8 +236,8 @@ impl Device {
 
     /// Undoes what was set up. The lock is held.
     fn tear_down(&self, config: &Config) {
-        if let Some(session) = &config.session {
-            session.end(Ending::Polite);
+        config.end();
+        if config.session.is_some() {
             // Nothing is in flight any more, and what comes in is refused.
             let gone = self.session.retract(&self.disk.freeze());
             drop(gone);

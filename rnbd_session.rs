@@ -10,7 +10,7 @@ use crate::{
         task,
     },
     rnbd_proto::{self as proto, flags},
-    rnbd_sock::{command_of, Connection},
+    rnbd_sock::{command_of, Connection, Described},
     rnbd_table::Table,
 };
 use kernel::{
@@ -367,13 +367,10 @@ impl Session {
         if !self.table.log.allow() {
             return;
         }
-        let extent = rq.extent();
         pr_info!(
-            "nbd{}: possible stuck request: {} of {} bytes at {}; nothing came from the server for {} seconds\n",
+            "nbd{}: possible stuck request: {}; nothing came from the server for {} seconds\n",
             self.table.device,
-            command_of(extent.op).map_or("request", proto::Command::name),
-            extent.len_bytes,
-            extent.offset_bytes,
+            Described(&rq.extent()),
             connection.idle_jiffies() / task::HZ as usize
         );
     }

@@ -8,7 +8,7 @@
 
 use crate::{
     kapi::{
-        mq::{Op, Payload, Request, Status, Verdict},
+        mq::{Extent, Op, Payload, Request, Status, Verdict},
         sock::{Ending, Events, Hooked, IoPage, Iov, Pieces, Socket},
         task, wq,
     },
@@ -477,7 +477,9 @@ impl Connection {
     }
 
     fn receive_failed(&self, error: Error) {
-        if self.table.is_disconnected() || !self.is_alive() || !self.table.log.allow() {
+        // What breaks the protocol was said where it was found.
+        let said = error == EPROTO || self.table.is_disconnected() || !self.is_alive();
+        if said || !self.table.log.allow() {
             return;
         }
         let (device, index) = (self.table.device, self.index);
@@ -575,18 +577,36 @@ impl Connection {
         if !self.table.log.allow() {
             return;
         }
-        let extent = request.extent();
         pr_err!(
-            "nbd{}: server returned error {} for {} of {} bytes at {}\n",
+            "nbd{}: server returned error {error} for {}\n",
             self.table.device,
-            error,
-            command_of(extent.op).map_or("request", Command::name),
-            extent.len_bytes,
-            extent.offset_bytes
+            Described(&request.extent())
         );
     }
 
     // Death.
+
+    /// Gives back what was not sent, or not wholly. A reply does not help it: a server that has
+    /// answered a write that it has not read has not written it.
+    fn give_back_unsent(&self) {
+        let verdict = self.table.verdict_of_lost();
+        let mut transmit = self.transmit.lock();
+        while let Some(message) = transmit.staged.pop_front() {
+            if let Some(payload) = message.payload {
+                payload.decide(verdict);
+            }
+        }
+        // Nothing comes after this.
+        self.backlog.lock().closed = true;
+        loop {
+            // Letting go may end the request, which is not for under a spin lock.
+            let queued = self.backlog.lock().queue.pop_front();
+            match queued {
+                Some(queued) => queued.request.decide(verdict),
+                None => return,
+            }
+        }
+    }
 
     /// Clears the connection away: stops the callbacks, and gives back all that it holds. Runs once.
     fn reap(&self) {
@@ -596,20 +616,7 @@ impl Connection {
         if let Some(payload) = receiving {
             payload.decide(self.table.verdict_of_lost());
         }
-        self.backlog.lock().closed = true;
-        {
-            let mut transmit = self.transmit.lock();
-            while let Some(message) = transmit.staged.pop_front() {
-                drop(message);
-            }
-            loop {
-                // Letting go may end the request, which is not for under a spin lock.
-                let queued = self.backlog.lock().queue.pop_front();
-                if queued.is_none() {
-                    break;
-                }
-            }
-        }
+        self.give_back_unsent();
         self.table.reclaim(self.index);
         if !self.table.is_disconnected() {
             rnbd_events::link_dead(self.table.device);
@@ -727,6 +734,25 @@ pub(crate) fn command_of(op: Op) -> Option<Command> {
         Op::WriteZeroes => Command::WriteZeroes,
         Op::Other => return None,
     })
+}
+
+/// A request, as the log shows it.
+pub(crate) struct Described<'a>(pub(crate) &'a Extent);
+
+impl kernel::fmt::Display for Described<'_> {
+    fn fmt(&self, f: &mut kernel::fmt::Formatter<'_>) -> kernel::fmt::Result {
+        let Extent {
+            op,
+            offset_bytes,
+            len_bytes,
+            ..
+        } = *self.0;
+        let name = command_of(op).map_or("request", Command::name);
+        if op == Op::Flush {
+            return f.write_str(name);
+        }
+        write!(f, "{name} of {len_bytes} bytes at {offset_bytes}")
+    }
 }
 
 /// What the block layer is told of a server's error.

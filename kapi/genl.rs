@@ -239,17 +239,12 @@ impl<'a> Info<'a> {
             bindings::GFP_KERNEL,
         )?;
         // SAFETY: The message is complete, and handed over.
-        to_result(
-            unsafe {
-                bindings::netlink_unicast(
-                    (*net).genl_sock,
-                    skb,
-                    port,
-                    bindings::MSG_DONTWAIT as i32,
-                )
-            }
-            .min(0),
-        )
+        let sent = unsafe {
+            let flags = bindings::MSG_DONTWAIT as i32;
+            bindings::netlink_unicast((*net).genl_sock, skb, port, flags)
+        };
+        // How much was sent does not matter.
+        to_result(sent.min(0))
     }
 }
 

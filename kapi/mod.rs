@@ -9,6 +9,9 @@ mod bindings;
 pub(crate) mod disk;
 pub(crate) mod genl;
 pub(crate) mod mq;
+pub(crate) mod param;
 pub(crate) mod sock;
 pub(crate) mod task;
 pub(crate) mod wq;
+
+pub(crate) use param::module_parameter;

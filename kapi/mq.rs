@@ -190,7 +190,8 @@ impl Request {
         unsafe { extent(self.rq) }
     }
 
-    /// Says how the request ends, and lets go of it. Only the side that claimed it says so.
+    /// Says how the request ends, and lets go of it. Whoever has claimed it says so; the transmit side
+    /// says so only to overrule that, which it may until its handle goes.
     pub(crate) fn decide(self, verdict: Verdict) {
         let value = match verdict {
             Verdict::Complete(status) => u32::from(status.0),

@@ -1,0 +1,88 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Module parameters that user space can read in sysfs. Mirrors the `params` of `kernel::module!`,
+//! which (7.3) are invisible there. Source: `include/linux/moduleparam.h`.
+
+use super::bindings;
+use kernel::sync::atomic::{Atomic, Relaxed};
+
+/// A parameter that is a C `int`: set when the module is loaded, read by everybody (0444).
+#[repr(transparent)]
+pub(crate) struct IntParameter(Atomic<i32>);
+
+impl IntParameter {
+    /// With its default.
+    pub(crate) const fn new(default: i32) -> Self {
+        IntParameter(Atomic::new(default))
+    }
+
+    /// Its value.
+    pub(crate) fn get(&self) -> i32 {
+        self.0.load(Relaxed)
+    }
+
+    /// Sets what user space reads.
+    pub(crate) fn set(&self, value: i32) {
+        self.0.store(value, Relaxed);
+    }
+
+    /// What the kernel's parameter code needs to know.
+    pub(crate) const fn describe(
+        &'static self,
+        name: &'static core::ffi::CStr,
+    ) -> bindings::kernel_param {
+        bindings::kernel_param {
+            name: kernel::str::as_char_ptr_in_const_context(name),
+            mod_: (&raw const bindings::__this_module).cast_mut(),
+            ops: &raw const bindings::param_ops_int,
+            perm: 0o444,
+            level: -1,
+            flags: 0,
+            __bindgen_anon_1: bindings::kernel_param__bindgen_ty_1 {
+                arg: core::ptr::from_ref(self).cast_mut().cast(),
+            },
+        }
+    }
+}
+
+/// Defines module parameters: `NAME = parameter: default, "description";` each.
+macro_rules! module_parameter {
+    ($($(#[$doc:meta])* $static:ident = $name:ident: $default:literal, $description:literal;)*) => { $(
+        $(#[$doc])*
+        static $static: $crate::kapi::param::IntParameter =
+            $crate::kapi::param::IntParameter::new($default);
+
+        #[allow(unsafe_code)]
+        const _: () = {
+            #[link_section = "__param"]
+            #[used(compiler)]
+            static PARAMETER: ::kernel::module_param::KernelParam =
+                ::kernel::module_param::KernelParam::new($static.describe(
+                    match core::ffi::CStr::from_bytes_with_nul(
+                        concat!(stringify!($name), "\0").as_bytes(),
+                    ) {
+                        Ok(name) => name,
+                        Err(_) => panic!(),
+                    },
+                ));
+
+            const TYPE: &str = concat!("parmtype=", stringify!($name), ":int\0");
+            const TEXT: &str = concat!("parm=", stringify!($name), ":", $description, "\0");
+
+            #[link_section = ".modinfo"]
+            #[used(compiler)]
+            static MODINFO_TYPE: [u8; TYPE.len()] = *$crate::kapi::param::bytes(TYPE);
+            #[link_section = ".modinfo"]
+            #[used(compiler)]
+            static MODINFO_TEXT: [u8; TEXT.len()] = *$crate::kapi::param::bytes(TEXT);
+        };
+    )* };
+}
+pub(crate) use module_parameter;
+
+/// The bytes of a text, `N` of them.
+pub(crate) const fn bytes<const N: usize>(text: &'static str) -> &'static [u8; N] {
+    match text.as_bytes().first_chunk() {
+        Some(bytes) => bytes,
+        None => panic!(),
+    }
+}
