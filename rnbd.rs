@@ -11,6 +11,7 @@ mod atomic;
 mod kapi;
 mod rnbd_cmd;
 mod rnbd_config;
+mod rnbd_debugfs;
 mod rnbd_dev;
 mod rnbd_events;
 mod rnbd_ioctl;

@@ -8,6 +8,7 @@ use crate::{
         sock::{BadSocket, Ending, Socket},
         task::{self, ModuleRef, TaskId},
     },
+    rnbd_debugfs::{self, Files, Shown},
     rnbd_dev::{Device, State, DEFAULT_TIMEOUT_SECONDS, QUEUE_DEPTH},
     rnbd_proto::flags,
     rnbd_session::{Options, Session},
@@ -16,7 +17,10 @@ use crate::{
 use kernel::{
     prelude::*,
     str::CString,
-    sync::{atomic::Relaxed, Arc},
+    sync::{
+        atomic::{Atomic, Relaxed},
+        Arc,
+    },
 };
 
 /// The block size until one is set (`NBD_DEF_BLKSIZE_BITS`).
@@ -50,6 +54,9 @@ pub(crate) struct Config {
     /// The last close disconnects (`NBD_RT_DISCONNECT_ON_CLOSE`).
     pub(crate) disconnect_on_close: bool,
     pub(crate) has_backend_file: bool,
+    /// What debugfs shows of the session, and the files there.
+    shown: Option<Arc<Shown>>,
+    debugfs: Option<Files>,
     dead_timeout_jiffies: u64,
     _module: ModuleRef,
 }
@@ -88,6 +95,8 @@ impl Config {
             held_by_netlink: false,
             disconnect_on_close: false,
             has_backend_file: false,
+            shown: None,
+            debugfs: None,
             dead_timeout_jiffies: 0,
             _module: ModuleRef::get().ok_or(ENODEV)?,
         })
@@ -97,6 +106,11 @@ impl Config {
     pub(crate) fn is_disconnected(&self) -> bool {
         let ended = |s: &Arc<Session>| s.table().is_disconnected();
         self.disconnect_requested || self.session.as_ref().is_some_and(ended)
+    }
+
+    /// Removes the files in debugfs. Waits for their readers.
+    pub(crate) fn hide(&mut self) {
+        self.debugfs = None;
     }
 
     /// Ends the session, or the connections of sockets that none has taken over (`sock_shutdown()`).
@@ -186,6 +200,10 @@ impl Device {
         config.block_bytes = block_bytes;
         if !config.started {
             return Ok(());
+        }
+        if let Some(shown) = &config.shown {
+            shown.size_bytes.store(size_bytes, Relaxed);
+            shown.block_bytes.store(block_bytes, Relaxed);
         }
         self.disk
             .set_limits(features(config.flags), Some(block_bytes))?;
@@ -359,6 +377,19 @@ impl Device {
         if config.disconnect_requested {
             session.table().request_disconnect();
         }
+        let shown = Arc::new(
+            Shown {
+                pid: task::current_pid(),
+                session: session.clone(),
+                flags: config.flags,
+                size_bytes: Atomic::new(config.size_bytes),
+                block_bytes: Atomic::new(config.block_bytes),
+            },
+            GFP_KERNEL,
+        )?;
+        // As nbd.c: without these files the device works all the same.
+        config.debugfs = rnbd_debugfs::show(&self.debugfs, self.index, shown.clone()).ok();
+        config.shown = Some(shown);
         self.disk
             .set_read_only(config.flags & flags::READ_ONLY != 0);
         self.session.publish(session.clone()).map_err(|_| EBUSY)?;

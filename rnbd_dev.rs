@@ -15,6 +15,7 @@ use crate::{
     rnbd_session::Session,
 };
 use kernel::{
+    debugfs::Dir,
     new_mutex,
     prelude::*,
     str::CString,
@@ -67,6 +68,8 @@ pub(crate) struct Device {
     partitions: bool,
     pub(crate) disk: DiskRef,
     graveyard: Arc<dyn Graveyard>,
+    /// Where debugfs shows the devices.
+    pub(crate) debugfs: Dir,
     /// The process that started the session, as sysfs shows it; 0 while there is none.
     pub(crate) pid: Atomic<i32>,
     /// What the user calls the image, as sysfs shows it.
@@ -83,6 +86,7 @@ pub(crate) struct Device {
 pub(crate) fn add(
     index: u32,
     layout: Layout,
+    debugfs: Dir,
     graveyard: Arc<dyn Graveyard>,
 ) -> Result<Disk<Device>> {
     let tags = KBox::pin_init(TagSet::new(layout.hw_queues, QUEUE_DEPTH), GFP_KERNEL)?;
@@ -110,6 +114,7 @@ pub(crate) fn add(
             index,
             partitions: layout.part_shift > 0,
             graveyard,
+            debugfs,
             pid: Atomic::new(0),
             backend <- new_mutex!(None),
             session: disk.published(),
@@ -217,8 +222,8 @@ impl Device {
         if !last {
             return;
         }
-        if let Some(config) = state.config.take() {
-            self.tear_down(&config);
+        if let Some(mut config) = state.config.take() {
+            self.tear_down(&mut config);
             state.timeout_jiffies = 0;
             self.disk
                 .set_request_timeout(DEFAULT_TIMEOUT_SECONDS * task::HZ);
@@ -235,7 +240,8 @@ impl Device {
     }
 
     /// Undoes what was set up. The lock is held.
-    fn tear_down(&self, config: &Config) {
+    fn tear_down(&self, config: &mut Config) {
+        config.hide();
         config.end();
         if config.session.is_some() {
             // Nothing is in flight any more, and what comes in is refused.

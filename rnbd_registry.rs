@@ -6,6 +6,7 @@ use crate::{
     rnbd_dev::{self, Device, Graveyard, Layout},
 };
 use kernel::{
+    debugfs::Dir,
     impl_has_work, new_mutex, new_work,
     prelude::*,
     rbtree::RBTree,
@@ -23,6 +24,8 @@ pub(crate) type Devices = RBTree<u32, Disk<Device>>;
 #[pin_data]
 pub(crate) struct Registry {
     layout: Layout,
+    /// `/sys/kernel/debug/nbd`
+    debugfs: Dir,
     /// Held while a device is added, removed or controlled by netlink; never by who holds a lock of a
     /// device.
     #[pin]
@@ -67,6 +70,7 @@ impl Registry {
         Arc::pin_init(
             pin_init!(Registry {
                 layout,
+                debugfs: Dir::new(c"nbd"),
                 devices <- new_mutex!(RBTree::new()),
                 sweep <- new_work!("rnbd::sweep"),
             }),
@@ -99,7 +103,7 @@ impl Registry {
     ) -> Result {
         let mut layout = self.layout;
         layout.hw_queues = hw_queues.unwrap_or(layout.hw_queues);
-        let disk = rnbd_dev::add(index, layout, self.clone())?;
+        let disk = rnbd_dev::add(index, layout, self.debugfs.clone(), self.clone())?;
         devices.try_create_and_insert(index, disk, GFP_KERNEL)?;
         Ok(())
     }

@@ -32,15 +32,21 @@ pub(crate) struct Session {
     table: Arc<Table>,
     /// The connections, as dispatches see them.
     slots: KVec<Dispatched<Connection>>,
-    /// The connections, for everybody else.
+    /// The connections, for everybody else, and how often each was put in a dead one's place.
     #[pin]
-    connections: Mutex<KVec<Arc<Connection>>>,
+    connections: Mutex<KVec<Owned>>,
     /// `NBD_FLAG_*`.
     flags: u32,
     /// How long requests wait for a dead connection to come back, in jiffies (`dead_conn_timeout`).
     dead_timeout_jiffies: Atomic<u64>,
     /// Since when requests have been waiting, in jiffies with the lowest bit set; 0: none waits.
     waiting_since: Atomic<usize>,
+}
+
+/// A place of the session: its connection, and how many have been there before.
+struct Owned {
+    connection: Arc<Connection>,
+    reconnects: u32,
 }
 
 /// How a session is to be.
@@ -85,7 +91,11 @@ impl Session {
             let mut owners = KVec::with_capacity(connections.len(), GFP_KERNEL)?;
             for connection in &connections {
                 slots.push(disk.dispatched(connection.clone()), GFP_KERNEL)?;
-                owners.push(connection.clone(), GFP_KERNEL)?;
+                let owned = Owned {
+                    connection: connection.clone(),
+                    reconnects: 0,
+                };
+                owners.push(owned, GFP_KERNEL)?;
             }
             let table = table.clone();
             Arc::pin_init(
@@ -125,8 +135,8 @@ impl Session {
 
     /// Starts to receive. May sleep.
     pub(crate) fn begin(&self) {
-        for connection in &*self.connections.lock() {
-            connection.as_arc_borrow().begin();
+        for owned in &*self.connections.lock() {
+            owned.connection.as_arc_borrow().begin();
         }
     }
 
@@ -138,8 +148,8 @@ impl Session {
     /// Sends a disconnect on every connection. May sleep.
     pub(crate) fn say_goodbye(&self) {
         self.table.request_disconnect();
-        for connection in &*self.connections.lock() {
-            connection.as_arc_borrow().say_goodbye();
+        for owned in &*self.connections.lock() {
+            owned.connection.as_arc_borrow().say_goodbye();
         }
     }
 
@@ -149,8 +159,8 @@ impl Session {
         if self.table.mark_disconnected() {
             pr_warn!("nbd{}: shutting down sockets\n", self.table.device);
         }
-        for connection in &*self.connections.lock() {
-            connection.as_arc_borrow().die(ending);
+        for owned in &*self.connections.lock() {
+            owned.connection.as_arc_borrow().die(ending);
         }
         self.table.wait_gone();
     }
@@ -163,17 +173,16 @@ impl Session {
     /// `EBUSY` where the socket is in use elsewhere, `ENOMEM`.
     pub(crate) fn reconnect(&self, disk: &DiskRef, socket: &Socket) -> Result<bool> {
         let mut connections = self.connections.lock();
-        let dead = connections
-            .iter_mut()
-            .zip(&self.slots)
-            .find(|(c, _)| !c.is_alive());
-        let Some((place, slot)) = dead else {
+        let mut places = connections.iter_mut().zip(&self.slots);
+        let Some((place, slot)) = places.find(|(place, _)| !place.connection.is_alive()) else {
             return Ok(false);
         };
         // The new one has the old one's number: nothing may be in flight under it.
-        place.wait_reaped();
-        let new = Connection::new(place.index(), self.table.clone(), socket.clone())?;
-        *place = new.clone();
+        place.connection.wait_reaped();
+        let index = place.connection.index();
+        let new = Connection::new(index, self.table.clone(), socket.clone())?;
+        place.connection = new.clone();
+        place.reconnects = place.reconnects.saturating_add(1);
         // When this returns no dispatch runs that found no connection and might still say so.
         slot.replace(new.clone());
         self.table.clear_disconnected();
@@ -183,6 +192,19 @@ impl Session {
         disk.run_queues();
         pr_info!("nbd{}: reconnected socket\n", self.table.device);
         Ok(true)
+    }
+
+    /// Writes a line for each connection: its number, and `name=value` pairs.
+    pub(crate) fn describe_connections(
+        &self,
+        f: &mut kernel::fmt::Formatter<'_>,
+    ) -> kernel::fmt::Result {
+        for owned in &*self.connections.lock() {
+            write!(f, "{} ", owned.connection.index())?;
+            owned.connection.describe(f)?;
+            writeln!(f, " reconnects={}", owned.reconnects)?;
+        }
+        Ok(())
     }
 
     /// Sets how long requests wait for a dead connection to come back.
@@ -338,9 +360,10 @@ impl Session {
         let (index, unclaimed) = slot.status();
         let connections = self.connections.lock();
         let count = connections.len();
-        let Some(connection) = connections.get(usize::from(index)).cloned() else {
+        let Some(place) = connections.get(usize::from(index)) else {
             return;
         };
+        let connection = place.connection.clone();
         drop(connections);
         if !unclaimed && connection.progressed_within(rq.timeout_jiffies()) {
             // Its data is coming in, or it is just ending.

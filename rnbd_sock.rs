@@ -109,6 +109,18 @@ struct Receive {
     current: Option<Payload>,
 }
 
+/// What has gone over a connection. Each number is written by one side only.
+struct Traffic {
+    requests_sent: Atomic<u64>,
+    bytes_sent: Atomic<u64>,
+    replies: Atomic<u64>,
+    bytes_received: Atomic<u64>,
+}
+
+fn add(number: &Atomic<u64>, more: u64) {
+    number.store(number.load(Relaxed).wrapping_add(more), Relaxed);
+}
+
 /// How sending or receiving stopped.
 enum Stop {
     /// There is nothing to do.
@@ -129,6 +141,7 @@ pub(crate) struct Connection {
     state: Atomic<u32>,
     /// When something was received last, in jiffies.
     progress: Atomic<usize>,
+    traffic: Traffic,
     /// The sender waits for room in the socket.
     full: Atomic<bool>,
     /// A disconnect is to be sent.
@@ -219,6 +232,12 @@ impl Connection {
                 socket,
                 state: Atomic::new(ALIVE),
                 progress: Atomic::new(task::jiffies()),
+                traffic: Traffic {
+                    requests_sent: Atomic::new(0),
+                    bytes_sent: Atomic::new(0),
+                    replies: Atomic::new(0),
+                    bytes_received: Atomic::new(0),
+                },
                 full: Atomic::new(false),
                 say_goodbye: Atomic::new(false),
                 reaped <- Completion::new(),
@@ -260,6 +279,23 @@ impl Connection {
     /// How long nothing has been received.
     pub(crate) fn idle_jiffies(&self) -> usize {
         task::jiffies().wrapping_sub(self.progress.load(Relaxed))
+    }
+
+    /// Writes what has gone over it, as `name=value` pairs.
+    pub(crate) fn describe(&self, f: &mut kernel::fmt::Formatter<'_>) -> kernel::fmt::Result {
+        let sent = self.traffic.requests_sent.load(Relaxed);
+        let replies = self.traffic.replies.load(Relaxed);
+        write!(
+            f,
+            "state={} awaited={} requests_sent={} bytes_sent={} replies={} bytes_received={} idle_ms={}",
+            if self.is_alive() { "alive" } else { "dead" },
+            sent.saturating_sub(replies),
+            sent,
+            self.traffic.bytes_sent.load(Relaxed),
+            replies,
+            self.traffic.bytes_received.load(Relaxed),
+            self.idle_jiffies() as u64 * 1000 / u64::from(task::HZ)
+        )
     }
 
     /// Puts a command at the end of the queue. It is sent by the next [`Self::kick()`].
@@ -442,12 +478,14 @@ impl Connection {
         }
         let offered = iov.bytes();
         let sent = self.socket.send(iov, !all || more_waits)?;
+        add(&self.traffic.bytes_sent, sent as u64);
         let mut left = sent;
         while let Some(first) = staged.front_mut() {
             left = first.advance(left);
             if !first.is_sent() {
                 break;
             }
+            add(&self.traffic.requests_sent, 1);
             // Letting go of the request may end it, when its reply is already in.
             drop(staged.pop_front());
         }
@@ -493,11 +531,12 @@ impl Connection {
     fn receive_all(&self, receive: &mut Receive) -> Result<Stop> {
         for _ in 0..BUDGET {
             self.understand(receive)?;
-            let all = match receive.fill(&self.socket) {
-                Ok(all) => all,
+            let (got, all) = match receive.fill(&self.socket) {
+                Ok(filled) => filled,
                 Err(e) if e == EAGAIN => return Ok(Stop::Idle),
                 Err(e) => return Err(e),
             };
+            add(&self.traffic.bytes_received, got as u64);
             self.progress.store(task::jiffies(), Relaxed);
             if !all && !self.socket.has_input() {
                 // The next bytes are announced by the callback.
@@ -549,6 +588,7 @@ impl Connection {
             ));
             EPROTO
         })?;
+        add(&self.traffic.replies, 1);
         if let Some(error) = ServerError::from_wire(reply.error) {
             self.complain_of_error(&request, reply.error);
             let op = request.extent().op;
@@ -646,9 +686,9 @@ impl Transmit {
 }
 
 impl Receive {
-    /// Receives into the data that is waited for, and ahead of it. Returns whether everything that
-    /// there was room for was received.
-    fn fill(&mut self, socket: &Socket) -> Result<bool> {
+    /// Receives into the data that is waited for, and ahead of it. Returns how much it was, and whether
+    /// it was everything that there was room for.
+    fn fill(&mut self, socket: &Socket) -> Result<(usize, bool)> {
         let mut iov = Iov::new(&mut self.pieces);
         let whole = self.current.as_ref().is_none_or(|p| iov.push_payload(p));
         if whole {
@@ -664,7 +704,7 @@ impl Receive {
             ahead -= data;
         }
         self.end += ahead;
-        Ok(got == offered)
+        Ok((got, got == offered))
     }
 
     /// Copies what was received ahead to where it belongs.

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What an administrator can read of a running session in `/sys/kernel/debug/nbd/nbdN/`: nbd.c's files
+//! `tasks`, `size_bytes`, `timeout`, `blocksize_bits` and `flags`, and `connections`.
+
+use crate::{rnbd_proto::flags, rnbd_session::Session};
+use kernel::{
+    debugfs::{Dir, Scope},
+    fmt,
+    prelude::*,
+    sync::{
+        atomic::{Atomic, Relaxed},
+        Arc,
+    },
+};
+
+/// What the files show. Reading one takes no lock that is held while they are removed.
+pub(crate) struct Shown {
+    pub(crate) pid: i32,
+    pub(crate) session: Arc<Session>,
+    pub(crate) flags: u32,
+    pub(crate) size_bytes: Atomic<u64>,
+    pub(crate) block_bytes: Atomic<u32>,
+}
+
+/// The files of a session. Dropping this removes them, and waits for their readers.
+pub(crate) type Files = Pin<KBox<Scope<Arc<Shown>>>>;
+
+/// Makes the files of `nbd{index}` in `root`. May sleep.
+pub(crate) fn show(root: &Dir, index: u32, shown: Arc<Shown>) -> Result<Files> {
+    let name = kernel::str::CString::try_from_fmt(fmt!("nbd{index}"))?;
+    KBox::pin_init(
+        root.scope(shown, &name, |shown: &Arc<Shown>, dir| {
+            dir.read_callback_file(c"tasks", shown, &|s: &Arc<Shown>, f| {
+                writeln!(f, "recv: {}", s.pid)
+            });
+            dir.read_callback_file(c"size_bytes", shown, &|s: &Arc<Shown>, f| {
+                writeln!(f, "{}", s.size_bytes.load(Relaxed))
+            });
+            dir.read_callback_file(c"timeout", shown, &|s: &Arc<Shown>, f| {
+                writeln!(f, "{}", s.session.table().timeout_jiffies())
+            });
+            dir.read_callback_file(c"blocksize_bits", shown, &|s: &Arc<Shown>, f| {
+                writeln!(f, "{}", s.block_bytes.load(Relaxed).trailing_zeros())
+            });
+            dir.read_callback_file(c"flags", shown, &|s: &Arc<Shown>, f| {
+                write_flags(s.flags, f)
+            });
+            dir.read_callback_file(c"connections", shown, &|s: &Arc<Shown>, f| {
+                s.session.describe_connections(f)
+            });
+        }),
+        GFP_KERNEL,
+    )
+}
+
+/// `nbd_dbg_flags_show()`, and the flag that it forgets.
+fn write_flags(flags: u32, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    write!(f, "Hex: 0x{flags:08x}\n\nKnown flags:\n")?;
+    for (flag, name) in [
+        (1 << 0, "NBD_FLAG_HAS_FLAGS"),
+        (flags::READ_ONLY, "NBD_FLAG_READ_ONLY"),
+        (flags::SEND_FLUSH, "NBD_FLAG_SEND_FLUSH"),
+        (flags::SEND_FUA, "NBD_FLAG_SEND_FUA"),
+        (flags::SEND_TRIM, "NBD_FLAG_SEND_TRIM"),
+        (flags::SEND_WRITE_ZEROES, "NBD_FLAG_SEND_WRITE_ZEROES"),
+        (flags::ROTATIONAL, "NBD_FLAG_ROTATIONAL"),
+        (flags::CAN_MULTI_CONN, "NBD_FLAG_CAN_MULTI_CONN"),
+    ] {
+        if flags & flag != 0 {
+            writeln!(f, "{name}")?;
+        }
+    }
+    Ok(())
+}
