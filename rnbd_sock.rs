@@ -128,7 +128,7 @@ enum Stop {
     /// There may be more; somebody else should have a turn.
     Budget,
     /// The socket takes no more now.
-    Full,
+    Full { sent_some: bool },
 }
 
 /// See the module's documentation.
@@ -150,7 +150,7 @@ pub(crate) struct Connection {
     #[pin]
     reaped: Completion,
     #[pin]
-    hooked: SpinLock<Option<Hooked<Connection>>>,
+    hooked: Mutex<Option<Hooked<Connection>>>,
     #[pin]
     backlog: SpinLock<Backlog>,
     #[pin]
@@ -202,7 +202,7 @@ impl Events for Connection {
 }
 
 impl Connection {
-    /// Takes a socket over. Nothing is received before [`Self::begin()`]. May sleep.
+    /// Takes a socket over. [`Self::begin()`] must follow. May sleep.
     ///
     /// # Errors
     ///
@@ -241,7 +241,7 @@ impl Connection {
                 full: Atomic::new(false),
                 say_goodbye: Atomic::new(false),
                 reaped <- Completion::new(),
-                hooked <- new_spinlock!(None),
+                hooked <- new_mutex!(None),
                 backlog <- new_spinlock!(backlog),
                 transmit <- new_mutex!(transmit),
                 receive <- new_mutex!(receive),
@@ -250,9 +250,17 @@ impl Connection {
             }),
             GFP_KERNEL,
         )?;
-        let hooked = this.socket.hook(this.clone())?;
-        *this.hooked.lock() = Some(hooked);
+        // From the hook on it can receive, and die: whoever reaps it waits for the lock.
         this.table.connection_born();
+        let mut hooked = this.hooked.lock();
+        match this.socket.hook(this.clone()) {
+            Ok(hook) => *hooked = Some(hook),
+            Err(e) => {
+                this.table.connection_gone();
+                return Err(e);
+            }
+        }
+        drop(hooked);
         Ok(this)
     }
 
@@ -362,7 +370,9 @@ impl Connection {
 
     /// Sends until nothing waits. Whoever has the lock sends for all.
     fn transmit_backlog(self: ArcBorrow<'_, Self>) {
-        loop {
+        let mut refused = 0;
+        // What is left of a connection that is dead is given back by whoever clears it away.
+        while self.is_alive() {
             let Some(mut transmit) = self.transmit.try_lock() else {
                 return;
             };
@@ -371,7 +381,13 @@ impl Connection {
             match stop {
                 Ok(Stop::Idle) => {}
                 Ok(Stop::Budget) => return self.queue_transmit(0),
-                Ok(Stop::Full) => return self.wait_for_room(),
+                Ok(Stop::Full { sent_some }) => {
+                    refused = if sent_some { 0 } else { refused + 1 };
+                    if !self.wait_for_room(refused) {
+                        return;
+                    }
+                    continue;
+                }
                 Err(e) => return self.send_failed(e),
             }
             // Somebody may have queued more and found the lock taken: pairs with the lock of the
@@ -387,15 +403,22 @@ impl Connection {
         !self.backlog.lock().queue.is_empty() || self.say_goodbye.load(Acquire)
     }
 
-    /// The socket has taken less than it was given: has the rest sent when it can be.
-    fn wait_for_room(self: ArcBorrow<'_, Self>) {
+    /// The socket has taken less than it was given, and nothing at all the last `refused` times: has the
+    /// rest sent when it can be. Returns whether that is now.
+    fn wait_for_room(self: ArcBorrow<'_, Self>, refused: u32) -> bool {
         self.full.store(true, Release);
         // Room that became free before this was not announced to us; what comes after it is.
         smp_mb(Full);
-        if self.socket.has_room() {
-            // Then it wants for memory, which is announced by nobody.
-            self.queue_transmit(NO_MEMORY_DELAY_MS);
+        if !self.socket.has_room() {
+            return false;
         }
+        if refused > 1 {
+            // There is room, and still it takes nothing: it wants for memory, which nobody announces.
+            self.queue_transmit(NO_MEMORY_DELAY_MS);
+            return false;
+        }
+        self.full.store(false, Release);
+        true
     }
 
     fn send_failed(self: ArcBorrow<'_, Self>, error: Error) {
@@ -416,14 +439,10 @@ impl Connection {
             if transmit.staged.is_empty() {
                 return Ok(Stop::Idle);
             }
-            if !self.is_alive() {
-                // Whoever clears it away gives back what is staged.
-                return Ok(Stop::Idle);
-            }
             match self.send_staged(transmit, more_waits) {
                 Ok(true) => {}
-                Ok(false) => return Ok(Stop::Full),
-                Err(e) if e == EAGAIN => return Ok(Stop::Full),
+                Ok(false) => return Ok(Stop::Full { sent_some: true }),
+                Err(e) if e == EAGAIN => return Ok(Stop::Full { sent_some: false }),
                 Err(e) => return Err(e),
             }
         }
@@ -439,22 +458,12 @@ impl Connection {
             transmit.stage(&goodbye(), None);
         }
         while transmit.staged.len() < STAGED {
-            let (queued, left) = {
-                let mut backlog = self.backlog.lock();
-                (backlog.queue.pop_front(), !backlog.queue.is_empty())
-            };
-            match queued {
-                Some(queued) => {
-                    let payload = Payload::new(queued.request, Op::Write);
-                    transmit.stage(&queued.wire, Some(payload));
-                    if !left {
-                        break;
-                    }
-                }
-                None => break,
-            }
+            let queued = self.backlog.lock().queue.pop_front();
+            let Some(queued) = queued else { return false };
+            let payload = Payload::new(queued.request, Op::Write);
+            transmit.stage(&queued.wire, Some(payload));
         }
-        transmit.staged.len() == STAGED
+        !self.backlog.lock().queue.is_empty()
     }
 
     /// Sends what is staged, as far as one call can. Returns whether all that it was given was taken.
