@@ -21,7 +21,9 @@ mod rnbd_registry;
 mod rnbd_ring;
 mod rnbd_session;
 mod rnbd_sock;
+mod rnbd_stream;
 mod rnbd_table;
+mod rnbd_translate;
 
 use kapi::{disk::Major, genl::Family, wq};
 use kernel::{prelude::*, sync::Arc};

@@ -12,7 +12,7 @@ use crate::{
     rnbd_dev::{Device, State, DEFAULT_TIMEOUT_SECONDS, QUEUE_DEPTH},
     rnbd_proto::flags,
     rnbd_session::{Options, Session},
-    rnbd_sock,
+    rnbd_stream,
 };
 use kernel::{
     prelude::*,
@@ -25,6 +25,9 @@ use kernel::{
 
 /// The block size until one is set (`NBD_DEF_BLKSIZE_BITS`).
 const DEFAULT_BLOCK_BYTES: u32 = 1024;
+
+/// The longest that a timer can be set for (`MAX_JIFFY_OFFSET`, as far as 32 bits hold it).
+const MAX_JIFFIES: u32 = u32::MAX / 4;
 
 /// `NBD_CFLAG_DESTROY_ON_DISCONNECT`
 const CFLAG_DESTROY_ON_DISCONNECT: u64 = 1 << 0;
@@ -222,7 +225,9 @@ impl Device {
     }
 
     fn apply_timeout(&self, state: &mut State, seconds: u64) {
-        let jiffies = (seconds as u32).wrapping_mul(task::HZ);
+        // What is longer than the block layer can wait is as good as for ever, and not zero.
+        let jiffies = seconds.saturating_mul(u64::from(task::HZ));
+        let jiffies = u32::try_from(jiffies).map_or(MAX_JIFFIES, |j| j.min(MAX_JIFFIES));
         state.timeout_jiffies = jiffies;
         self.disk.set_request_timeout(match seconds {
             0 => DEFAULT_TIMEOUT_SECONDS * task::HZ,
@@ -254,7 +259,7 @@ impl Device {
             return Ok(());
         }
         for socket in &config.sockets {
-            if let Err(e) = rnbd_sock::say_goodbye_on(socket) {
+            if let Err(e) = rnbd_stream::say_goodbye_on(socket) {
                 pr_err!("nbd{}: send disconnect failed ({e:?})\n", self.index);
             }
         }

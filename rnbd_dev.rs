@@ -5,9 +5,8 @@
 use crate::{
     kapi::{
         disk::{BlockDevice, Disk, DiskRef, Features, File, FixedLimits, Numbers},
-        mq::{
-            Dispatch, Expiry, NewRequest, Operations, Overdue, Published, Queued, Status, TagSet,
-        },
+        mq::{Dispatch, Expiry, NewRequest, Operations, Overdue, Queued, Status, TagSet},
+        published::Published,
         task,
     },
     rnbd_config::Config,

@@ -87,6 +87,15 @@ pub(crate) struct Request {
 }
 
 impl Request {
+    /// What ends a session.
+    pub(crate) const DISCONNECT: Request = Request {
+        command: Command::Disconnect,
+        flags: 0,
+        cookie: 0,
+        offset_bytes: 0,
+        len_bytes: 0,
+    };
+
     /// The request as it goes over the wire (`struct nbd_request`, all big endian).
     ///
     /// A flush and a disconnect carry neither offset nor length: the protocol says that both must be

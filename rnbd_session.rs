@@ -5,13 +5,15 @@
 use crate::{
     kapi::{
         disk::DiskRef,
-        mq::{Dispatch, Dispatched, NewRequest, Overdue, Queued, Request, Status, Verdict},
+        mq::{Dispatch, NewRequest, Overdue, Queued, Request, Status, Verdict},
+        published::Dispatched,
         sock::{Ending, Socket},
         task,
     },
     rnbd_proto::{self as proto, flags},
-    rnbd_sock::{command_of, Connection, Described},
+    rnbd_sock::Connection,
     rnbd_table::Table,
+    rnbd_translate::{command_of, Described},
 };
 use kernel::{
     new_mutex,
@@ -275,9 +277,11 @@ impl Session {
                 return;
             };
             transmit = back;
-            // It has died since it was picked. Where it has already given the command back we have
-            // nothing to do but to let go.
+            // It has died since it was picked.
             let Ok(ours) = slot.claim(generation, connection.index()) else {
+                // It has given the command back. What was not sent was not done, whatever a reply
+                // that came first may say.
+                transmit.decide(Verdict::Requeue);
                 return;
             };
             other = ours;

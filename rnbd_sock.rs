@@ -8,15 +8,18 @@
 
 use crate::{
     kapi::{
-        mq::{Extent, Op, Payload, Request, Status, Verdict},
-        sock::{Ending, Events, Hooked, IoPage, Iov, Pieces, Socket},
+        mq::{Op, Request, Status, Verdict},
+        payload::Payload,
+        sock::{Ending, Events, Hooked, Socket},
         task, wq,
     },
     rnbd_cmd::{Cookie, Refused},
     rnbd_events,
-    rnbd_proto::{self as proto, Command, Reply, ServerError, REPLY_BYTES, REQUEST_BYTES},
+    rnbd_proto::{self as proto, Reply, ServerError, REPLY_BYTES},
     rnbd_ring::Ring,
+    rnbd_stream::{Receive, Transmit},
     rnbd_table::Table,
+    rnbd_translate::{status_of, Described},
 };
 use kernel::{
     impl_has_delayed_work, impl_has_work, new_delayed_work, new_mutex, new_spinlock, new_work,
@@ -30,13 +33,6 @@ use kernel::{
     workqueue::{DelayedWork, Work, WorkItem},
 };
 
-/// Requests that one call may send.
-const STAGED: usize = 64;
-/// Pieces of memory that one call may send or receive.
-const PIECES: usize = 128;
-/// Bytes that are received ahead of the data that is being waited for. More would be copied twice when
-/// it is data; less would not hold the headers that a busy server answers writes with.
-const READ_AHEAD_BYTES: usize = 512;
 /// Calls after which a work item lets others run, and a submitter leaves the sending to a work item.
 const BUDGET: u32 = 32;
 /// How long to wait where a socket has room and still takes nothing, for want of memory.
@@ -59,54 +55,6 @@ struct Queued {
 struct Backlog {
     queue: Ring<Queued>,
     closed: bool,
-}
-
-/// A message that is being sent.
-struct Outgoing {
-    /// Where the header lies in the page, and how much of it is left.
-    header_at: usize,
-    header_left: usize,
-    /// The request and its data; none for a disconnect.
-    payload: Option<Payload>,
-}
-
-impl Outgoing {
-    /// Counts `bytes` as sent, at most to the end; returns how many are of the next message.
-    fn advance(&mut self, bytes: usize) -> usize {
-        let header = bytes.min(self.header_left);
-        self.header_at += header;
-        self.header_left -= header;
-        let Some(payload) = &mut self.payload else {
-            return bytes - header;
-        };
-        let data = (bytes - header).min(payload.left_bytes());
-        payload.advance(data);
-        bytes - header - data
-    }
-
-    fn is_sent(&self) -> bool {
-        self.header_left == 0 && self.payload.as_ref().is_none_or(|p| p.left_bytes() == 0)
-    }
-}
-
-/// The transmit side's own.
-struct Transmit {
-    headers: IoPage,
-    pieces: Pieces,
-    staged: Ring<Outgoing>,
-    /// Where the next header goes.
-    next_header: usize,
-}
-
-/// The receive side's own.
-struct Receive {
-    buffer: IoPage,
-    pieces: Pieces,
-    /// What is received and not understood yet lies between these.
-    start: usize,
-    end: usize,
-    /// The command whose data is being received.
-    current: Option<Payload>,
 }
 
 /// What has gone over a connection. Each number is written by one side only.
@@ -212,19 +160,8 @@ impl Connection {
             queue: Ring::new(table.capacity())?,
             closed: false,
         };
-        let transmit = Transmit {
-            headers: IoPage::new()?,
-            pieces: Pieces::new(PIECES)?,
-            staged: Ring::new(STAGED)?,
-            next_header: 0,
-        };
-        let receive = Receive {
-            buffer: IoPage::new()?,
-            pieces: Pieces::new(PIECES)?,
-            start: 0,
-            end: 0,
-            current: None,
-        };
+        let transmit = Transmit::new()?;
+        let receive = Receive::new()?;
         let this = Arc::pin_init(
             pin_init!(Connection {
                 index,
@@ -436,14 +373,18 @@ impl Connection {
     fn transmit_all(&self, transmit: &mut Transmit) -> Result<Stop> {
         for _ in 0..BUDGET {
             let more_waits = self.stage(transmit);
-            if transmit.staged.is_empty() {
+            if transmit.is_empty() {
                 return Ok(Stop::Idle);
             }
-            match self.send_staged(transmit, more_waits) {
-                Ok(true) => {}
-                Ok(false) => return Ok(Stop::Full { sent_some: true }),
+            let sent = match transmit.send(&self.socket, more_waits) {
+                Ok(sent) => sent,
                 Err(e) if e == EAGAIN => return Ok(Stop::Full { sent_some: false }),
                 Err(e) => return Err(e),
+            };
+            add(&self.traffic.bytes_sent, sent.bytes as u64);
+            add(&self.traffic.requests_sent, sent.messages);
+            if !sent.all {
+                return Ok(Stop::Full { sent_some: true });
             }
         }
         Ok(Stop::Budget)
@@ -451,54 +392,19 @@ impl Connection {
 
     /// Moves what waits to the sender, headers written. Returns whether something is left.
     fn stage(&self, transmit: &mut Transmit) -> bool {
-        if transmit.staged.len() < STAGED
+        if transmit.has_place()
             && self.say_goodbye.load(Acquire)
             && self.say_goodbye.xchg(false, Full)
         {
-            transmit.stage(&goodbye(), None);
+            transmit.stage(&proto::Request::DISCONNECT, None);
         }
-        while transmit.staged.len() < STAGED {
+        while transmit.has_place() {
             let queued = self.backlog.lock().queue.pop_front();
             let Some(queued) = queued else { return false };
             let payload = Payload::new(queued.request, Op::Write);
             transmit.stage(&queued.wire, Some(payload));
         }
         !self.backlog.lock().queue.is_empty()
-    }
-
-    /// Sends what is staged, as far as one call can. Returns whether all that it was given was taken.
-    fn send_staged(&self, transmit: &mut Transmit, more_waits: bool) -> Result<bool> {
-        let Transmit {
-            headers,
-            pieces,
-            staged,
-            ..
-        } = transmit;
-        let mut iov = Iov::new(pieces);
-        let mut all = true;
-        for message in staged.iter() {
-            let header = message.header_left == 0
-                || iov.push_bytes(headers, message.header_at, message.header_left);
-            let data = header && message.payload.as_ref().is_none_or(|p| iov.push_payload(p));
-            if !data {
-                all = false;
-                break;
-            }
-        }
-        let offered = iov.bytes();
-        let sent = self.socket.send(iov, !all || more_waits)?;
-        add(&self.traffic.bytes_sent, sent as u64);
-        let mut left = sent;
-        while let Some(first) = staged.front_mut() {
-            left = first.advance(left);
-            if !first.is_sent() {
-                break;
-            }
-            add(&self.traffic.requests_sent, 1);
-            // Letting go of the request may end it, when its reply is already in.
-            drop(staged.pop_front());
-        }
-        Ok(sent == offered)
     }
 
     // Receiving.
@@ -640,11 +546,7 @@ impl Connection {
     fn give_back_unsent(&self) {
         let verdict = self.table.verdict_of_lost();
         let mut transmit = self.transmit.lock();
-        while let Some(message) = transmit.staged.pop_front() {
-            if let Some(payload) = message.payload {
-                payload.decide(verdict);
-            }
-        }
+        transmit.give_back(verdict);
         // Nothing comes after this.
         self.backlog.lock().closed = true;
         loop {
@@ -674,145 +576,5 @@ impl Connection {
         if self.table.connection_gone() == 0 && self.table.is_disconnect_requested() {
             pr_info!("nbd{}: disconnected by user request\n", self.table.device);
         }
-    }
-}
-
-impl Transmit {
-    /// Writes a header, and puts the message at the end of what is sent.
-    fn stage(&mut self, wire: &proto::Request, payload: Option<Payload>) {
-        // Headers of messages that are staged lie behind one another, and there are fewer than fit.
-        let header_at = self.next_header;
-        let message = Outgoing {
-            header_at,
-            header_left: REQUEST_BYTES,
-            payload,
-        };
-        self.next_header = (header_at + REQUEST_BYTES) % (STAGED * REQUEST_BYTES);
-        // Neither can fail: the place is within the page, and the caller has looked for room.
-        let _ = self.headers.write(header_at, &wire.encode());
-        let _ = self.staged.push_back(message);
-    }
-}
-
-impl Receive {
-    /// Receives into the data that is waited for, and ahead of it. Returns how much it was, and whether
-    /// it was everything that there was room for.
-    fn fill(&mut self, socket: &Socket) -> Result<(usize, bool)> {
-        let mut iov = Iov::new(&mut self.pieces);
-        let whole = self.current.as_ref().is_none_or(|p| iov.push_payload(p));
-        if whole {
-            let room = READ_AHEAD_BYTES - self.end;
-            iov.push_room(&mut self.buffer, self.end, room);
-        }
-        let offered = iov.bytes();
-        let got = socket.receive(iov)?;
-        let mut ahead = got;
-        if let Some(payload) = &mut self.current {
-            let data = got.min(payload.left_bytes());
-            payload.advance(data);
-            ahead -= data;
-        }
-        self.end += ahead;
-        Ok((got, got == offered))
-    }
-
-    /// Copies what was received ahead to where it belongs.
-    fn move_to(&mut self, payload: &mut Payload) {
-        let ahead = self.end - self.start;
-        if ahead > 0 && payload.left_bytes() > 0 {
-            self.start += self.buffer.copy_to(self.start, ahead, payload);
-        }
-        self.forget_used();
-    }
-
-    /// The next reply's header, if it is all there.
-    fn next_header(&mut self) -> Result<Option<[u8; REPLY_BYTES]>> {
-        let mut header = [0; REPLY_BYTES];
-        let there = (self.end - self.start).min(REPLY_BYTES);
-        let (have, _) = header.split_at_mut(there);
-        self.buffer.read(self.start, have)?;
-        if there == REPLY_BYTES {
-            self.start += REPLY_BYTES;
-            self.forget_used();
-            return Ok(Some(header));
-        }
-        // What there is of a header goes to the front, so that the rest of it has room.
-        let (have, _) = header.split_at(there);
-        self.buffer.write(0, have)?;
-        self.start = 0;
-        self.end = there;
-        Ok(None)
-    }
-
-    fn forget_used(&mut self) {
-        if self.start == self.end {
-            self.start = 0;
-            self.end = 0;
-        }
-    }
-}
-
-/// Sends a disconnect on a socket that no connection has taken over. May sleep.
-pub(crate) fn say_goodbye_on(socket: &Socket) -> Result {
-    let mut page = IoPage::new()?;
-    page.write(0, &goodbye().encode())?;
-    let mut pieces = Pieces::new(1)?;
-    let mut iov = Iov::new(&mut pieces);
-    iov.push_bytes(&page, 0, REQUEST_BYTES);
-    socket.send(iov, false).map(|_| ())
-}
-
-/// The request that ends a session (`send_disconnects()`).
-fn goodbye() -> proto::Request {
-    proto::Request {
-        command: Command::Disconnect,
-        flags: 0,
-        cookie: 0,
-        offset_bytes: 0,
-        len_bytes: 0,
-    }
-}
-
-/// The command for an operation (`req_to_nbd_cmd_type()`).
-pub(crate) fn command_of(op: Op) -> Option<Command> {
-    Some(match op {
-        Op::Read => Command::Read,
-        Op::Write => Command::Write,
-        Op::Flush => Command::Flush,
-        Op::Discard => Command::Trim,
-        Op::WriteZeroes => Command::WriteZeroes,
-        Op::Other => return None,
-    })
-}
-
-/// A request, as the log shows it.
-pub(crate) struct Described<'a>(pub(crate) &'a Extent);
-
-impl kernel::fmt::Display for Described<'_> {
-    fn fmt(&self, f: &mut kernel::fmt::Formatter<'_>) -> kernel::fmt::Result {
-        let Extent {
-            op,
-            offset_bytes,
-            len_bytes,
-            ..
-        } = *self.0;
-        let name = command_of(op).map_or("request", Command::name);
-        if op == Op::Flush {
-            return f.write_str(name);
-        }
-        write!(f, "{name} of {len_bytes} bytes at {offset_bytes}")
-    }
-}
-
-/// What the block layer is told of a server's error.
-fn status_of(error: ServerError, op: Op) -> Status {
-    let optional = matches!(op, Op::Discard | Op::WriteZeroes);
-    match error {
-        ServerError::NoSpace => Status::NOSPC,
-        ServerError::NotPermitted => Status::TARGET,
-        // A server that does not know a command says that it is invalid. The block layer can do
-        // without these two.
-        ServerError::NotSupported | ServerError::Invalid if optional => Status::NOTSUPP,
-        _ => Status::IOERR,
     }
 }

@@ -6,7 +6,8 @@
 
 use super::{
     bindings,
-    mq::{Dispatched, Operations, Published, TagSet},
+    mq::{Operations, TagSet},
+    published::{Dispatched, Published},
 };
 use core::{fmt::Write, marker::PhantomData, ptr::NonNull};
 use kernel::{

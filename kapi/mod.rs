@@ -10,6 +10,8 @@ pub(crate) mod disk;
 pub(crate) mod genl;
 pub(crate) mod mq;
 pub(crate) mod param;
+pub(crate) mod payload;
+pub(crate) mod published;
 pub(crate) mod sock;
 pub(crate) mod task;
 pub(crate) mod wq;

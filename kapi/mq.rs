@@ -5,16 +5,13 @@
 //! request's data and no blocking `queue_rq`. Source: `include/linux/blk-mq.h`,
 //! `Documentation/block/blk-mq.rst`.
 
-use super::{bindings, disk::Frozen};
+use super::bindings;
 use core::{marker::PhantomData, ptr::NonNull};
 use kernel::{
     error::to_result,
     ffi,
     prelude::*,
-    sync::{
-        atomic::{Acquire, Atomic, Full, Relaxed, Release},
-        Arc, ArcBorrow,
-    },
+    sync::atomic::{Atomic, Full, Relaxed, Release},
     types::Opaque,
 };
 
@@ -201,6 +198,10 @@ impl Request {
         unsafe { pdu(self.rq) }.verdict.store(value, Relaxed);
     }
 
+    pub(super) fn as_ptr(&self) -> *mut bindings::request {
+        self.rq.as_ptr()
+    }
+
     /// Ends the request.
     ///
     /// # Safety
@@ -269,143 +270,6 @@ impl Parked {
 impl Drop for Parked {
     fn drop(&mut self) {
         drop(self.take());
-    }
-}
-
-/// A request's handle and a position in its data.
-///
-/// # Invariants
-///
-/// `bio` is null or one of the request's bios; `index` and `done_bytes` are a position in it as
-/// `struct bvec_iter` has it; `bio_left_bytes` are left in this bio from there, `left_bytes` in the
-/// request.
-pub(crate) struct Payload {
-    request: Request,
-    bio: *mut bindings::bio,
-    index: usize,
-    done_bytes: u32,
-    bio_left_bytes: u32,
-    left_bytes: usize,
-}
-
-// SAFETY: The bios belong to the request, whose handle this owns and which is `Send`.
-unsafe impl Send for Payload {}
-
-impl Payload {
-    /// The data of a request whose operation is `op`, from the start; none for any other request.
-    pub(crate) fn new(request: Request, op: Op) -> Self {
-        let extent = request.extent();
-        let left_bytes = if extent.op == op {
-            extent.len_bytes as usize
-        } else {
-            0
-        };
-        // SAFETY: The request is in flight.
-        let bio = unsafe { (*request.rq.as_ptr()).bio };
-        let mut payload = Payload {
-            request,
-            bio,
-            index: 0,
-            done_bytes: 0,
-            bio_left_bytes: 0,
-            left_bytes,
-        };
-        if left_bytes > 0 {
-            payload.enter_bio();
-        }
-        payload
-    }
-
-    /// What is left of the data.
-    pub(crate) fn left_bytes(&self) -> usize {
-        self.left_bytes
-    }
-
-    /// Says how the request ends, and lets go of it.
-    pub(crate) fn decide(self, verdict: Verdict) {
-        self.request.decide(verdict);
-    }
-
-    /// Takes over the start position of the current bio.
-    fn enter_bio(&mut self) {
-        if self.bio.is_null() {
-            self.left_bytes = 0;
-            return;
-        }
-        // SAFETY: By the type invariant `bio` is one of the request's bios; the block layer does not
-        // advance it while the request is in flight.
-        let iter = unsafe { &raw const (*self.bio).bi_iter };
-        // SAFETY: As above. The struct is packed, so its fields are read by value.
-        unsafe {
-            self.index = (*iter).bi_idx as usize;
-            self.done_bytes = (*iter).bi_offset;
-            self.bio_left_bytes = (*iter).bi_size;
-        }
-    }
-
-    /// The piece of memory at the current position, or `None` at the end.
-    fn piece(&self) -> Option<bindings::bio_vec> {
-        if self.left_bytes == 0 || self.bio_left_bytes == 0 {
-            return None;
-        }
-        // SAFETY: By the type invariant `index` is within the bio's vector while data is left in it.
-        let vec = unsafe { &*(*self.bio).bi_io_vec.add(self.index) };
-        Some(bindings::bio_vec {
-            bv_page: vec.bv_page,
-            bv_len: (vec.bv_len - self.done_bytes).min(self.bio_left_bytes),
-            bv_offset: vec.bv_offset + self.done_bytes,
-        })
-    }
-
-    /// Moves on by `bytes`, which must lie within the current piece.
-    fn step(&mut self, bytes: u32) {
-        self.left_bytes -= bytes as usize;
-        self.bio_left_bytes -= bytes;
-        self.done_bytes += bytes;
-        if self.bio_left_bytes == 0 {
-            // SAFETY: By the type invariant `bio` is one of the request's bios.
-            self.bio = unsafe { (*self.bio).bi_next };
-            if self.left_bytes > 0 {
-                self.enter_bio();
-            }
-            return;
-        }
-        // SAFETY: As in `piece()`.
-        let len = unsafe { (*(*self.bio).bi_io_vec.add(self.index)).bv_len };
-        if self.done_bytes == len {
-            self.done_bytes = 0;
-            self.index += 1;
-        }
-    }
-
-    /// Moves on by `bytes`, at most to the end.
-    pub(crate) fn advance(&mut self, mut bytes: usize) {
-        while bytes > 0 {
-            let Some(piece) = self.piece() else { return };
-            let step = bytes.min(piece.bv_len as usize) as u32;
-            self.step(step);
-            bytes -= step as usize;
-        }
-    }
-
-    /// Calls `each` with the pieces from here on until it returns false or the data ends. Returns
-    /// whether the end was reached. The position stays.
-    pub(super) fn for_each_piece(&self, mut each: impl FnMut(bindings::bio_vec) -> bool) -> bool {
-        // The copy only looks: it must not count as a handle.
-        let mut look = core::mem::ManuallyDrop::new(Payload {
-            request: Request {
-                rq: self.request.rq,
-            },
-            ..*self
-        });
-        while let Some(piece) = look.piece() {
-            let len = piece.bv_len;
-            if !each(piece) {
-                return false;
-            }
-            look.step(len);
-        }
-        true
     }
 }
 
@@ -652,140 +516,5 @@ impl<T: Operations> PinnedDrop for TagSet<T> {
     fn drop(self: Pin<&mut Self>) {
         // SAFETY: By the type invariant it was allocated; a disk that uses it goes before it does.
         unsafe { bindings::blk_mq_free_tag_set(self.inner.get()) };
-    }
-}
-
-/// An `Arc` that the operations of one queue read without a lock or a count: it is taken away only
-/// while the queue is frozen and quiesced. (Frozen alone does not do: `queue_rq` may still run when its
-/// request has already ended. Quiesced alone does not either: it does not stop `timeout`.)
-///
-/// # Invariants
-///
-/// `ptr` is null or came from `Arc::into_raw()`.
-pub(crate) struct Published<T> {
-    queue: *mut bindings::request_queue,
-    ptr: Atomic<*const T>,
-    _owns: PhantomData<Arc<T>>,
-}
-
-// SAFETY: It is an `Arc` that can be replaced; `queue` is only compared.
-unsafe impl<T: Send + Sync> Send for Published<T> {}
-// SAFETY: As above.
-unsafe impl<T: Send + Sync> Sync for Published<T> {}
-
-impl<T> Published<T> {
-    /// Nothing is published. For the operations of `queue`.
-    pub(super) fn new(queue: *mut bindings::request_queue) -> Self {
-        Published {
-            queue,
-            ptr: Atomic::new(core::ptr::null()),
-            _owns: PhantomData,
-        }
-    }
-
-    /// What is published, for as long as the operation runs.
-    pub(crate) fn get<'a>(&self, cx: &'a impl InQueue) -> Option<&'a T> {
-        if cx.queue() != self.queue {
-            return None;
-        }
-        let ptr = self.ptr.load(Acquire);
-        // SAFETY: By the type invariant it is null or a live `Arc`'s. It is taken away only while this
-        // queue is frozen and quiesced, which cannot be while an operation of it runs, and `'a` ends
-        // with the operation.
-        unsafe { ptr.as_ref() }
-    }
-
-    /// Publishes `value` where nothing is published; gives it back where something is.
-    pub(crate) fn publish(&self, value: Arc<T>) -> core::result::Result<(), Arc<T>> {
-        let new = Arc::into_raw(value);
-        match self.ptr.cmpxchg(core::ptr::null(), new, Full) {
-            Ok(_) => Ok(()),
-            // SAFETY: `new` came from `Arc::into_raw()` above.
-            Err(_) => Err(unsafe { Arc::from_raw(new) }),
-        }
-    }
-
-    /// Takes away what is published.
-    pub(crate) fn retract(&self, frozen: &Frozen<'_>) -> Option<Arc<T>> {
-        if frozen.queue() != self.queue {
-            return None;
-        }
-        let old = self.ptr.xchg(core::ptr::null(), Full);
-        if old.is_null() {
-            return None;
-        }
-        // SAFETY: By the type invariant it came from `Arc::into_raw()`, and with its queue frozen and
-        // quiesced no operation looks at it.
-        Some(unsafe { Arc::from_raw(old) })
-    }
-}
-
-impl<T> Drop for Published<T> {
-    fn drop(&mut self) {
-        let old = self.ptr.load(Relaxed);
-        if !old.is_null() {
-            // SAFETY: By the type invariant it came from `Arc::into_raw()`, and with exclusive access
-            // nobody looks at it.
-            drop(unsafe { Arc::from_raw(old) });
-        }
-    }
-}
-
-/// An `Arc` that `queue_rq` and `commit_rqs` of one queue read without a lock or a count. Unlike
-/// [`Published`] it can be replaced while requests are in flight.
-///
-/// # Invariants
-///
-/// `ptr` came from `Arc::into_raw()`.
-pub(crate) struct Dispatched<T> {
-    queue: *mut bindings::request_queue,
-    ptr: Atomic<*const T>,
-    _owns: PhantomData<Arc<T>>,
-}
-
-// SAFETY: It is an `Arc` that can be replaced; `queue` is only compared.
-unsafe impl<T: Send + Sync> Send for Dispatched<T> {}
-// SAFETY: As above.
-unsafe impl<T: Send + Sync> Sync for Dispatched<T> {}
-
-impl<T> Dispatched<T> {
-    /// For `queue_rq` and `commit_rqs` of `queue`.
-    pub(super) fn new(queue: *mut bindings::request_queue, value: Arc<T>) -> Self {
-        Dispatched {
-            queue,
-            ptr: Atomic::new(Arc::into_raw(value)),
-            _owns: PhantomData,
-        }
-    }
-
-    /// What it is, for as long as the operation runs.
-    pub(crate) fn get<'a>(&self, cx: &'a Dispatch<'_>) -> Option<ArcBorrow<'a, T>> {
-        if cx.queue() != self.queue {
-            return None;
-        }
-        // SAFETY: By the type invariant it is a live `Arc`'s. It is let go of only after this queue
-        // was quiesced since it was replaced, which cannot be while a dispatch runs that saw it.
-        Some(unsafe { ArcBorrow::from_raw(self.ptr.load(Acquire)) })
-    }
-
-    /// Replaces it. Waits until no dispatch looks at what it was. May sleep.
-    pub(crate) fn replace(&self, value: Arc<T>) {
-        let old = self.ptr.xchg(Arc::into_raw(value), Full);
-        // SAFETY: This lives in what the disk's queue refers to, so the queue is valid. Afterwards no
-        // dispatch runs that began before the exchange, so `old`, which came from `Arc::into_raw()`,
-        // is ours alone.
-        drop(unsafe {
-            bindings::blk_mq_quiesce_queue(self.queue);
-            bindings::blk_mq_unquiesce_queue(self.queue);
-            Arc::from_raw(old)
-        });
-    }
-}
-
-impl<T> Drop for Dispatched<T> {
-    fn drop(&mut self) {
-        // SAFETY: By the type invariant it came from `Arc::into_raw()`, and with exclusive access
-        // nobody looks at it.
-        drop(unsafe { Arc::from_raw(self.ptr.load(Relaxed)) });
     }
 }

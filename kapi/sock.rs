@@ -4,7 +4,7 @@
 //! The `kernel` crate (7.3) has no sockets. Source: `include/linux/net.h`, `include/net/sock.h`; the
 //! use of the callbacks follows `drivers/nvme/host/tcp.c` and `net/sunrpc/xprtsock.c`.
 
-use super::{bindings, mq::Payload};
+use super::{bindings, payload::Payload};
 use core::{marker::PhantomData, mem::MaybeUninit, ptr::NonNull};
 use kernel::{
     alloc::AllocError,

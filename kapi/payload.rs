@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The data of a request: its bios' memory, piece by piece. Source: `include/linux/bvec.h`.
+
+use super::{
+    bindings,
+    mq::{Op, Request, Verdict},
+};
+
+/// A position in the data of a request.
+///
+/// # Invariants
+///
+/// `bio` is null or one of the request's bios; `index` and `done_bytes` are a position in it as
+/// `struct bvec_iter` has it; `bio_left_bytes` are left in this bio from there, `left_bytes` in the
+/// request.
+#[derive(Clone, Copy)]
+struct Position {
+    bio: *mut bindings::bio,
+    index: usize,
+    done_bytes: u32,
+    bio_left_bytes: u32,
+    left_bytes: usize,
+}
+
+impl Position {
+    /// The start of `left_bytes` of data.
+    ///
+    /// # Safety
+    ///
+    /// `bio` must be the first bio of a request that is in flight while the position is used.
+    unsafe fn start(bio: *mut bindings::bio, left_bytes: usize) -> Self {
+        let mut position = Position {
+            bio,
+            index: 0,
+            done_bytes: 0,
+            bio_left_bytes: 0,
+            left_bytes,
+        };
+        if left_bytes > 0 {
+            position.enter_bio();
+        }
+        position
+    }
+
+    /// Takes over the start position of the current bio.
+    fn enter_bio(&mut self) {
+        if self.bio.is_null() {
+            self.left_bytes = 0;
+            return;
+        }
+        // SAFETY: By the type invariant `bio` is one of the request's bios; the block layer does not
+        // advance it while the request is in flight. Its iterator is packed, so it is read by value.
+        unsafe {
+            let iter = (&raw const (*self.bio).bi_iter).read_unaligned();
+            self.index = iter.bi_idx as usize;
+            self.done_bytes = iter.bi_offset;
+            self.bio_left_bytes = iter.bi_size;
+        }
+    }
+
+    /// The piece of memory here, or `None` at the end.
+    fn piece(&self) -> Option<bindings::bio_vec> {
+        if self.left_bytes == 0 || self.bio_left_bytes == 0 {
+            return None;
+        }
+        // SAFETY: By the type invariant `index` is within the bio's vector while data is left in it.
+        let vec = unsafe { &*(*self.bio).bi_io_vec.add(self.index) };
+        Some(bindings::bio_vec {
+            bv_page: vec.bv_page,
+            bv_len: (vec.bv_len - self.done_bytes).min(self.bio_left_bytes),
+            bv_offset: vec.bv_offset + self.done_bytes,
+        })
+    }
+
+    /// Moves on by `bytes`, which must lie within the current piece.
+    fn step(&mut self, bytes: u32) {
+        self.left_bytes -= bytes as usize;
+        self.bio_left_bytes -= bytes;
+        self.done_bytes += bytes;
+        if self.bio_left_bytes == 0 {
+            // SAFETY: By the type invariant `bio` is one of the request's bios.
+            self.bio = unsafe { (*self.bio).bi_next };
+            if self.left_bytes > 0 {
+                self.enter_bio();
+            }
+            return;
+        }
+        // SAFETY: As in `piece()`.
+        let len = unsafe { (*(*self.bio).bi_io_vec.add(self.index)).bv_len };
+        if self.done_bytes == len {
+            self.done_bytes = 0;
+            self.index += 1;
+        }
+    }
+}
+
+/// A request's handle and a position in its data.
+pub(crate) struct Payload {
+    request: Request,
+    position: Position,
+}
+
+// SAFETY: The bios belong to the request, whose handle this owns and which is `Send`.
+unsafe impl Send for Payload {}
+
+impl Payload {
+    /// The data of a request whose operation is `op`, from the start; none for any other request.
+    pub(crate) fn new(request: Request, op: Op) -> Self {
+        let extent = request.extent();
+        let left_bytes = if extent.op == op {
+            extent.len_bytes as usize
+        } else {
+            0
+        };
+        // SAFETY: The request is in flight while this holds its handle.
+        let position = unsafe { Position::start((*request.as_ptr()).bio, left_bytes) };
+        Payload { request, position }
+    }
+
+    /// What is left of the data.
+    pub(crate) fn left_bytes(&self) -> usize {
+        self.position.left_bytes
+    }
+
+    /// Says how the request ends, and lets go of it.
+    pub(crate) fn decide(self, verdict: Verdict) {
+        self.request.decide(verdict);
+    }
+
+    /// Moves on by `bytes`, at most to the end.
+    pub(crate) fn advance(&mut self, mut bytes: usize) {
+        while bytes > 0 {
+            let Some(piece) = self.position.piece() else {
+                return;
+            };
+            let step = bytes.min(piece.bv_len as usize) as u32;
+            self.position.step(step);
+            bytes -= step as usize;
+        }
+    }
+
+    /// Calls `each` with the pieces from here on until it returns false or the data ends. Returns
+    /// whether the end was reached. The position stays.
+    pub(super) fn for_each_piece(&self, mut each: impl FnMut(bindings::bio_vec) -> bool) -> bool {
+        let mut position = self.position;
+        while let Some(piece) = position.piece() {
+            let len = piece.bv_len;
+            if !each(piece) {
+                return false;
+            }
+            position.step(len);
+        }
+        true
+    }
+}

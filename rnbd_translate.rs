@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The block layer's words in NBD's, and the other way round.
+
+use crate::{
+    kapi::mq::{Extent, Op, Status},
+    rnbd_proto::{Command, ServerError},
+};
+/// The command for an operation (`req_to_nbd_cmd_type()`).
+pub(crate) fn command_of(op: Op) -> Option<Command> {
+    Some(match op {
+        Op::Read => Command::Read,
+        Op::Write => Command::Write,
+        Op::Flush => Command::Flush,
+        Op::Discard => Command::Trim,
+        Op::WriteZeroes => Command::WriteZeroes,
+        Op::Other => return None,
+    })
+}
+
+/// A request, as the log shows it.
+pub(crate) struct Described<'a>(pub(crate) &'a Extent);
+
+impl kernel::fmt::Display for Described<'_> {
+    fn fmt(&self, f: &mut kernel::fmt::Formatter<'_>) -> kernel::fmt::Result {
+        let Extent {
+            op,
+            offset_bytes,
+            len_bytes,
+            ..
+        } = *self.0;
+        let name = command_of(op).map_or("request", Command::name);
+        if op == Op::Flush {
+            return f.write_str(name);
+        }
+        write!(f, "{name} of {len_bytes} bytes at {offset_bytes}")
+    }
+}
+
+/// What the block layer is told of a server's error.
+pub(crate) fn status_of(error: ServerError, op: Op) -> Status {
+    let optional = matches!(op, Op::Discard | Op::WriteZeroes);
+    match error {
+        ServerError::NoSpace => Status::NOSPC,
+        ServerError::NotPermitted => Status::TARGET,
+        // A server that does not know a command says that it is invalid. The block layer can do
+        // without these two.
+        ServerError::NotSupported | ServerError::Invalid if optional => Status::NOTSUPP,
+        _ => Status::IOERR,
+    }
+}
