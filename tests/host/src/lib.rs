@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The tests of rnbd that need no kernel: they compile the module's own pure source files.
+//!
+//! - `wire`: what goes over the wire, against bytes written by hand from the protocol's text
+//! - `ring`: the queue, against one that is known to work
+//! - `ownership`: who ends a command, in all interleavings that the memory model allows ([loom])
+//! - `session`: the same for a command that is handed to connections which die meanwhile
+//! - `mutants`: that these two would notice if `rnbd_cmd.rs` were wrong
+//!
+//! `cargo test` runs all of it.
+#![cfg(test)]
+
+// What the module calls `kernel::` is the shim's here.
+extern crate self as kernel;
+mod shim;
+use shim::{alloc, prelude, sync};
+
+// The module's files, which are formatted and linted with the module.
+#[allow(clippy::all)]
+#[rustfmt::skip]
+#[path = "../../../atomic.rs"]
+mod atomic;
+#[allow(clippy::all)]
+#[rustfmt::skip]
+#[path = "../../../rnbd_cmd.rs"]
+mod rnbd_cmd;
+#[allow(clippy::all)]
+#[rustfmt::skip]
+#[path = "../../../rnbd_proto.rs"]
+mod rnbd_proto;
+#[allow(clippy::all)]
+#[rustfmt::skip]
+#[path = "../../../rnbd_ring.rs"]
+mod rnbd_ring;
+
+mod blk_mq;
+mod mutants;
+mod ownership;
+mod ring;
+mod session;
+mod wire;

@@ -1,0 +1,314 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Who ends a command: `rnbd_cmd.rs` in all interleavings, with each contender in a thread of its own.
+//!
+//! The models are written against [`Commands`], so that the same ones run over `rnbd_cmd.rs` and over
+//! its spoilt variants (`mutants`).
+
+use crate::{
+    blk_mq::{Parked, Request, Tag, Verdict},
+    rnbd_cmd::{self, Refused, Slot},
+};
+use loom::{
+    model::Builder,
+    thread::{self, JoinHandle},
+};
+use std::sync::{
+    Arc,
+    atomic::{AtomicUsize, Ordering},
+};
+
+/// A [`Slot`], or a variant of it.
+pub(crate) trait Commands: Send + Sync + 'static {
+    fn new() -> Self;
+    fn start(&self, connection: u16, other: Request) -> u32;
+    fn claim(&self, generation: u32, connection: u16) -> Option<Request>;
+    fn reclaim(&self, connection: u16) -> Option<Request>;
+}
+
+/// Implements [`Commands`] for the `Slot` of a module like `rnbd_cmd`.
+macro_rules! commands {
+    ($module:ident) => {
+        impl $module::Parking for crate::blk_mq::Parked {
+            type Item = crate::blk_mq::Request;
+
+            fn put(&self, request: Self::Item) -> Option<Self::Item> {
+                crate::blk_mq::Parked::put(self, request)
+            }
+
+            fn take(&self) -> Option<Self::Item> {
+                crate::blk_mq::Parked::take(self)
+            }
+        }
+
+        impl crate::ownership::Commands for $module::Slot<crate::blk_mq::Parked> {
+            fn new() -> Self {
+                $module::Slot::new(crate::blk_mq::Parked::empty())
+            }
+
+            fn start(&self, connection: u16, other: crate::blk_mq::Request) -> u32 {
+                self.start(connection, other)
+            }
+
+            fn claim(&self, generation: u32, connection: u16) -> Option<crate::blk_mq::Request> {
+                self.claim(generation, connection).ok()
+            }
+
+            fn reclaim(&self, connection: u16) -> Option<crate::blk_mq::Request> {
+                self.reclaim(connection)
+            }
+        }
+    };
+}
+pub(crate) use commands;
+commands!(rnbd_cmd);
+
+/// Runs `model` once for each interleaving; where `preemptions` are given, for each in which no more
+/// threads than that are interrupted by another one where they could have gone on.
+pub(crate) fn explore(model: fn(), preemptions: Option<usize>) {
+    let runs = Arc::new(AtomicUsize::new(0));
+    let counted = runs.clone();
+    let mut builder = Builder::new();
+    builder.preemption_bound = preemptions;
+    builder.check(move || {
+        counted.fetch_add(1, Ordering::Relaxed);
+        model();
+    });
+    println!("{} interleavings", runs.load(Ordering::Relaxed));
+}
+
+/// Tests that run models over `rnbd_cmd.rs`.
+macro_rules! models {
+    ($($model:ident $(within $preemptions:literal preemptions)?),+ $(,)?) => {
+        mod hold {
+            $(
+                #[test]
+                fn $model() {
+                    let preemptions: &[usize] = &[$($preemptions)?];
+                    crate::ownership::explore(
+                        super::$model::<crate::rnbd_cmd::Slot<crate::blk_mq::Parked>>,
+                        preemptions.first().copied(),
+                    );
+                }
+            )+
+        }
+    };
+}
+pub(crate) use models;
+
+/// A tag and its slot: what the contenders share.
+struct Shared<S> {
+    tag: Arc<Tag>,
+    slot: Arc<S>,
+}
+
+impl<S: Commands> Shared<S> {
+    fn new() -> Self {
+        Shared {
+            tag: Tag::new(),
+            slot: Arc::new(S::new()),
+        }
+    }
+
+    /// Puts a command in flight; returns the transmit side's handle and the generation.
+    fn start(&self, connection: u16) -> (Request, u32) {
+        let (transmit, other) = self.tag.start();
+        (transmit, self.slot.start(connection, other))
+    }
+
+    fn spawn<T: 'static>(&self, run: impl FnOnce(&S) -> T + 'static) -> JoinHandle<T> {
+        let slot = self.slot.clone();
+        thread::spawn(move || run(&slot))
+    }
+
+    /// A reply comes in; returns whether it was accepted.
+    fn reply(&self, generation: u32, connection: u16) -> JoinHandle<bool> {
+        self.spawn(move |slot| complete(slot.claim(generation, connection)))
+    }
+
+    /// The connection is cleared away; returns whether the command was on it.
+    fn reap(&self, connection: u16) -> JoinHandle<bool> {
+        self.spawn(move |slot| {
+            let claimed = slot.reclaim(connection);
+            claimed.map(|r| r.decide(Verdict::Requeue)).is_some()
+        })
+    }
+}
+
+/// Completes what a reply has claimed; returns whether it has claimed anything.
+fn complete(claimed: Option<Request>) -> bool {
+    claimed.map(|r| r.decide(Verdict::Complete)).is_some()
+}
+
+/// Sends a write: its data is read until the transmit side lets go.
+fn send(transmit: Request) {
+    transmit.read_pages();
+}
+
+/// A server that answers a write before it has read it cannot make pages go that are being sent.
+fn write_is_answered_while_it_is_sent<S: Commands>() {
+    let shared = Shared::<S>::new();
+    let (transmit, generation) = shared.start(0);
+    let reply = shared.reply(generation, 0);
+    send(transmit);
+    assert!(reply.join().unwrap(), "a good reply was refused");
+    assert_eq!(shared.tag.history(), [Verdict::Complete]);
+}
+
+/// A read's data comes in before the transmit side has let go, which does not touch it.
+fn read_is_answered_while_it_is_sent<S: Commands>() {
+    let shared = Shared::<S>::new();
+    let (transmit, generation) = shared.start(0);
+    let reply = shared.spawn(move |slot| {
+        let request = slot.claim(generation, 0).expect("a good reply was refused");
+        request.write_pages();
+        request.decide(Verdict::Complete);
+    });
+    drop(transmit);
+    reply.join().unwrap();
+    assert_eq!(shared.tag.history(), [Verdict::Complete]);
+}
+
+/// A reply and the death of the connection: one of the two decides, and the command ends as it says.
+fn reply_or_death<S: Commands>() {
+    let shared = Shared::<S>::new();
+    let (transmit, generation) = shared.start(0);
+    let reply = shared.reply(generation, 0);
+    let death = shared.reap(0);
+    send(transmit);
+    let verdict = match (reply.join().unwrap(), death.join().unwrap()) {
+        (true, false) => Verdict::Complete,
+        (false, true) => Verdict::Requeue,
+        (true, true) => panic!("claimed twice"),
+        (false, false) => panic!("claimed by nobody"),
+    };
+    assert_eq!(shared.tag.history(), [verdict]);
+}
+
+/// Of two equal replies, even at once, one is accepted; a third one is not.
+fn repeated_reply<S: Commands>() {
+    let shared = Shared::<S>::new();
+    let (transmit, generation) = shared.start(0);
+    let first = shared.reply(generation, 0);
+    let second = shared.reply(generation, 0);
+    send(transmit);
+    assert!(
+        first.join().unwrap() != second.join().unwrap(),
+        "claimed twice, or by nobody"
+    );
+    assert!(shared.slot.claim(generation, 0).is_none());
+    assert_eq!(shared.tag.history(), [Verdict::Complete]);
+}
+
+/// A server may guess the cookie of a command that is just being started. Its reply is accepted or
+/// not, but the command is not lost.
+pub(crate) fn reply_to_a_command_that_is_being_started<S: Commands>() {
+    let shared = Shared::<S>::new();
+    let guess = shared.reply(1, 0);
+    let (transmit, generation) = shared.start(0);
+    assert_eq!(generation, 1, "the guess was meant to be a good one");
+    send(transmit);
+    let reply = complete(shared.slot.claim(generation, 0));
+    let guess = guess.join().unwrap();
+    assert!(reply || guess, "claimed by nobody");
+    assert!(!(reply && guess), "claimed twice");
+    assert_eq!(shared.tag.history(), [Verdict::Complete]);
+}
+
+/// What is in flight on one connection is out of reach for the others: for their servers, which may
+/// know its cookie, and for their deaths.
+pub(crate) fn reply_and_death_of_another_connection<S: Commands>() {
+    let shared = Shared::<S>::new();
+    let (transmit, generation) = shared.start(0);
+    let reply = shared.reply(generation, 1);
+    let death = shared.reap(1);
+    send(transmit);
+    let own = complete(shared.slot.claim(generation, 0));
+    assert!(
+        !reply.join().unwrap() && !death.join().unwrap(),
+        "another connection's command was claimed"
+    );
+    assert!(own, "a good reply was refused");
+    assert_eq!(shared.tag.history(), [Verdict::Complete]);
+}
+
+/// The tag goes to its next command, on the same connection, while the first one's reply is
+/// repeated.
+pub(crate) fn old_reply_after_reuse_of_the_tag<S: Commands>() {
+    let shared = Shared::<S>::new();
+    let (transmit, generation) = shared.start(0);
+    let replies = shared.spawn(move |slot| {
+        let first = complete(slot.claim(generation, 0));
+        assert!(first, "a good reply was refused");
+        complete(slot.claim(generation, 0))
+    });
+    send(transmit);
+    shared.tag.wait_ended(1);
+
+    let (transmit, generation) = shared.start(0);
+    send(transmit);
+    let reply = complete(shared.slot.claim(generation, 0));
+    assert!(!replies.join().unwrap(), "an old reply was accepted");
+    assert!(reply, "a good reply was refused");
+    assert_eq!(shared.tag.history(), [Verdict::Complete; 2]);
+}
+
+/// A command is lost with its connection and sent on another one, while the lost connection still
+/// gets the reply to it.
+fn reply_after_requeue_to_another_connection<S: Commands>() {
+    let shared = Shared::<S>::new();
+    let (transmit, generation) = shared.start(0);
+    let late = shared.reply(generation, 0);
+    let death = shared.reap(0);
+    send(transmit);
+    let mut expected = vec![shared.tag.wait_ended(1)];
+
+    if expected == [Verdict::Requeue] {
+        let (transmit, generation) = shared.start(1);
+        send(transmit);
+        let reply = complete(shared.slot.claim(generation, 1));
+        assert!(reply, "a good reply was refused");
+        expected.push(Verdict::Complete);
+    }
+    let late = late.join().unwrap();
+    let death = death.join().unwrap();
+    assert_eq!((late, death), (expected.len() == 1, expected.len() == 2));
+    assert_eq!(shared.tag.history(), expected);
+}
+
+models! {
+    write_is_answered_while_it_is_sent,
+    read_is_answered_while_it_is_sent,
+    reply_or_death,
+    repeated_reply,
+    reply_to_a_command_that_is_being_started,
+    reply_and_death_of_another_connection,
+    old_reply_after_reuse_of_the_tag,
+    reply_after_requeue_to_another_connection,
+}
+
+/// A refused reply is explained; no concurrency here, but the atomics want a model around them.
+#[test]
+fn refusals_say_why() {
+    loom::model(|| {
+        let tag = Tag::new();
+        let slot = Slot::new(Parked::empty());
+        let why = |generation, connection| slot.claim(generation, connection).err();
+        assert_eq!(why(0, 0), Some(Refused::Claimed), "it was never used");
+        assert_eq!(why(1, 0), Some(Refused::Stale));
+
+        let (transmit, other) = tag.start();
+        let generation = slot.start(3, other);
+        drop(transmit);
+        assert_eq!(slot.status(), (3, true));
+        assert_eq!(why(generation, 2), Some(Refused::OtherConnection));
+        assert_eq!(why(generation - 1, 3), Some(Refused::Stale));
+        assert_eq!(why(generation + 1, 3), Some(Refused::Stale));
+        assert!(slot.reclaim(2).is_none());
+
+        complete(slot.claim(generation, 3).ok());
+        assert_eq!(slot.status(), (3, false));
+        assert_eq!(why(generation, 3), Some(Refused::Claimed));
+        assert!(slot.reclaim(3).is_none());
+        assert_eq!(tag.history(), [Verdict::Complete]);
+    });
+}
