@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: GPL-2.0
+#
+# For people and CI; the module itself is described in Kbuild, which the kernel's build reads.
+# Everything is built below build/.
+#
+## Building for a kernel of your own
+##   make                    build/rnbd.ko for KDIR, by default the running kernel's build tree
+##   make modules_install    install it there
+##   make clean              remove build/
+##
+## With the workbench: a Debian root, a stock kernel and a virtual machine, made by tools/env
+## and kept in a cache; the first run takes minutes. Nothing else is needed on this machine.
+##   make demo               boot the stock kernel, load the driver and use it
+##   make check              run all tests, or those that match T=pattern
+##   make shell              a shell in the virtual machine, the driver loaded
+##   make stock              build/rnbd.ko for the stock kernel
+##   make lint               what .ci/run looks at before it tests; also one by one:
+##                           rustfmtcheck clippy rustdoc shellcheck unsafecheck
+##   make rustfmt            format the sources
+##   make distclean          remove build/ and the cache
+##
+## Variables
+##   KDIR=dir                the kernel build tree for "make"
+##   DRIVER=nbd              demo, check and shell: use the kernel's own driver instead
+##   T=pattern               check: only tests whose names contain it
+##   V=1                     show the commands of the build
+
+ifdef RNBD_INSIDE
+# In the workbench's build root.
+KDIR := /kernel/build
+KARGS := $(shell cat /kernel/make.args) -j$(shell nproc)
+else
+KDIR ?= /lib/modules/$(shell uname -r)/build
+endif
+
+DRIVER ?= rnbd
+export DRIVER T V
+
+out := $(CURDIR)/build
+workbench := tools/env exec --
+kbuild = $(MAKE) --no-print-directory -C $(KDIR) $(KARGS) M=$(CURDIR)
+
+# refuse,WHY: says why KDIR will not do, and what will.
+refuse = { echo "rnbd: KDIR=$(KDIR) $(strip $(1))." >&2; \
+	echo 'Set KDIR to a prepared tree, or run "make stock" or "make demo": they make all they need.' >&2; \
+	exit 1; }
+
+modules: check-kdir
+	@mkdir -p $(out)
+	+$(kbuild) MO=$(out)/module modules
+	@cp $(out)/module/rnbd.ko $(out)/rnbd.ko
+	@echo "build/rnbd.ko is for $$(modinfo -F vermagic $(out)/rnbd.ko)"
+
+modules_install: modules
+	+$(kbuild) MO=$(out)/module modules_install
+
+# One message for each thing that such a tree can lack.
+check-kdir:
+	@test -e $(KDIR)/Makefile || $(call refuse,is no kernel build tree)
+	@grep -qs '^CONFIG_RUST=y' $(KDIR)/include/config/auto.conf || \
+		$(call refuse,is of a kernel without CONFIG_RUST)
+	@test -e $(KDIR)/rust/libkernel.rmeta || $(call refuse,lacks the Rust metadata \
+		(rust/libkernel.rmeta); distributions' headers packages do)
+
+stock:
+	$(workbench) make modules
+
+ifeq ($(DRIVER),rnbd)
+demo shell: stock
+vm := tools/vm -f build/rnbd.ko
+else
+vm := tools/vm
+endif
+
+demo:
+	$(vm) -f tools/demo -- env DRIVER=$(DRIVER) /rnbd/demo
+
+shell:
+	@echo 'Booting. "exit" ends it; so does Ctrl-A X.'
+	@$(vm) -m 4096 -t 86400 -i -w -a quiet -f tools/demo -- env DRIVER=$(DRIVER) /rnbd/demo shell
+
+check:
+	$(workbench) tools/check
+
+lint: rustfmtcheck clippy rustdoc shellcheck unsafecheck
+
+rustfmt:
+	$(workbench) tools/lint rustfmt
+
+rustfmtcheck clippy rustdoc shellcheck unsafecheck:
+	$(workbench) tools/lint $@
+
+clean:
+	rm -rf $(out)
+
+distclean: clean
+	tools/env clean
+
+help:
+	@sed -n 's/^## \{0,1\}//p' Makefile
+
+.DEFAULT_GOAL := modules
+.PHONY: modules modules_install check-kdir stock demo shell check lint rustfmt rustfmtcheck \
+	clippy rustdoc shellcheck unsafecheck clean distclean help
