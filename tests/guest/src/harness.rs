@@ -1,0 +1,377 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Runs one test: from a freshly loaded module, under a watchdog, to an unloaded module and a
+//! clean kernel log.
+
+use std::fs;
+use std::panic::{self, AssertUnwindSafe};
+use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use libtest_mimic::{Completion, Failed, Trial};
+
+use crate::driver::{Driver, devices};
+use crate::klog::{self, Klog};
+use crate::{differences, server, stacks};
+
+/// How the module is loaded for most tests: few devices load and unload quickly.
+const PARAMETERS: &str = "nbds_max=2";
+
+/// One test, and what it needs.
+pub struct Test {
+    name: String,
+    run: fn(&Guest),
+    /// None: the test loads the module itself.
+    parameters: Option<&'static str>,
+    limit: Duration,
+}
+
+impl Test {
+    pub fn new(path: &str, run: fn(&Guest)) -> Self {
+        let name = path.trim_start_matches("rnbd_guest::tests::").to_owned();
+        Self {
+            name,
+            run,
+            parameters: Some(PARAMETERS),
+            limit: Duration::from_secs(120),
+        }
+    }
+
+    /// Loads the module with these parameters.
+    pub fn parameters(self, parameters: &'static str) -> Self {
+        Self {
+            parameters: Some(parameters),
+            ..self
+        }
+    }
+
+    /// Does not load the module.
+    pub fn unloaded(self) -> Self {
+        Self {
+            parameters: None,
+            ..self
+        }
+    }
+
+    /// May take this long.
+    pub fn limit_seconds(self, seconds: u64) -> Self {
+        Self {
+            limit: Duration::from_secs(seconds),
+            ..self
+        }
+    }
+
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub fn into_trial(self, driver: Driver) -> Trial {
+        let name = self.name.clone();
+        Trial::ignorable_test(name, move || self.start(driver))
+    }
+
+    fn start(self, driver: Driver) -> Result<Completion, Failed> {
+        if let Some(reason) = differences::skip(driver, &self.name) {
+            return Ok(Completion::ignored_with(reason));
+        }
+        if let Some(why) = ABORTED.get() {
+            return Err(format!("not run: {why}").into());
+        }
+        let (name, limit) = (self.name.clone(), self.limit);
+        klog::mark(&format!("{name} begins"));
+        COMPLAINTS.lock().unwrap().clear();
+        let began = Instant::now();
+        let guest = Arc::new(Guest::new(driver, &name));
+        let outcome = self.run_watched(&guest, limit);
+        let took = began.elapsed();
+        TIMES.lock().unwrap().push((took, name.clone()));
+        let failure = match outcome {
+            Ok(Completion::Completed) => None,
+            Ok(ignored) => return Ok(ignored),
+            Err(failure) => Some(failure),
+        };
+        let Some(failure) = failure else {
+            return Ok(Completion::Completed);
+        };
+        // Said at once, too: the machine may not live to the end of the suite.
+        let text = format!("{failure}\n  after {:.1} s", took.as_secs_f32());
+        eprintln!("\n--- {name} failed:\n{text}\n---");
+        klog::mark(&format!("{name} failed"));
+        Err(text.into())
+    }
+
+    fn run_watched(self, guest: &Arc<Guest>, limit: Duration) -> Result<Completion, String> {
+        let (tell, told) = mpsc::channel();
+        let watched = Arc::clone(guest);
+        let name = self.name.clone();
+        thread::Builder::new()
+            .name("test".into())
+            .spawn(move || {
+                let _ = tell.send(self.run_fully(&watched));
+            })
+            .expect("a thread");
+        match told.recv_timeout(limit) {
+            Ok(outcome) => outcome,
+            Err(RecvTimeoutError::Disconnected) => Err("the test's thread died".into()),
+            Err(RecvTimeoutError::Timeout) => {
+                let mut text = format!("still not done after {limit:?}; who waits for what:\n");
+                text += &stacks::all();
+                server::kill_all();
+                if let Ok(outcome) = told.recv_timeout(Duration::from_secs(20)) {
+                    text += &format!("\nended when its servers were killed: {:?}", outcome.err());
+                } else {
+                    text += "\nkilling its servers did not end it";
+                    let _ = ABORTED.set(format!("{name} hangs"));
+                }
+                text += &guest.log_tail();
+                Err(text)
+            }
+        }
+    }
+
+    /// In the test's own thread.
+    fn run_fully(self, guest: &Guest) -> Result<Completion, String> {
+        if guest.driver.loaded() {
+            return Err(format!("{} is loaded already", guest.driver.name()));
+        }
+        let before = Leavings::count();
+        if let Some(parameters) = self.parameters {
+            let loaded = guest.driver.load(parameters);
+            loaded.map_err(|errno| format!("loading the module failed: {errno}"))?;
+        }
+        let outcome = panic::catch_unwind(AssertUnwindSafe(|| (self.run)(guest)));
+        let skipped = outcome
+            .err()
+            .and_then(|payload| payload.downcast::<Skip>().ok());
+        complain_about(guest.check_devices());
+        if guest.driver.loaded() {
+            guest.driver.unload().unwrap_or_else(|errno| {
+                complain(format!("rmmod failed: {errno}"));
+                let why = format!("the module could not be unloaded after {}", guest.test);
+                let _ = ABORTED.set(why);
+            });
+        }
+        complain_about(before.compare());
+        let log = guest.log();
+        complain_about(
+            klog::alarms(&log)
+                .into_iter()
+                .map(|line| format!("kernel: {line}")),
+        );
+        let complaints = std::mem::take(&mut *COMPLAINTS.lock().unwrap());
+        if complaints.is_empty() {
+            Ok(skipped.map_or(Completion::Completed, |skip| {
+                Completion::ignored_with(skip.0)
+            }))
+        } else {
+            Err(complaints.join("\n") + &guest.log_tail())
+        }
+    }
+}
+
+/// Makes a [`Test`] of a function, named after it and its module.
+#[macro_export]
+macro_rules! test {
+    ($function:ident) => {
+        $crate::harness::Test::new(
+            concat!(module_path!(), "::", stringify!($function)),
+            $function,
+        )
+    };
+}
+
+/// Why the rest of the suite cannot be run.
+static ABORTED: OnceLock<String> = OnceLock::new();
+
+/// What is wrong with the running test, from whichever thread.
+static COMPLAINTS: Mutex<Vec<String>> = Mutex::new(Vec::new());
+
+/// How long each test took.
+pub static TIMES: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
+
+/// Fails the running test, at its end.
+pub fn complain(what: String) {
+    COMPLAINTS.lock().unwrap().push(what);
+}
+
+fn complain_about(what: impl IntoIterator<Item = String>) {
+    COMPLAINTS.lock().unwrap().extend(what);
+}
+
+/// Makes every panic, in whatever thread, a complaint.
+pub fn catch_panics() {
+    panic::set_hook(Box::new(|info| {
+        if info.payload().downcast_ref::<Skip>().is_none() {
+            complain(info.to_string());
+        }
+    }));
+}
+
+struct Skip(String);
+
+/// Ends the running test without a verdict.
+pub fn skip(reason: &str) -> ! {
+    panic::panic_any(Skip(reason.to_owned()))
+}
+
+/// Looks every 10 ms whether something has become true.
+pub fn wait_until(limit: Duration, mut is_true: impl FnMut() -> bool) -> Result<(), ()> {
+    let deadline = Instant::now() + limit;
+    loop {
+        if is_true() {
+            return Ok(());
+        }
+        if Instant::now() > deadline {
+            return Err(());
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// What a test is given.
+pub struct Guest {
+    pub driver: Driver,
+    test: String,
+    log: Mutex<(Klog, Vec<String>)>,
+}
+
+impl Guest {
+    fn new(driver: Driver, test: &str) -> Self {
+        Self {
+            driver,
+            test: test.to_owned(),
+            log: Mutex::new((Klog::from_now(), Vec::new())),
+        }
+    }
+
+    /// Whose behaviour this test is to expect, where `differences.toml` lists one.
+    pub fn expected(&self, difference: &str) -> Driver {
+        differences::expected(self.driver, &self.test, difference)
+    }
+
+    /// What the kernel has said since the test began.
+    pub fn log(&self) -> Vec<String> {
+        let mut log = self.log.lock().unwrap();
+        let news = log.0.read();
+        log.1.extend(news);
+        log.1.clone()
+    }
+
+    /// Waits for the kernel to say something, 2 s at most. The drivers word it differently.
+    pub fn expect_logged(&self, nbd: &str, rnbd: &str) {
+        let what = match self.expected("messages-are-worded-differently") {
+            Driver::Nbd => nbd,
+            Driver::Rnbd => rnbd,
+        };
+        let said = || self.log().iter().any(|line| line.contains(what));
+        let found = wait_until(Duration::from_secs(2), said);
+        assert!(found.is_ok(), "the kernel did not say {what:?}");
+    }
+
+    fn log_tail(&self) -> String {
+        let log = self.log();
+        let tail = &log[log.len().saturating_sub(25)..];
+        format!("\nkernel's last lines:\n  {}", tail.join("\n  "))
+    }
+
+    /// After a test no device may be configured or open.
+    fn check_devices(&self) -> Vec<String> {
+        let mut wrong = Vec::new();
+        if !self.driver.loaded() {
+            return wrong;
+        }
+        let free = wait_until(Duration::from_secs(3), || self.driver.references() == 0);
+        if free.is_err() {
+            wrong.push(format!(
+                "the module still has {} references",
+                self.driver.references()
+            ));
+        }
+        for index in devices() {
+            let disk = format!("/sys/block/nbd{index}");
+            if fs::exists(format!("{disk}/pid")).unwrap_or(false) {
+                wrong.push(format!("{disk}/pid is left"));
+            }
+            let size = fs::read_to_string(format!("{disk}/size")).unwrap_or_default();
+            if size.trim() != "0" {
+                wrong.push(format!("{disk}/size is left at {}", size.trim()));
+            }
+        }
+        wrong
+    }
+}
+
+/// What a test could leave behind in this process and in the kernel.
+struct Leavings {
+    files: usize,
+    threads: usize,
+    sockets: Vec<(String, usize)>,
+}
+
+impl Leavings {
+    fn count() -> Self {
+        let entries = |path| fs::read_dir(path).map_or(0, Iterator::count);
+        Self {
+            files: entries("/proc/self/fd"),
+            threads: entries("/proc/self/task"),
+            sockets: sockets(),
+        }
+    }
+
+    /// Whether everything that the test made is gone by now, or soon.
+    fn compare(&self) -> Vec<String> {
+        let mut wrong = Vec::new();
+        let _ = wait_until(Duration::from_secs(5), || {
+            let now = Self::count();
+            wrong.clear();
+            if now.files > self.files {
+                wrong.push(format!("{} open files, {} before", now.files, self.files));
+            }
+            if now.threads > self.threads {
+                wrong.push(format!("{} threads, {} before", now.threads, self.threads));
+            }
+            for ((protocol, before), (_, after)) in self.sockets.iter().zip(&now.sockets) {
+                if after > before {
+                    wrong.push(format!("{after} {protocol} sockets, {before} before"));
+                }
+            }
+            wrong.extend(devices_without_driver());
+            wrong.is_empty()
+        });
+        wrong
+    }
+}
+
+fn devices_without_driver() -> Option<String> {
+    let driverless = !Driver::Nbd.loaded() && !Driver::Rnbd.loaded();
+    let left = devices();
+    (driverless && !left.is_empty()).then(|| format!("without a module, devices {left:?} are left"))
+}
+
+/// The kernel's own count of the sockets that can carry NBD.
+fn sockets() -> Vec<(String, usize)> {
+    let table = fs::read_to_string("/proc/net/protocols").unwrap_or_default();
+    let rows = table
+        .lines()
+        .map(|line| line.split_whitespace().collect::<Vec<_>>());
+    rows.filter(|row| matches!(row[0], "TCP" | "TCPv6" | "UNIX-STREAM"))
+        .map(|row| (row[0].to_owned(), row[2].parse().unwrap_or(0)))
+        .collect()
+}
+
+/// Prints what took longest.
+pub fn print_times() {
+    let mut times = std::mem::take(&mut *TIMES.lock().unwrap());
+    let total: Duration = times.iter().map(|(time, _)| *time).sum();
+    times.sort_unstable();
+    println!(
+        "{} tests took {:.0} s; the longest:",
+        times.len(),
+        total.as_secs_f32()
+    );
+    for (time, name) in times.iter().rev().take(12) {
+        println!("{:7.1} s  {name}", time.as_secs_f32());
+    }
+}

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! `rnbd-guest helper ...`: parts of tests that need a process of their own.
+
+use std::fs::OpenOptions;
+
+use crate::proto;
+use crate::sys::ioctl_number;
+
+pub fn main(arguments: &[String]) {
+    match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["attach", device, size] => attach(device, size.parse().expect("a size")),
+        _ => panic!("helper: {arguments:?}?"),
+    }
+}
+
+/// Connects `device` to the socket on standard input, without ever cleaning up.
+fn attach(device: &str, size: u64) {
+    let device = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .open(device)
+        .expect("the device");
+    for (request, argument) in [
+        (proto::SET_BLKSIZE, 512),
+        (proto::SET_SIZE, size),
+        (proto::SET_FLAGS, crate::device::USUAL_FLAGS),
+        (proto::SET_SOCK, 0),
+        (proto::DO_IT, 0),
+    ] {
+        ioctl_number(&device, request, argument).expect("an ioctl");
+    }
+}

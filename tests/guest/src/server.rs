@@ -1,0 +1,447 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A scriptable NBD server that speaks the transmission phase only: the ioctl interface is handed
+//! sockets on which the handshake is already over.
+//!
+//! Each connection is served by one thread. What it does with a request is a script, a closure
+//! that is given the connection and the request's header; [`Conn::serve`] is the honest one. A
+//! script reads the data of a write itself, so that it can also decline to.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock, Weak};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::sockopt;
+
+use crate::proto::{self, Command, REQUEST_LEN, REQUEST_MAGIC, Request};
+
+/// What carries a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    Tcp4,
+    Tcp6,
+    Unix,
+}
+
+type Script = dyn Fn(&mut Conn, &Request) -> io::Result<()> + Send + Sync;
+
+pub struct Server {
+    state: Arc<State>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+struct State {
+    store: Mutex<Store>,
+    /// Every request so far, in order of arrival.
+    requests: Mutex<Vec<Request>>,
+    arrival: Condvar,
+    script: RwLock<Arc<Script>>,
+    /// One handle of each connection's socket, to end it from outside.
+    sockets: Mutex<Vec<UnixStream>>,
+    living: AtomicUsize,
+}
+
+/// All servers, for [`kill_all`].
+static SERVERS: Mutex<Vec<Weak<State>>> = Mutex::new(Vec::new());
+
+/// Ends every connection of every server: what may set free a test that hangs.
+pub fn kill_all() {
+    for server in SERVERS.lock().unwrap().iter().filter_map(Weak::upgrade) {
+        server.kill();
+    }
+}
+
+impl State {
+    fn kill(&self) {
+        for socket in self.sockets.lock().unwrap().iter() {
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
+    }
+}
+
+impl Server {
+    /// An honest server of zeroes.
+    pub fn new() -> Self {
+        let state = State {
+            store: Mutex::default(),
+            requests: Mutex::default(),
+            arrival: Condvar::new(),
+            script: RwLock::new(Arc::new(Conn::serve)),
+            sockets: Mutex::default(),
+            living: AtomicUsize::new(0),
+        };
+        let state = Arc::new(state);
+        let mut servers = SERVERS.lock().unwrap();
+        servers.retain(|server| server.strong_count() > 0);
+        servers.push(Arc::downgrade(&state));
+        Self {
+            state,
+            threads: Mutex::default(),
+        }
+    }
+
+    /// From the next request on, `script` decides what happens.
+    pub fn script(
+        &self,
+        script: impl Fn(&mut Conn, &Request) -> io::Result<()> + Send + Sync + 'static,
+    ) {
+        *self.state.script.write().unwrap() = Arc::new(script);
+    }
+
+    /// From the next request on, the server is honest.
+    pub fn be_honest(&self) {
+        self.script(Conn::serve);
+    }
+
+    /// A new connection; the answer is the client's end.
+    pub fn connect(&self, transport: Transport) -> OwnedFd {
+        let (client, served) = match transport {
+            Transport::Tcp4 => tcp_pair((Ipv4Addr::LOCALHOST, 0).into()),
+            Transport::Tcp6 => tcp_pair((Ipv6Addr::LOCALHOST, 0).into()),
+            Transport::Unix => {
+                let (client, served) = UnixStream::pair().expect("socketpair");
+                (client.into(), served)
+            }
+        };
+        self.serve_socket(served);
+        client
+    }
+
+    /// Serves one more socket.
+    pub fn serve_socket(&self, socket: UnixStream) {
+        let mut sockets = self.state.sockets.lock().unwrap();
+        let index = sockets.len();
+        sockets.push(socket.try_clone().expect("dup"));
+        drop(sockets);
+        let state = Arc::clone(&self.state);
+        state.living.fetch_add(1, Ordering::SeqCst);
+        let thread = thread::Builder::new()
+            .name(format!("server-{index}"))
+            .spawn(move || {
+                let mut conn = Conn {
+                    state,
+                    socket,
+                    index,
+                    deferred: Vec::new(),
+                };
+                // However it ends, the client is to see the end.
+                let _ = conn.run();
+                let _ = conn.socket.shutdown(std::net::Shutdown::Both);
+                conn.state.living.fetch_sub(1, Ordering::SeqCst);
+            });
+        self.threads.lock().unwrap().push(thread.expect("a thread"));
+    }
+
+    /// The requests so far, but for the polite goodbye.
+    pub fn requests(&self) -> Vec<Request> {
+        self.state.requests.lock().unwrap().clone()
+    }
+
+    /// Requests so far of one kind.
+    pub fn requests_of(&self, command: Command) -> Vec<Request> {
+        self.requests()
+            .into_iter()
+            .filter(|request| request.command == command)
+            .collect()
+    }
+
+    pub fn forget_requests(&self) {
+        self.state.requests.lock().unwrap().clear();
+    }
+
+    /// Waits until `found` is content with the requests so far, 10 s at most.
+    pub fn wait_for(&self, what: &str, found: impl Fn(&[Request]) -> bool) {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        let mut requests = self.state.requests.lock().unwrap();
+        while !found(&requests) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            assert!(
+                !left.is_zero(),
+                "the server waited in vain for {what}; it saw {requests:?}"
+            );
+            requests = self.state.arrival.wait_timeout(requests, left).unwrap().0;
+        }
+    }
+
+    pub fn wait_for_command(&self, command: Command) {
+        self.wait_for(&format!("{command:?}"), |requests| {
+            requests.iter().any(|request| request.command == command)
+        });
+    }
+
+    /// Ends every connection, whatever its thread is doing.
+    pub fn kill(&self) {
+        self.state.kill();
+    }
+
+    /// Ends one connection.
+    pub fn kill_connection(&self, index: usize) {
+        let _ = self.state.sockets.lock().unwrap()[index].shutdown(std::net::Shutdown::Both);
+    }
+
+    /// Connections whose thread still runs.
+    pub fn living(&self) -> usize {
+        self.state.living.load(Ordering::SeqCst)
+    }
+
+    /// What is stored there.
+    pub fn peek(&self, offset: u64, len: usize) -> Vec<u8> {
+        let mut data = vec![0; len];
+        self.store().read(offset, &mut data);
+        data
+    }
+
+    /// Stores something behind the client's back.
+    pub fn poke(&self, offset: u64, data: &[u8]) {
+        self.store().write(offset, data);
+    }
+
+    fn store(&self) -> MutexGuard<'_, Store> {
+        self.state.store.lock().unwrap()
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.kill();
+        for thread in self.threads.get_mut().unwrap().drain(..) {
+            // A script that panicked has failed its test elsewhere, or did not matter.
+            let _ = thread.join();
+        }
+    }
+}
+
+fn tcp_pair(address: SocketAddr) -> (OwnedFd, UnixStream) {
+    let listener = TcpListener::bind(address).expect("listen on the loopback");
+    let client = TcpStream::connect(listener.local_addr().unwrap()).expect("connect");
+    let (served, _) = listener.accept().expect("accept");
+    client.set_nodelay(true).expect("TCP_NODELAY");
+    served.set_nodelay(true).expect("TCP_NODELAY");
+    // Reading, writing and shutting down are the same calls for every kind of socket.
+    (client.into(), UnixStream::from(OwnedFd::from(served)))
+}
+
+/// One connection, in the hands of a script.
+pub struct Conn {
+    state: Arc<State>,
+    socket: UnixStream,
+    pub index: usize,
+    /// Replies that [`Conn::defer`] keeps back.
+    deferred: Vec<Vec<u8>>,
+}
+
+impl Conn {
+    fn run(&mut self) -> io::Result<()> {
+        loop {
+            if !self.deferred.is_empty() && !self.readable_within(Duration::from_millis(30))? {
+                self.send_deferred()?;
+            }
+            let request = self.next_request()?;
+            if request.command == Command::Disconnect {
+                return Ok(());
+            }
+            let script = Arc::clone(&self.state.script.read().unwrap());
+            script(self, &request)?;
+        }
+    }
+
+    pub fn next_request(&mut self) -> io::Result<Request> {
+        let mut header = [0; REQUEST_LEN];
+        self.socket.read_exact(&mut header)?;
+        let request = Request::parse(self.index, &header);
+        // Part of what every test asserts: nothing but whole requests is ever sent.
+        if request.magic != REQUEST_MAGIC {
+            crate::harness::complain(format!("the client sent garbage: {header:02x?}"));
+            return Err(io::ErrorKind::InvalidData.into());
+        }
+        self.state.requests.lock().unwrap().push(request.clone());
+        self.state.arrival.notify_all();
+        Ok(request)
+    }
+
+    /// Does what is asked and says so.
+    pub fn serve(&mut self, request: &Request) -> io::Result<()> {
+        let reply = self.answer(request)?;
+        self.send(&reply)
+    }
+
+    /// Does what is asked; the whole reply is the caller's to send.
+    pub fn answer(&mut self, request: &Request) -> io::Result<Vec<u8>> {
+        let mut reply = ok(request).to_vec();
+        match request.command {
+            Command::Read => reply.extend(self.stored(request)),
+            Command::Write => {
+                let data = self.read_data(request)?;
+                self.state
+                    .store
+                    .lock()
+                    .unwrap()
+                    .write(request.offset, &data);
+            }
+            Command::Trim | Command::WriteZeroes => {
+                self.state
+                    .store
+                    .lock()
+                    .unwrap()
+                    .zero(request.offset, request.len.into());
+            }
+            Command::Flush => {}
+            Command::Disconnect | Command::Unknown(_) => {
+                crate::harness::complain(format!("the client sent {request:?}"));
+                return Err(io::ErrorKind::InvalidData.into());
+            }
+        }
+        Ok(reply)
+    }
+
+    /// Refuses, with an error number; a write's data is read and dropped.
+    pub fn refuse(&mut self, request: &Request, error: u32) -> io::Result<()> {
+        if request.command == Command::Write {
+            self.read_data(request)?;
+        }
+        self.send(&proto::reply(proto::REPLY_MAGIC, error, request.cookie))
+    }
+
+    /// The data of a write.
+    pub fn read_data(&mut self, request: &Request) -> io::Result<Vec<u8>> {
+        let mut data = vec![0; request.len as usize];
+        self.socket.read_exact(&mut data)?;
+        Ok(data)
+    }
+
+    /// Reads `len` bytes of whatever comes.
+    pub fn read_bytes(&mut self, len: usize) -> io::Result<Vec<u8>> {
+        let mut data = vec![0; len];
+        self.socket.read_exact(&mut data)?;
+        Ok(data)
+    }
+
+    /// What a read is to be answered with.
+    pub fn stored(&self, request: &Request) -> Vec<u8> {
+        let mut data = vec![0; request.len as usize];
+        self.state
+            .store
+            .lock()
+            .unwrap()
+            .read(request.offset, &mut data);
+        data
+    }
+
+    /// Stores the data of a write.
+    pub fn store(&self, request: &Request, data: &[u8]) {
+        self.state.store.lock().unwrap().write(request.offset, data);
+    }
+
+    pub fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
+        self.socket.write_all(bytes)
+    }
+
+    /// Does what is asked, but keeps the reply until no request has come for a while.
+    pub fn defer(&mut self, request: &Request) -> io::Result<()> {
+        let reply = self.answer(request)?;
+        self.deferred.push(reply);
+        Ok(())
+    }
+
+    pub fn deferred(&self) -> usize {
+        self.deferred.len()
+    }
+
+    /// Sends what was kept, the last first, in one piece.
+    pub fn send_deferred(&mut self) -> io::Result<()> {
+        let replies: Vec<u8> = self.deferred.drain(..).rev().flatten().collect();
+        self.send(&replies)
+    }
+
+    /// Does nothing more until the connection is ended, by whomever.
+    pub fn stall(&mut self) -> io::Result<()> {
+        self.wait(PollFlags::RDHUP, None)?;
+        Err(io::ErrorKind::ConnectionAborted.into())
+    }
+
+    /// Ends the connection here.
+    pub fn close(&mut self) -> io::Result<()> {
+        Err(io::ErrorKind::ConnectionAborted.into())
+    }
+
+    /// Ends the connection as a crashed machine does: TCP sends a reset.
+    pub fn reset(&mut self) -> io::Result<()> {
+        sockopt::set_socket_linger(&self.socket, Some(Duration::ZERO))?;
+        self.close()
+    }
+
+    fn readable_within(&self, timeout: Duration) -> io::Result<bool> {
+        self.wait(PollFlags::IN, Some(timeout))
+    }
+
+    fn wait(&self, events: PollFlags, timeout: Option<Duration>) -> io::Result<bool> {
+        let timeout = timeout.map(|timeout| Timespec::try_from(timeout).expect("a timeout"));
+        let mut fds = [PollFd::from_borrowed_fd(self.socket.as_fd(), events)];
+        Ok(poll(&mut fds, timeout.as_ref())? > 0)
+    }
+}
+
+/// The header of a reply that says yes.
+pub fn ok(request: &Request) -> [u8; proto::REPLY_LEN] {
+    proto::reply(proto::REPLY_MAGIC, 0, request.cookie)
+}
+
+/// Sparse storage of any size.
+#[derive(Default)]
+struct Store {
+    chunks: BTreeMap<u64, Vec<u8>>,
+}
+
+const CHUNK: u64 = 64 << 10;
+
+impl Store {
+    fn read(&self, offset: u64, mut data: &mut [u8]) {
+        let mut at = offset;
+        while !data.is_empty() {
+            let (skip, len) = within_chunk(at, data.len());
+            let (part, rest) = data.split_at_mut(len);
+            match self.chunks.get(&(at / CHUNK)) {
+                Some(chunk) => part.copy_from_slice(&chunk[skip..skip + len]),
+                None => part.fill(0),
+            }
+            data = rest;
+            at += len as u64;
+        }
+    }
+
+    fn write(&mut self, offset: u64, mut data: &[u8]) {
+        let mut at = offset;
+        while !data.is_empty() {
+            let (skip, len) = within_chunk(at, data.len());
+            let chunk = self
+                .chunks
+                .entry(at / CHUNK)
+                .or_insert_with(|| vec![0; CHUNK as usize]);
+            chunk[skip..skip + len].copy_from_slice(&data[..len]);
+            data = &data[len..];
+            at += len as u64;
+        }
+    }
+
+    fn zero(&mut self, offset: u64, len: u64) {
+        let end = offset + len;
+        for (index, chunk) in self.chunks.range_mut(offset / CHUNK..end.div_ceil(CHUNK)) {
+            let start = index * CHUNK;
+            let from = offset.saturating_sub(start);
+            let to = (end - start).min(CHUNK);
+            chunk[from as usize..to as usize].fill(0);
+        }
+    }
+}
+
+fn within_chunk(at: u64, len: usize) -> (usize, usize) {
+    let skip = (at % CHUNK) as usize;
+    (skip, len.min(CHUNK as usize - skip))
+}

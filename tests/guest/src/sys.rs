@@ -1,0 +1,204 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The few system calls that no crate wraps safely. The only file with `unsafe`.
+
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::{io, ptr, slice};
+
+use rustix::io::Errno;
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::thread::Pid;
+
+pub const MIB: usize = 1 << 20;
+
+/// What a system call says: a number, or an errno.
+pub type SysResult<T = i32> = Result<T, Errno>;
+
+fn last_errno() -> Errno {
+    Errno::from_io_error(&io::Error::last_os_error()).expect("an errno")
+}
+
+/// `ioctl(fd, request, argument)` where the argument is a number.
+pub fn ioctl_number(fd: impl AsFd, request: u32, argument: u64) -> SysResult {
+    // SAFETY: the callers pass requests whose argument is a number (linux/nbd.h) or nothing,
+    // so the kernel follows no pointer.
+    let answer = unsafe {
+        libc::ioctl(
+            fd.as_fd().as_raw_fd(),
+            request as libc::Ioctl,
+            argument as libc::c_ulong,
+        )
+    };
+    if answer < 0 {
+        Err(last_errno())
+    } else {
+        Ok(answer)
+    }
+}
+
+/// `ioctl(fd, request, &value)`, for requests that read or write a plain `T` behind the pointer.
+pub fn ioctl_pointer<T: Plain>(fd: impl AsFd, request: u32, value: &mut T) -> SysResult {
+    // SAFETY: the callers pair each request with the type that it is defined for; `Plain` types
+    // have no invalid bit patterns, and the borrow lasts for the call.
+    let answer = unsafe {
+        libc::ioctl(
+            fd.as_fd().as_raw_fd(),
+            request as libc::Ioctl,
+            ptr::from_mut(value),
+        )
+    };
+    if answer < 0 {
+        Err(last_errno())
+    } else {
+        Ok(answer)
+    }
+}
+
+/// Types of which every bit pattern is a value.
+pub trait Plain {}
+impl Plain for i32 {}
+impl Plain for u64 {}
+impl Plain for [u64; 2] {}
+
+/// The same call as a 32-bit process makes it: through `int 0x80`, with 32-bit arguments.
+#[cfg(target_arch = "x86_64")]
+pub fn ioctl_compat(fd: impl AsFd, request: u32, argument: u32) -> SysResult {
+    const NR_IOCTL: i64 = 54; // of the 32-bit table
+    let answer: i64;
+    // SAFETY: as in `ioctl_number`: no pointers. The 32-bit entry zeroes r8 to r15, and LLVM
+    // keeps rbx for itself, hence the exchange.
+    unsafe {
+        core::arch::asm!(
+            "xchg {fd}, rbx",
+            "int 0x80",
+            "xchg {fd}, rbx",
+            fd = inout(reg) i64::from(fd.as_fd().as_raw_fd()) => _,
+            inout("rax") NR_IOCTL => answer,
+            in("rcx") u64::from(request),
+            in("rdx") u64::from(argument),
+            out("r8") _, out("r9") _, out("r10") _, out("r11") _,
+            out("r12") _, out("r13") _, out("r14") _, out("r15") _,
+        );
+    }
+    let answer = answer as i32;
+    if answer < 0 {
+        Err(Errno::from_raw_os_error(-answer))
+    } else {
+        Ok(answer)
+    }
+}
+
+/// Takes over a descriptor that this process was started with.
+pub fn take_fd(number: RawFd) -> OwnedFd {
+    // SAFETY: the parent left it open for this purpose, and nobody else here knows it.
+    unsafe { OwnedFd::from_raw_fd(number) }
+}
+
+extern "C" fn do_nothing(_signal: libc::c_int) {}
+
+/// Installs a handler that does nothing, so that `signal` interrupts system calls and no more.
+pub fn handle_and_ignore(signal: i32, restart: bool) {
+    // SAFETY: a zeroed sigaction is a valid one, and the handler is async-signal-safe.
+    unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        action.sa_sigaction = do_nothing as extern "C" fn(libc::c_int) as libc::sighandler_t;
+        action.sa_flags = if restart { libc::SA_RESTART } else { 0 };
+        assert_eq!(libc::sigaction(signal, &action, ptr::null_mut()), 0);
+    }
+}
+
+/// Sends `signal` to one thread of this process.
+pub fn signal_thread(thread: Pid, signal: i32) {
+    // SAFETY: takes numbers only.
+    unsafe {
+        libc::syscall(
+            libc::SYS_tgkill,
+            libc::getpid(),
+            thread.as_raw_nonzero().get(),
+            signal,
+        );
+    }
+}
+
+/// Page-aligned anonymous memory, as O_DIRECT wants it.
+pub struct Buffer {
+    base: *mut u8,
+    start: *mut u8,
+    mapped: usize,
+    len: usize,
+}
+
+// SAFETY: owns its mapping alone, like a Vec.
+unsafe impl Send for Buffer {}
+// SAFETY: as above; shared access is read-only.
+unsafe impl Sync for Buffer {}
+
+impl Buffer {
+    pub fn new(len: usize) -> Self {
+        Self::map(len, 0, 4096, false)
+    }
+
+    /// A buffer that starts `skew` bytes into a page.
+    pub fn skewed(len: usize, skew: usize) -> Self {
+        Self::map(len, skew, 4096, false)
+    }
+
+    /// A buffer of huge pages where the kernel has them: few, long segments.
+    pub fn huge(len: usize) -> Self {
+        Self::map(len, 0, 2 * MIB, true)
+    }
+
+    pub fn filled(len: usize, fill: impl Fn(&mut [u8])) -> Self {
+        let mut buffer = Self::new(len);
+        fill(&mut buffer);
+        buffer
+    }
+
+    fn map(len: usize, skew: usize, align: usize, huge: bool) -> Self {
+        let mapped = len + skew + align;
+        // SAFETY: a new anonymous mapping, placed by the kernel, aliases nothing.
+        let base = unsafe {
+            mmap_anonymous(
+                ptr::null_mut(),
+                mapped,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE,
+            )
+        }
+        .expect("mmap")
+        .cast::<u8>();
+        let start = base.wrapping_add(base.align_offset(align) + skew);
+        if huge {
+            // SAFETY: advice on our own mapping that does not change its contents.
+            let _ = unsafe { madvise(base.cast(), mapped, Advice::LinuxHugepage) };
+        }
+        Self {
+            base,
+            start,
+            mapped,
+            len,
+        }
+    }
+}
+
+impl std::ops::Deref for Buffer {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        // SAFETY: `start..start + len` lies in our mapping, which is readable and initialised.
+        unsafe { slice::from_raw_parts(self.start, self.len) }
+    }
+}
+
+impl std::ops::DerefMut for Buffer {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as in `deref`, and `&mut self` makes the access exclusive.
+        unsafe { slice::from_raw_parts_mut(self.start, self.len) }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours and nothing borrows from it any more.
+        unsafe { munmap(self.base.cast(), self.mapped) }.expect("munmap");
+    }
+}

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! NBD_DO_IT: what it answers, and what is to be seen while it runs and afterwards.
+
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+
+use rustix::io::Errno;
+
+use crate::device::{self, Plan, SOON, assert_usable};
+use crate::harness::{Guest, Test, wait_until};
+use crate::proto::{CLEAR_SOCK, Command, DISCONNECT};
+use crate::server::Transport;
+use crate::sys::{self, Buffer, ioctl_number};
+use crate::test;
+
+pub fn tests() -> Vec<Test> {
+    vec![
+        test!(answers_0_after_a_disconnect),
+        test!(answers_0_when_the_server_closes),
+        test!(answers_0_when_the_server_resets),
+        test!(answers_0_after_clear_sock),
+        test!(answers_eintr_after_a_signal),
+        test!(answers_ebusy_when_a_signal_restarts_it),
+        test!(pid_is_the_task_that_called_it),
+        test!(says_goodbye_on_every_connection),
+        test!(leaves_the_device_empty),
+        test!(leaves_the_size_to_others_who_have_it_open),
+        test!(an_open_device_fails_requests_afterwards),
+        test!(the_device_can_be_connected_again_and_again),
+    ]
+}
+
+fn answers_0_after_a_disconnect(guest: &Guest) {
+    for transport in [Transport::Tcp4, Transport::Tcp6, Transport::Unix] {
+        let mut rig = Plan::new(1 << 20).transport(transport).attach();
+        assert_eq!(rig.disconnect(), Ok(0), "{transport:?}");
+    }
+    guest.expect_logged("block nbd0: NBD_DISCONNECT", "nbd0: NBD_DISCONNECT");
+}
+
+fn answers_0_when_the_server_closes(_: &Guest) {
+    for transport in [Transport::Tcp4, Transport::Unix] {
+        let mut rig = Plan::new(1 << 20).transport(transport).attach();
+        rig.server.kill();
+        assert_eq!(rig.client.wait(), Ok(0), "{transport:?}");
+    }
+    assert_usable(0);
+}
+
+fn answers_0_when_the_server_resets(_: &Guest) {
+    let mut rig = Plan::new(1 << 20).transport(Transport::Tcp4).attach();
+    rig.server.script(|conn, _| conn.reset());
+    let direct = rig.direct();
+    let read = direct.read_exact_at(&mut Buffer::new(4096), 0);
+    assert_eq!(device::errno(read), Err(Errno::IO));
+    drop(direct);
+    assert_eq!(rig.client.wait(), Ok(0));
+    assert_usable(0);
+}
+
+fn answers_0_after_clear_sock(_: &Guest) {
+    let mut rig = Plan::new(1 << 20).attach();
+    assert_eq!(ioctl_number(rig.open(), CLEAR_SOCK, 0), Ok(0));
+    assert_eq!(rig.client.wait(), Ok(0));
+    assert_usable(0);
+}
+
+fn answers_eintr_after_a_signal(_: &Guest) {
+    sys::handle_and_ignore(libc::SIGUSR1, false);
+    let mut rig = Plan::new(1 << 20).attach();
+    sys::signal_thread(rig.client.tid, libc::SIGUSR1);
+    assert_eq!(rig.client.wait(), Err(Errno::INTR));
+    assert_usable(0);
+}
+
+fn answers_ebusy_when_a_signal_restarts_it(_: &Guest) {
+    sys::handle_and_ignore(libc::SIGUSR2, true);
+    let mut rig = Plan::new(1 << 20).attach();
+    sys::signal_thread(rig.client.tid, libc::SIGUSR2);
+    // The signal ended the connection; the second call finds the device still set up.
+    assert_eq!(rig.client.wait(), Err(Errno::BUSY));
+    assert_usable(0);
+}
+
+fn pid_is_the_task_that_called_it(_: &Guest) {
+    let mut rig = Plan::new(1 << 20).attach();
+    assert_eq!(device::pid(0), Some(rig.client.tid.as_raw_nonzero().get()));
+    let mode = fs::metadata("/sys/block/nbd0/pid").unwrap();
+    assert_eq!(
+        std::os::unix::fs::PermissionsExt::mode(&mode.permissions()) & 0o777,
+        0o444
+    );
+    assert_eq!(rig.disconnect(), Ok(0));
+    assert_eq!(device::pid(0), None);
+}
+
+fn says_goodbye_on_every_connection(_: &Guest) {
+    let mut rig = Plan::new(1 << 20).connections(3).attach();
+    assert_eq!(rig.disconnect(), Ok(0));
+    let goodbyes = rig.server.requests_of(Command::Disconnect);
+    let mut connections: Vec<usize> = goodbyes.iter().map(|request| request.connection).collect();
+    connections.sort_unstable();
+    assert_eq!(connections, [0, 1, 2]);
+    for goodbye in goodbyes {
+        assert_eq!(
+            (goodbye.flags, goodbye.cookie, goodbye.offset, goodbye.len),
+            (0, 0, 0, 0)
+        );
+    }
+}
+
+fn leaves_the_device_empty(_: &Guest) {
+    let mut rig = Plan::new(1 << 20).hold().attach();
+    assert_eq!(rig.sysfs("size"), "2048");
+    rig.server.kill();
+    assert_eq!(rig.client.wait(), Ok(0));
+    assert_eq!(
+        rig.sysfs("size"),
+        "0",
+        "although the client still has it open"
+    );
+    assert!(device::pid(0).is_some(), "until the client closes it");
+    rig.client.go_on();
+    let gone = wait_until(SOON, || device::pid(0).is_none());
+    assert!(gone.is_ok());
+}
+
+fn leaves_the_size_to_others_who_have_it_open(_: &Guest) {
+    let mut rig = Plan::new(1 << 20).attach();
+    let other = rig.open();
+    rig.server.kill();
+    assert_eq!(rig.client.wait(), Ok(0));
+    let size = rig.sysfs("size");
+    drop(other);
+    assert_eq!(size, "2048");
+    assert_eq!(rig.sysfs("size"), "0");
+    assert_usable(0);
+}
+
+fn an_open_device_fails_requests_afterwards(_: &Guest) {
+    let mut rig = Plan::new(1 << 20).attach();
+    let direct = rig.direct();
+    direct.read_exact_at(&mut Buffer::new(4096), 0).unwrap();
+    assert_eq!(ioctl_number(&direct, DISCONNECT, 0), Ok(0));
+    assert_eq!(rig.client.wait(), Ok(0));
+    for _ in 0..3 {
+        let mut buffer = Buffer::new(4096);
+        assert_eq!(
+            device::errno(direct.read_exact_at(&mut buffer, 0)),
+            Err(Errno::IO)
+        );
+        assert_eq!(
+            device::errno(direct.write_all_at(&buffer, 4096)),
+            Err(Errno::IO)
+        );
+    }
+    drop(direct);
+    assert_usable(0);
+}
+
+fn the_device_can_be_connected_again_and_again(_: &Guest) {
+    for round in 0..10 {
+        let size = (1 << 20) + round * 4096;
+        let mut rig = Plan::new(size).attach();
+        assert_eq!(rig.sysfs("size"), (size / 512).to_string());
+        assert!(rig.client.still_runs_after(Duration::from_millis(1)));
+        assert_eq!(rig.disconnect(), Ok(0), "round {round}");
+    }
+}

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! /sys/block/nbdN/queue: what the block layer is told of a device.
+
+use crate::device::{Plan, USUAL_FLAGS, sysfs};
+use crate::harness::{Guest, Test};
+use crate::proto::{READ_ONLY, ROTATIONAL, SEND_FLUSH, SEND_FUA, SEND_TRIM, SEND_WRITE_ZEROES};
+use crate::test;
+
+pub fn tests() -> Vec<Test> {
+    vec![
+        test!(before_a_connection),
+        test!(follow_the_servers_flags),
+        test!(follow_the_block_size),
+        test!(are_reset_after_a_connection),
+        test!(timeout_is_the_block_layers_too),
+    ]
+}
+
+/// What every export has.
+fn assert_constants() {
+    for (name, value) in [
+        ("max_hw_sectors_kb", "32768"),
+        ("max_segments", "65535"),
+        ("max_segment_size", "4294967295"),
+        ("dma_alignment", "511"),
+        ("virt_boundary_mask", "0"),
+        ("chunk_sectors", "0"),
+        ("discard_zeroes_data", "0"),
+        ("write_same_max_bytes", "0"),
+        ("max_integrity_segments", "0"),
+        ("zoned", "none"),
+        ("stable_writes", "0"),
+        ("scheduler", "none [mq-deadline]"),
+        ("nr_requests", "256"),
+        ("io_poll", "0"),
+        ("dax", "0"),
+    ] {
+        assert_eq!(sysfs(0, &format!("queue/{name}")), value, "{name}");
+    }
+}
+
+fn before_a_connection(_: &Guest) {
+    assert_constants();
+    for (name, value) in [
+        ("logical_block_size", "512"),
+        ("physical_block_size", "512"),
+        ("minimum_io_size", "512"),
+        ("optimal_io_size", "131072"),
+        ("discard_max_bytes", "0"),
+        ("write_zeroes_max_bytes", "0"),
+        ("write_cache", "write through"),
+        ("fua", "0"),
+        ("rotational", "0"),
+        ("io_timeout", "30000"),
+    ] {
+        assert_eq!(sysfs(0, &format!("queue/{name}")), value, "{name}");
+    }
+    assert_eq!(sysfs(0, "removable"), "0");
+    assert_eq!(sysfs(0, "ro"), "0");
+    assert_eq!(sysfs(0, "range"), "32");
+}
+
+fn follow_the_servers_flags(_: &Guest) {
+    const ALL: &str = "4294966784"; // UINT_MAX, in whole sectors
+    for (flags, cache, fua, rotational, trim, zeroes, read_only) in [
+        (0, "write through", "0", "0", "0", "0", "0"),
+        (SEND_FLUSH, "write back", "0", "0", "0", "0", "0"),
+        (SEND_FLUSH | SEND_FUA, "write back", "1", "0", "0", "0", "0"),
+        (SEND_FUA, "write through", "0", "0", "0", "0", "0"),
+        (ROTATIONAL, "write through", "0", "1", "0", "0", "0"),
+        (SEND_TRIM, "write through", "0", "0", ALL, "0", "0"),
+        (SEND_WRITE_ZEROES, "write through", "0", "0", "0", ALL, "0"),
+        (READ_ONLY, "write through", "0", "0", "0", "0", "1"),
+        (USUAL_FLAGS, "write back", "1", "0", ALL, ALL, "0"),
+    ] {
+        let mut rig = Plan::new(1 << 20).flags(flags).attach();
+        for (name, value) in [
+            ("queue/write_cache", cache),
+            ("queue/fua", fua),
+            ("queue/rotational", rotational),
+            ("queue/discard_max_bytes", trim),
+            ("queue/discard_max_hw_bytes", trim),
+            ("queue/write_zeroes_max_bytes", zeroes),
+            ("ro", read_only),
+        ] {
+            assert_eq!(rig.sysfs(name), value, "{name} with flags {flags:#x}");
+        }
+        assert_constants();
+        assert_eq!(rig.disconnect(), Ok(0));
+    }
+}
+
+fn follow_the_block_size(_: &Guest) {
+    for block_size in [512, 1024, 4096, 8192, 65536] {
+        let mut rig = Plan::new(1 << 20).block_size(block_size).attach();
+        for name in [
+            "logical_block_size",
+            "physical_block_size",
+            "minimum_io_size",
+            "discard_granularity",
+        ] {
+            assert_eq!(
+                rig.sysfs(&format!("queue/{name}")),
+                block_size.to_string(),
+                "{name}"
+            );
+        }
+        assert_eq!(rig.sysfs("queue/optimal_io_size"), "131072");
+        assert_eq!(rig.disconnect(), Ok(0));
+    }
+}
+
+fn are_reset_after_a_connection(_: &Guest) {
+    let mut rig = Plan::new(1 << 20)
+        .flags(USUAL_FLAGS | ROTATIONAL)
+        .block_size(4096)
+        .attach();
+    assert_eq!(rig.disconnect(), Ok(0));
+    for (name, value) in [
+        ("discard_max_bytes", "0"),
+        ("discard_granularity", "0"),
+        ("write_zeroes_max_bytes", "0"),
+        ("write_cache", "write through"),
+        ("fua", "0"),
+        ("rotational", "0"),
+        ("logical_block_size", "4096"),
+    ] {
+        assert_eq!(rig.sysfs(&format!("queue/{name}")), value, "{name}");
+    }
+}
+
+fn timeout_is_the_block_layers_too(_: &Guest) {
+    for (seconds, shown) in [(0, "30000"), (7, "7000")] {
+        let mut rig = Plan::new(1 << 20).timeout(seconds).attach();
+        assert_eq!(rig.sysfs("queue/io_timeout"), shown);
+        assert_eq!(rig.disconnect(), Ok(0));
+    }
+}

@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The tests, in the order in which they run: from the module's life to long ones.
+
+mod do_it;
+mod endings;
+mod errors;
+mod geometry;
+mod io;
+mod ioctl;
+mod limits;
+mod long;
+mod module;
+mod multi;
+mod replies;
+mod signals;
+mod timeouts;
+mod user_space;
+
+use crate::harness::Test;
+
+pub fn all() -> Vec<Test> {
+    [
+        module::tests(),
+        ioctl::tests(),
+        do_it::tests(),
+        geometry::tests(),
+        limits::tests(),
+        io::tests(),
+        multi::tests(),
+        errors::tests(),
+        replies::tests(),
+        timeouts::tests(),
+        endings::tests(),
+        signals::tests(),
+        user_space::tests(),
+        long::tests(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}

@@ -1,0 +1,307 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Several connections to one server.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::thread::{CpuSet, sched_setaffinity};
+
+use crate::device::{self, Plan, Rig, assert_pattern, errno, pattern};
+use crate::driver::Driver;
+use crate::harness::{Guest, Test, wait_until};
+use crate::proto::Command;
+use crate::server::Transport;
+use crate::sys::Buffer;
+use crate::test;
+
+pub fn tests() -> Vec<Test> {
+    vec![
+        test!(each_connection_is_a_hardware_queue),
+        test!(each_processor_uses_its_own_connection),
+        test!(more_connections_than_processors),
+        test!(connections_can_differ_in_number_each_time),
+        test!(a_dead_connection_is_replaced_by_another),
+        test!(requests_of_a_dead_connection_go_to_another),
+        test!(writes_of_a_dead_connection_go_to_another),
+        test!(all_but_one_die_under_load),
+        test!(when_all_are_dead_requests_fail),
+        test!(a_bad_reply_costs_only_its_connection),
+        test!(a_reply_on_another_connection_is_not_taken),
+    ]
+}
+
+fn hardware_queues(index: u32) -> usize {
+    fs::read_dir(format!("/sys/block/nbd{index}/mq"))
+        .unwrap()
+        .count()
+}
+
+/// Lets the calling thread run only where the block layer uses this connection.
+fn move_to(connection: usize) {
+    let processors = device::sysfs(0, &format!("mq/{connection}/cpu_list"));
+    let mut set = CpuSet::new();
+    set.set(
+        processors
+            .split(',')
+            .next()
+            .unwrap()
+            .trim()
+            .parse()
+            .expect("a processor"),
+    );
+    sched_setaffinity(None, &set).unwrap();
+}
+
+fn read_over(connection: usize, device: &File) {
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            move_to(connection);
+            device.read_exact_at(&mut Buffer::new(4096), 0).unwrap();
+        });
+    });
+}
+
+fn each_connection_is_a_hardware_queue(_: &Guest) {
+    let mut rig = Plan::new(1 << 20).connections(2).attach();
+    assert_eq!(hardware_queues(0), 2);
+    assert_eq!(rig.disconnect(), Ok(0));
+}
+
+fn each_processor_uses_its_own_connection(_: &Guest) {
+    let rig = Plan::new(1 << 20).connections(2).attach();
+    let direct = rig.direct();
+    for connection in [0, 1, 0, 1] {
+        rig.server.forget_requests();
+        read_over(connection, &direct);
+        assert_eq!(rig.server.requests()[0].connection, connection);
+    }
+}
+
+fn more_connections_than_processors(_: &Guest) {
+    let mut rig = Plan::new(1 << 20).connections(5).attach();
+    assert_eq!(
+        hardware_queues(0),
+        thread::available_parallelism().unwrap().get()
+    );
+    rig.direct()
+        .read_exact_at(&mut Buffer::new(4096), 0)
+        .unwrap();
+    assert_eq!(rig.disconnect(), Ok(0));
+}
+
+fn connections_can_differ_in_number_each_time(_: &Guest) {
+    for connections in [1, 2, 1, 4, 2, 1] {
+        let mut rig = Plan::new(1 << 20).connections(connections).attach();
+        assert_eq!(hardware_queues(0), connections.min(2));
+        rig.direct()
+            .read_exact_at(&mut Buffer::new(4096), 0)
+            .unwrap();
+        assert_eq!(rig.disconnect(), Ok(0));
+    }
+}
+
+fn a_dead_connection_is_replaced_by_another(_: &Guest) {
+    for (transport, victim) in [(Transport::Tcp4, 0), (Transport::Unix, 1)] {
+        let mut rig = Plan::new(1 << 20)
+            .connections(2)
+            .transport(transport)
+            .attach();
+        rig.server.kill_connection(victim);
+        thread::sleep(Duration::from_millis(100));
+        rig.server.forget_requests();
+        let direct = rig.direct();
+        for connection in 0..2 {
+            read_over(connection, &direct);
+        }
+        drop(direct);
+        let used: HashSet<usize> = rig
+            .server
+            .requests()
+            .iter()
+            .map(|request| request.connection)
+            .collect();
+        assert_eq!(used, HashSet::from([1 - victim]));
+        assert!(
+            rig.client.still_runs_after(Duration::from_millis(10)),
+            "one is left"
+        );
+        assert_eq!(rig.disconnect(), Ok(0));
+    }
+}
+
+/// The connection that sees the first request of this kind dies of it.
+fn first_of_kind_kills(rig: &Rig, command: Command) {
+    let seen = AtomicBool::new(false);
+    rig.server.script(move |conn, request| {
+        if request.command == command && !seen.swap(true, Ordering::SeqCst) {
+            return conn.close();
+        }
+        conn.serve(request)
+    });
+}
+
+/// nbd.ko leaves requests that were sent on a dead connection to their timeout.
+fn assert_failed_over(guest: &Guest, timeout_seconds: u64, began: Instant) {
+    let took = began.elapsed();
+    match guest.expected("failover-is-immediate") {
+        Driver::Nbd => assert!(
+            took.as_secs_f32() > timeout_seconds as f32 * 0.7,
+            "{took:?}"
+        ),
+        Driver::Rnbd => assert!(
+            took.as_secs_f32() < timeout_seconds as f32 * 0.7,
+            "{took:?}"
+        ),
+    }
+}
+
+fn requests_of_a_dead_connection_go_to_another(guest: &Guest) {
+    const TIMEOUT: u64 = 2;
+    let mut rig = Plan::new(1 << 20).connections(2).timeout(TIMEOUT).attach();
+    let mut stored = vec![0; 4096];
+    pattern(1, 0, &mut stored);
+    rig.server.poke(0, &stored);
+    first_of_kind_kills(&rig, Command::Read);
+    let direct = rig.direct();
+    let began = Instant::now();
+    let mut back = Buffer::new(4096);
+    direct.read_exact_at(&mut back, 0).unwrap();
+    assert_failed_over(guest, TIMEOUT, began);
+    assert_pattern(1, 0, &back);
+    drop(direct);
+    rig.server.be_honest();
+    assert_eq!(rig.disconnect(), Ok(0));
+}
+
+fn writes_of_a_dead_connection_go_to_another(guest: &Guest) {
+    const TIMEOUT: u64 = 2;
+    let mut rig = Plan::new(1 << 20).connections(2).timeout(TIMEOUT).attach();
+    let seen = AtomicBool::new(false);
+    rig.server.script(move |conn, request| {
+        if seen.swap(true, Ordering::SeqCst) {
+            return conn.serve(request);
+        }
+        conn.read_data(request)?;
+        conn.close()
+    });
+    let direct = rig.direct();
+    let data = Buffer::filled(64 << 10, |data| pattern(2, 0, data));
+    let began = Instant::now();
+    direct.write_all_at(&data, 0).unwrap();
+    assert_failed_over(guest, TIMEOUT, began);
+    drop(direct);
+    assert_pattern(2, 0, &rig.server.peek(0, data.len()));
+    rig.server.be_honest();
+    assert_eq!(rig.disconnect(), Ok(0));
+}
+
+fn all_but_one_die_under_load(_: &Guest) {
+    let mut rig = Plan::new(16 << 20)
+        .connections(4)
+        .timeout(2)
+        .transport(Transport::Tcp4)
+        .attach();
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for thread in 0..4 {
+            let (direct, done) = (rig.direct(), &done);
+            scope.spawn(move || {
+                let mut data = Buffer::new(16 << 10);
+                let mut round = 0;
+                while !done.load(Ordering::Relaxed) {
+                    let offset = (thread * 256 + round % 256) * data.len() as u64;
+                    pattern(round, offset, &mut data);
+                    direct.write_all_at(&data, offset).unwrap();
+                    data.fill(0);
+                    direct.read_exact_at(&mut data, offset).unwrap();
+                    assert_pattern(round, offset, &data);
+                    round += 1;
+                }
+            });
+        }
+        for victim in [1, 0, 3] {
+            thread::sleep(Duration::from_millis(300));
+            rig.server.kill_connection(victim);
+        }
+        thread::sleep(Duration::from_millis(300));
+        done.store(true, Ordering::Relaxed);
+    });
+    assert!(rig.client.still_runs_after(Duration::from_millis(10)));
+    assert_eq!(rig.disconnect(), Ok(0));
+}
+
+fn when_all_are_dead_requests_fail(_: &Guest) {
+    let mut rig = Plan::new(1 << 20).connections(2).attach();
+    let direct = rig.direct();
+    rig.server.kill();
+    assert_eq!(rig.client.wait(), Ok(0));
+    let read = direct.read_exact_at(&mut Buffer::new(4096), 0);
+    assert_eq!(errno(read), Err(Errno::IO));
+    drop(direct);
+    device::assert_usable(0);
+}
+
+fn a_bad_reply_costs_only_its_connection(guest: &Guest) {
+    let mut rig = Plan::new(1 << 20).connections(2).timeout(2).attach();
+    let seen = AtomicBool::new(false);
+    rig.server.script(move |conn, request| {
+        if seen.swap(true, Ordering::SeqCst) {
+            return conn.serve(request);
+        }
+        conn.send(&crate::proto::reply(0x1234_5678, 0, request.cookie))?;
+        conn.stall()
+    });
+    rig.direct()
+        .read_exact_at(&mut Buffer::new(4096), 0)
+        .unwrap();
+    guest.expect_logged("Wrong magic (0x12345678)", "wrong magic (0x12345678)");
+    let one_left = wait_until(device::SOON, || rig.server.living() == 1);
+    assert!(one_left.is_ok());
+    rig.server.be_honest();
+    assert_eq!(rig.disconnect(), Ok(0));
+}
+
+fn a_reply_on_another_connection_is_not_taken(guest: &Guest) {
+    use std::sync::{Arc, Mutex};
+    let mut rig = Plan::new(1 << 20).connections(2).timeout(2).attach();
+    // The first request is answered by the connection that gets the second.
+    let kept: Arc<Mutex<Option<Vec<u8>>>> = Arc::default();
+    let seen = AtomicBool::new(false);
+    rig.server.script(move |conn, request| {
+        let reply = conn.answer(request)?;
+        if !seen.swap(true, Ordering::SeqCst) {
+            *kept.lock().unwrap() = Some(reply);
+            return conn.stall();
+        }
+        if let Some(foreign) = kept.lock().unwrap().take() {
+            return conn.send(&foreign);
+        }
+        conn.send(&reply)
+    });
+    let direct = rig.direct();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            // One of the two connections ends for it, the other for its timeout: this read may
+            // fail, but must not be answered by the wrong side and then go on.
+            let _ = direct.read_exact_at(&mut Buffer::new(4096), 0);
+        });
+        rig.server.wait_for_command(Command::Read);
+        let other = 1 - rig.server.requests()[0].connection;
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                move_to(other);
+                let _ = direct.read_exact_at(&mut Buffer::new(4096), 8192);
+            });
+        });
+    });
+    guest.expect_logged("from different sock", "sent on another connection");
+    drop(direct);
+    assert_eq!(rig.client.wait(), Ok(0), "neither connection is left");
+    device::assert_usable(0);
+}
