@@ -20,6 +20,7 @@
     unsafe_op_in_unsafe_fn
 )]
 
+#[doc(no_inline)]
 pub(crate) use kernel::bindings::*;
 use kernel::ffi;
 
