@@ -116,12 +116,20 @@ impl Config {
         self.debugfs = None;
     }
 
+    /// The sockets, where no session has taken them over. One that another device uses is not ours.
+    fn idle_sockets(&self) -> impl Iterator<Item = &Socket> {
+        let idle = self.session.is_none();
+        self.sockets.iter().filter(move |s| idle && !s.is_hooked())
+    }
+
     /// Ends the session, or the connections of sockets that none has taken over (`sock_shutdown()`).
     /// May sleep.
     pub(crate) fn end(&self) {
-        match &self.session {
-            Some(session) => session.end(Ending::Polite),
-            None => self.sockets.iter().for_each(|s| s.end(Ending::Polite)),
+        if let Some(session) = &self.session {
+            session.end(Ending::Polite);
+        }
+        for socket in self.idle_sockets() {
+            socket.end(Ending::Polite);
         }
     }
 
@@ -258,7 +266,7 @@ impl Device {
             session.say_goodbye();
             return Ok(());
         }
-        for socket in &config.sockets {
+        for socket in config.idle_sockets() {
             if let Err(e) = rnbd_stream::say_goodbye_on(socket) {
                 pr_err!("nbd{}: send disconnect failed ({e:?})\n", self.index);
             }

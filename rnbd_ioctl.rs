@@ -24,9 +24,8 @@ const NBD_SET_FLAGS: u32 = _IO(TYPE, 10);
 ///
 /// # Errors
 ///
-/// `EPERM` without `CAP_SYS_ADMIN`, `EINVAL` for an ioctl of another kind or on a device that netlink
-/// has connected, `ENOTTY` for one of ours
-/// that does not exist, or that of the call.
+/// `EPERM` without `CAP_SYS_ADMIN`; `EINVAL` for an ioctl of another kind, and on a device that netlink
+/// has connected; `ENOTTY` for one of ours that does not exist; or that of the call.
 pub(crate) fn ioctl(device: &Device, cmd: u32, arg: usize) -> Result<usize> {
     if !task::may_administer() {
         return Err(EPERM);

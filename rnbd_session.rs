@@ -182,7 +182,8 @@ impl Session {
         // The new one has the old one's number: nothing may be in flight under it.
         place.connection.wait_reaped();
         let index = place.connection.index();
-        let new = Connection::new(index, self.table.clone(), socket.clone())?;
+        // What an allocation would have written out to make room may wait for this very connection.
+        let new = task::without_io(|| Connection::new(index, self.table.clone(), socket.clone()))?;
         place.connection = new.clone();
         place.reconnects = place.reconnects.saturating_add(1);
         // When this returns no dispatch runs that found no connection and might still say so.
@@ -385,8 +386,8 @@ impl Session {
                 count
             );
         }
-        // Whoever clears the connection away gives this request back too. What the server has not
-        // read must not reach it later: the request may have been written again by then.
+        // Whoever clears the connection away gives this request back too, and it may be written again
+        // elsewhere: as little as possible of the old one should still reach the server.
         connection.as_arc_borrow().die(Ending::Reset);
     }
 

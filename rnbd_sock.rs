@@ -382,7 +382,7 @@ impl Connection {
                 Err(e) => return Err(e),
             };
             add(&self.traffic.bytes_sent, sent.bytes as u64);
-            add(&self.traffic.requests_sent, sent.messages);
+            add(&self.traffic.requests_sent, sent.requests);
             if !sent.all {
                 return Ok(Stop::Full { sent_some: true });
             }

@@ -71,8 +71,8 @@ pub(crate) struct Receive {
 /// What one call has sent.
 pub(crate) struct Sent {
     pub(crate) bytes: usize,
-    /// How many messages ended within them.
-    pub(crate) messages: u64,
+    /// How many requests ended within them.
+    pub(crate) requests: u64,
     /// It was all that the call was given.
     pub(crate) all: bool,
 }
@@ -129,24 +129,24 @@ impl Transmit {
         let bytes = socket.send(iov, !whole || more_waits)?;
         Ok(Sent {
             bytes,
-            messages: self.count(bytes),
+            requests: self.count(bytes),
             all: bytes == offered,
         })
     }
 
-    /// Counts `bytes` as sent, and lets go of what was sent wholly; returns how many messages.
+    /// Counts `bytes` as sent, and lets go of what was sent wholly; returns how many requests.
     fn count(&mut self, mut bytes: usize) -> u64 {
-        let mut messages = 0;
+        let mut requests = 0;
         while let Some(first) = self.staged.front_mut() {
             bytes = first.advance(bytes);
             if !first.is_sent() {
                 break;
             }
-            messages += 1;
+            requests += u64::from(first.payload.is_some());
             // Letting go of the request may end it, when its reply is already in.
             drop(self.staged.pop_front());
         }
-        messages
+        requests
     }
 
     /// Writes a header, and puts the message at the end of what is sent.

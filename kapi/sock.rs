@@ -217,6 +217,16 @@ impl Socket {
         }
     }
 
+    /// Whether somebody has hooked it: then it is not the caller's to send on or to end.
+    pub(crate) fn is_hooked(&self) -> bool {
+        // SAFETY: By the type invariant `sk` is valid; the pointer is only compared.
+        unsafe {
+            !(&raw const (*self.sk()).sk_user_data)
+                .read_volatile()
+                .is_null()
+        }
+    }
+
     /// Has `owner` told of what happens on the socket, until the returned guard goes.
     ///
     /// # Errors

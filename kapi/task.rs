@@ -32,6 +32,19 @@ pub(crate) fn jiffies() -> usize {
     unsafe { (&raw const bindings::jiffies).read_volatile() }
 }
 
+/// Runs `f` so that no allocation in it waits for I/O (`memalloc_noio_save()`).
+pub(crate) fn without_io<R>(f: impl FnOnce() -> R) -> R {
+    // SAFETY: The current task changes its own flags, and puts them back.
+    unsafe {
+        let task = bindings::get_current();
+        let had_noio = (*task).flags & bindings::PF_MEMALLOC_NOIO;
+        (*task).flags |= bindings::PF_MEMALLOC_NOIO;
+        let result = f();
+        (*task).flags = (*task).flags & !bindings::PF_MEMALLOC_NOIO | had_noio;
+        result
+    }
+}
+
 /// How many jiffies a second has.
 pub(crate) const HZ: u32 = bindings::HZ;
 
