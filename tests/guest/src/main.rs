@@ -21,6 +21,7 @@
 //! - `harness` runs a test, `klog` reads the kernel's log, `stacks` shows what hangs
 //! - `server` is an NBD server that can be told to misbehave; `proto` has the numbers
 //! - `device` connects a device to it; `driver` loads modules; `programs` runs real programs
+//! - `tree` compares directory trees; `uevents` hears what udev hears
 //! - `tests` has the tests
 
 mod device;
@@ -29,12 +30,14 @@ mod driver;
 mod harness;
 mod helper;
 mod klog;
+mod netlink;
 mod programs;
 mod proto;
 mod server;
 mod stacks;
 mod sys;
 mod tests;
+mod tree;
 mod uevents;
 
 use std::fs::File;

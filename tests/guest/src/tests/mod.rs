@@ -12,6 +12,7 @@ mod limits;
 mod long;
 mod module;
 mod multi;
+mod netlink;
 mod replies;
 mod signals;
 mod timeouts;
@@ -33,6 +34,7 @@ pub fn all() -> Vec<Test> {
         timeouts::tests(),
         endings::tests(),
         signals::tests(),
+        netlink::tests(),
         user_space::tests(),
         long::tests(),
     ]

@@ -33,17 +33,20 @@ pub fn tests() -> Vec<Test> {
 /// A server program, once it listens on `socket`: a path, or a TCP port of 127.0.0.1.
 pub fn serve(command: &str, socket: &str) -> Daemon {
     let server = Daemon::start(command);
-    // nbd-server looks for prime numbers first, for as long as it takes.
-    let listens = wait_until(SOON * 10, || match socket.parse::<u16>() {
+    wait_for(&server, socket);
+    server
+}
+
+fn wait_for(server: &Daemon, socket: &str) {
+    let listens = wait_until(SOON * 6, || match socket.parse::<u16>() {
         Ok(port) => std::net::TcpStream::connect(("127.0.0.1", port)).is_ok(),
         Err(_) => Path::new(socket).exists(),
     });
     assert!(
         listens.is_ok(),
-        "{command} does not listen on {socket}: {}",
+        "no server listens on {socket}: {}",
         server.said()
     );
-    server
 }
 
 fn nbdkit_tcp() -> Daemon {
@@ -64,7 +67,7 @@ pub struct Client(pub Daemon);
 impl Client {
     pub fn connect(arguments: &str) -> Self {
         let client = Daemon::start(&format!("nbd-client -L -n {arguments} /dev/nbd0"));
-        let connected = wait_until(SOON, || {
+        let connected = wait_until(SOON * 6, || {
             device::pid(0).is_some() && device::sysfs(0, "size") != "0"
         });
         assert!(
@@ -100,26 +103,39 @@ fn use_device() {
         rm /tmp/data");
 }
 
-fn nbd_client_with_nbd_server(_: &Guest) {
-    fs::write(
-        "/tmp/nbd-server.conf",
-        "[generic]\nuser = root\ngroup = root\nlistenaddr = 127.0.0.1\nport = 10810\n\
-         unixsock = /tmp/nbd-server.sock\n\
-         [export]\nexportname = /tmp/export.img\nflush = true\nfua = true\ntrim = true\n",
-    )
-    .unwrap();
-    fs::File::create("/tmp/export.img")
+/// nbd-server on a TCP port or on a UNIX socket: it does either.
+fn nbd_server(name: &str, listen: &str, socket: &str) -> Daemon {
+    fs::File::create(format!("/tmp/{name}.img"))
         .unwrap()
         .set_len(64 << 20)
         .unwrap();
+    let config = format!(
+        "[generic]\nuser = root\ngroup = root\n{listen} = {socket}\n\
+         [export]\nexportname = /tmp/{name}.img\nflush = true\nfua = true\ntrim = true\n"
+    );
+    let path = format!("/tmp/{name}.conf");
+    fs::write(&path, config).unwrap();
+    Daemon::start(&format!("nbd-server -n -C {path}"))
+}
+
+fn nbd_client_with_nbd_server(_: &Guest) {
+    // Each computes for seconds before it answers.
     let _ = fs::remove_file("/tmp/nbd-server.sock");
-    let _server = serve("nbd-server -n -C /tmp/nbd-server.conf", "10810");
-    for connection in ["127.0.0.1 10810", "-unix /tmp/nbd-server.sock"] {
-        let client = Client::connect(&format!("-N export {connection}"));
+    let mut servers = [
+        nbd_server("tcp", "listenaddr = 127.0.0.1\nport", "10810"),
+        nbd_server("unix", "unixsock", "/tmp/nbd-server.sock"),
+    ];
+    for (server, socket, address) in [
+        (0, "10810", "127.0.0.1 10810"),
+        (1, "/tmp/nbd-server.sock", "-unix /tmp/nbd-server.sock"),
+    ] {
+        wait_for(&servers[server], socket);
+        let client = Client::connect(&format!("-N export {address}"));
         assert_eq!(device::sysfs(0, "size"), "131072");
         assert_eq!(device::sysfs(0, "queue/write_cache"), "write back");
         use_device();
         client.disconnect();
+        servers[server].kill();
     }
 }
 

@@ -1,0 +1,448 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The generic netlink family "nbd" (linux/nbd-netlink.h), and a device that is connected with it.
+
+use std::cell::Cell;
+use std::fs::File;
+use std::io::{self, Cursor};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::sync::Arc;
+use std::time::Duration;
+
+use neli::attr::Attribute;
+use neli::consts::nl::NlmF;
+use neli::consts::socket::{Msg, NlFamily};
+use neli::genl::{AttrTypeBuilder, Genlmsghdr, GenlmsghdrBuilder, Nlattr, NlattrBuilder};
+use neli::nl::{NlPayload, Nlmsghdr, NlmsghdrBuilder};
+use neli::socket::NlSocket;
+use neli::types::{Buffer, GenlBuffer};
+use neli::utils::Groups;
+use neli::{FromBytes, Size, ToBytes};
+use rustix::io::Errno;
+
+use crate::device::{SOON, USUAL_FLAGS, open};
+use crate::harness::wait_until;
+use crate::proto;
+use crate::server::{Server, Transport};
+use crate::sys::SysResult;
+
+/// Commands.
+pub const CONNECT: u8 = 1;
+pub const DISCONNECT: u8 = 2;
+pub const RECONFIGURE: u8 = 3;
+pub const LINK_DEAD: u8 = 4;
+pub const STATUS: u8 = 5;
+
+/// Attributes of a message.
+pub const INDEX: u16 = 1;
+pub const SIZE_BYTES: u16 = 2;
+const BLOCK_SIZE_BYTES: u16 = 3;
+const TIMEOUT: u16 = 4;
+const SERVER_FLAGS: u16 = 5;
+const CLIENT_FLAGS: u16 = 6;
+pub const SOCKETS: u16 = 7;
+const DEAD_CONN_TIMEOUT: u16 = 8;
+const DEVICE_LIST: u16 = 9;
+const BACKEND_IDENTIFIER: u16 = 10;
+
+/// What lists have in them.
+pub const SOCK_ITEM: u16 = 1;
+pub const SOCK_FD: u16 = 1;
+const DEVICE_ITEM: u16 = 1;
+const DEVICE_INDEX: u16 = 1;
+const DEVICE_CONNECTED: u16 = 2;
+
+/// Flags of a client.
+pub const DESTROY_ON_DISCONNECT: u64 = 1 << 0;
+pub const DISCONNECT_ON_CLOSE: u64 = 1 << 1;
+
+/// The family of families (linux/genetlink.h).
+const CTRL: u16 = 0x10;
+const CTRL_GETFAMILY: u8 = 3;
+const CTRL_VERSION: u8 = 2;
+const CTRL_FAMILY_ID: u16 = 1;
+const CTRL_FAMILY_NAME: u16 = 2;
+const CTRL_FAMILY_VERSION: u16 = 3;
+const CTRL_MCAST_GROUPS: u16 = 7;
+const CTRL_GROUP_NAME: u16 = 1;
+const CTRL_GROUP_ID: u16 = 2;
+
+pub type Attr = Nlattr<u16, Buffer>;
+pub type Message = Genlmsghdr<u8, u16>;
+
+pub fn attr(kind: u16, payload: impl Size + ToBytes) -> Attr {
+    let kind = AttrTypeBuilder::default().nla_type(kind).build();
+    NlattrBuilder::default()
+        .nla_type(kind.expect("a type"))
+        .nla_payload(payload)
+        .build()
+        .expect("an attribute")
+}
+
+pub fn nested(kind: u16, items: &[Attr]) -> Attr {
+    items.iter().fold(attr(kind, Buffer::new()), |list, item| {
+        list.nest(item).expect("a nested attribute")
+    })
+}
+
+/// The number that the first attribute of this kind has.
+fn number<T: FromBytes>(attrs: &[Attr], kind: u16) -> Option<T> {
+    let attr = find(attrs, kind)?;
+    Some(attr.get_payload_as().expect("a number"))
+}
+
+fn find(attrs: &[Attr], kind: u16) -> Option<&Attr> {
+    attrs
+        .iter()
+        .find(|attr| *attr.nla_type().nla_type() == kind)
+}
+
+fn text(attrs: &[Attr], kind: u16) -> Option<String> {
+    let text = find(attrs, kind)?.payload().as_ref();
+    let text = text.strip_suffix(&[0]).expect("a terminated string");
+    Some(String::from_utf8(text.to_vec()).expect("text"))
+}
+
+fn items(list: &Attr) -> Vec<Attr> {
+    let list = list.get_attr_handle::<u16>().expect("attributes");
+    list.iter().cloned().collect()
+}
+
+/// A family as the kernel describes it.
+pub struct Family {
+    pub id: u16,
+    pub version: u32,
+    pub groups: Vec<(String, u32)>,
+}
+
+/// A socket to talk to the driver with.
+pub struct Netlink {
+    socket: NlSocket,
+    pub family: Family,
+    sequence: Cell<u32>,
+}
+
+impl Netlink {
+    pub fn open() -> Self {
+        let socket = NlSocket::connect(NlFamily::Generic, None, Groups::empty());
+        let mut netlink = Self {
+            socket: socket.expect("a netlink socket"),
+            family: Family {
+                id: CTRL,
+                version: CTRL_VERSION.into(),
+                groups: Vec::new(),
+            },
+            sequence: Cell::new(0),
+        };
+        netlink.family = netlink.resolve("nbd").expect("the family nbd");
+        netlink
+    }
+
+    /// Hears the driver's messages to everybody from now on.
+    pub fn listen() -> Self {
+        let netlink = Self::open();
+        let (_, group) = netlink.family.groups[0];
+        let joined = netlink
+            .socket
+            .add_mcast_membership(Groups::new_groups(&[group]));
+        joined.expect("to join the group");
+        netlink
+    }
+
+    fn resolve(&self, name: &str) -> SysResult<Family> {
+        let answer = self.ask(CTRL_GETFAMILY, vec![attr(CTRL_FAMILY_NAME, name)])?;
+        let attrs = answer.expect("a description").attrs().as_ref().to_vec();
+        let groups = find(&attrs, CTRL_MCAST_GROUPS).map_or(Vec::new(), items);
+        let group = |group: &Attr| {
+            let attrs = items(group);
+            let name = text(&attrs, CTRL_GROUP_NAME).expect("a group's name");
+            (name, number(&attrs, CTRL_GROUP_ID).expect("a group"))
+        };
+        Ok(Family {
+            id: number(&attrs, CTRL_FAMILY_ID).expect("an id"),
+            version: number(&attrs, CTRL_FAMILY_VERSION).expect("a version"),
+            groups: groups.iter().map(group).collect(),
+        })
+    }
+
+    /// Sends a command and answers what the kernel said to it, if it said more than yes or no.
+    pub fn ask(&self, command: u8, attrs: Vec<Attr>) -> SysResult<Option<Message>> {
+        let sequence = self.sequence.get() + 1;
+        self.sequence.set(sequence);
+        let message: Message = GenlmsghdrBuilder::default()
+            .cmd(command)
+            .version(self.family.version as u8)
+            .attrs(attrs.into_iter().collect::<GenlBuffer<u16, Buffer>>())
+            .build()
+            .expect("a message");
+        let message = NlmsghdrBuilder::default()
+            .nl_type(self.family.id)
+            .nl_flags(NlmF::REQUEST | NlmF::ACK)
+            .nl_seq(sequence)
+            .nl_payload(NlPayload::Payload(message))
+            .build()
+            .expect("a message");
+        let mut bytes = Cursor::new(Vec::new());
+        message.to_bytes(&mut bytes).expect("a message");
+        // When this returns the kernel has carried it out.
+        let sent = self.socket.send(bytes.into_inner(), Msg::empty());
+        sent.expect("to send to the kernel");
+        let mut answer = None;
+        loop {
+            let received = self.receive().expect("an answer of the kernel");
+            assert_eq!(*received.nl_seq(), sequence, "{received:?}");
+            match received.nl_payload() {
+                NlPayload::Payload(payload) => answer = Some(payload.clone()),
+                NlPayload::Ack(_) => return Ok(answer),
+                NlPayload::Err(error) => return Err(Errno::from_raw_os_error(-error.error())),
+                other => panic!("the kernel said {other:?}"),
+            }
+        }
+    }
+
+    /// The next message that is there.
+    fn receive(&self) -> Option<Nlmsghdr<u16, Message>> {
+        let mut bytes = vec![0; 32 << 10];
+        let len = match self.socket.recv(&mut bytes, Msg::DONTWAIT) {
+            Ok((len, _)) => len,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
+            Err(error) => panic!("netlink: {error}"),
+        };
+        bytes.truncate(len);
+        Some(Nlmsghdr::from_bytes(&mut Cursor::new(bytes)).expect("a netlink message"))
+    }
+
+    /// The answer is the device's index.
+    pub fn connect(&self, setup: &Setup) -> SysResult<u32> {
+        let answer = self.ask(CONNECT, setup.attrs())?.expect("a reply");
+        assert_eq!(*answer.cmd(), CONNECT);
+        Ok(number(answer.attrs().as_ref(), INDEX).expect("an index"))
+    }
+
+    pub fn reconfigure(&self, setup: &Setup) -> SysResult<()> {
+        self.ask(RECONFIGURE, setup.attrs()).map(drop)
+    }
+
+    pub fn disconnect(&self, index: u32) -> SysResult<()> {
+        self.ask(DISCONNECT, vec![attr(INDEX, index)]).map(drop)
+    }
+
+    /// The devices, or one of them, and whether they are connected.
+    pub fn status(&self, index: Option<u32>) -> Vec<(u32, bool)> {
+        let attrs = index.map(|index| attr(INDEX, index)).into_iter().collect();
+        let answer = self.ask(STATUS, attrs).expect("a status").expect("a reply");
+        assert_eq!(*answer.cmd(), STATUS);
+        let list = find(answer.attrs().as_ref(), DEVICE_LIST).map(items);
+        let device = |item: &Attr| {
+            assert_eq!(*item.nla_type().nla_type(), DEVICE_ITEM);
+            let attrs = items(item);
+            let connected: u8 = number(&attrs, DEVICE_CONNECTED).expect("a state");
+            (
+                number(&attrs, DEVICE_INDEX).expect("an index"),
+                connected == 1,
+            )
+        };
+        list.expect("a list").iter().map(device).collect()
+    }
+
+    /// Waits for the news that a connection of a device has died.
+    pub fn expect_dead_link(&self) -> u32 {
+        let mut news = None;
+        let heard = wait_until(SOON, || {
+            news = self.dead_link();
+            news.is_some()
+        });
+        assert!(heard.is_ok(), "no news of a dead connection");
+        news.unwrap()
+    }
+
+    /// The device of which there is news that a connection has died, if any.
+    pub fn dead_link(&self) -> Option<u32> {
+        let received = self.receive()?;
+        let message = received.get_payload().expect("a message");
+        assert_eq!(*message.cmd(), LINK_DEAD);
+        Some(number(message.attrs().as_ref(), INDEX).expect("an index"))
+    }
+}
+
+/// What a message asks for.
+#[derive(Clone, Default)]
+pub struct Setup {
+    attrs: Vec<Attr>,
+    /// Open until the message has been sent.
+    _sockets: Arc<Vec<OwnedFd>>,
+}
+
+impl Setup {
+    /// An ordinary server's export, and no socket yet.
+    pub fn new(size: u64) -> Self {
+        Self::default()
+            .size(size)
+            .block_size(512)
+            .flags(USUAL_FLAGS)
+    }
+
+    /// What changes a device.
+    pub fn change(index: u32) -> Self {
+        Self::default().index(index)
+    }
+
+    fn attrs(&self) -> Vec<Attr> {
+        self.attrs.clone()
+    }
+
+    /// An attribute replaces an earlier one.
+    fn with(mut self, new: Attr) -> Self {
+        self = self.without(*new.nla_type().nla_type());
+        self.attrs.push(new);
+        self
+    }
+
+    pub fn without(mut self, kind: u16) -> Self {
+        self.attrs
+            .retain(|attr| *attr.nla_type().nla_type() != kind);
+        self
+    }
+
+    /// Whatever it is.
+    pub fn attr(self, attr: Attr) -> Self {
+        self.with(attr)
+    }
+
+    pub fn index(self, index: u32) -> Self {
+        self.with(attr(INDEX, index))
+    }
+
+    pub fn size(self, size: u64) -> Self {
+        self.with(attr(SIZE_BYTES, size))
+    }
+
+    pub fn block_size(self, block_size: u64) -> Self {
+        self.with(attr(BLOCK_SIZE_BYTES, block_size))
+    }
+
+    pub fn flags(self, flags: u64) -> Self {
+        self.with(attr(SERVER_FLAGS, flags | proto::HAS_FLAGS))
+    }
+
+    pub fn client_flags(self, flags: u64) -> Self {
+        self.with(attr(CLIENT_FLAGS, flags))
+    }
+
+    pub fn timeout(self, seconds: u64) -> Self {
+        self.with(attr(TIMEOUT, seconds))
+    }
+
+    pub fn dead_timeout(self, seconds: u64) -> Self {
+        self.with(attr(DEAD_CONN_TIMEOUT, seconds))
+    }
+
+    pub fn backend(self, name: &str) -> Self {
+        self.with(attr(BACKEND_IDENTIFIER, name))
+    }
+
+    pub fn sockets(self, sockets: impl IntoIterator<Item = OwnedFd>) -> Self {
+        let sockets: Vec<OwnedFd> = sockets.into_iter().collect();
+        let numbers: Vec<i32> = sockets.iter().map(descriptor).collect();
+        Self {
+            _sockets: Arc::new(sockets),
+            ..self.descriptors(&numbers)
+        }
+    }
+
+    pub fn descriptors(self, numbers: &[i32]) -> Self {
+        let item = |number: &i32| nested(SOCK_ITEM, &[attr(SOCK_FD, *number)]);
+        let list: Vec<Attr> = numbers.iter().map(item).collect();
+        self.with(nested(SOCKETS, &list))
+    }
+
+    /// Connects a device, with one connection to a new, honest server.
+    pub fn attach(&self) -> Link {
+        self.attach_over(&[Transport::Unix])
+    }
+
+    /// Connects a device, with these connections to a new, honest server.
+    pub fn attach_over(&self, transports: &[Transport]) -> Link {
+        self.try_attach_over(transports).expect("to connect")
+    }
+
+    /// As [`Self::attach`], where it may fail.
+    pub fn try_attach(&self) -> SysResult<Link> {
+        self.try_attach_over(&[Transport::Unix])
+    }
+
+    fn try_attach_over(&self, transports: &[Transport]) -> SysResult<Link> {
+        let server = Server::new();
+        let sockets = transports
+            .iter()
+            .map(|transport| server.connect(*transport));
+        let netlink = Netlink::open();
+        let index = netlink.connect(&self.clone().sockets(sockets))?;
+        Ok(Link {
+            server,
+            netlink,
+            index,
+        })
+    }
+}
+
+/// A server, and a device that netlink has connected to it.
+pub struct Link {
+    pub server: Server,
+    pub netlink: Netlink,
+    pub index: u32,
+}
+
+impl Link {
+    /// Has the partitions looked for, which the first to open a device does.
+    pub fn settle(self) -> Self {
+        drop(File::open(format!("/dev/nbd{}", self.index)).expect("the device"));
+        self.server.forget_requests();
+        self
+    }
+
+    /// Opens the device for direct I/O.
+    pub fn direct(&self) -> File {
+        open(self.index, libc::O_DIRECT).expect("the device")
+    }
+
+    pub fn disconnect(&self) -> SysResult<()> {
+        self.netlink.disconnect(self.index)
+    }
+
+    /// Ends every connection, and waits for the driver to know of one.
+    pub fn kill_server(&self) {
+        let news = Netlink::listen();
+        self.server.kill();
+        assert_eq!(news.expect_dead_link(), self.index);
+    }
+
+    /// Makes a new connection and puts it in a dead one's place.
+    pub fn revive(&self) -> SysResult<()> {
+        let socket = self.server.connect(Transport::Unix);
+        let setup = Setup::change(self.index).sockets([socket]);
+        self.netlink.reconfigure(&setup)
+    }
+
+    /// Waits until the device is free again.
+    pub fn wait_free(&self) {
+        let free = wait_until(Duration::from_secs(5), || {
+            self.netlink.status(Some(self.index)) == [(self.index, false)]
+        });
+        assert!(free.is_ok(), "nbd{} is still in use", self.index);
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        // Sets free whoever waits for the server.
+        self.server.kill();
+        // It may be gone.
+        let _ = self.netlink.disconnect(self.index);
+    }
+}
+
+/// The number of a descriptor, for [`Setup::descriptors`].
+pub fn descriptor(file: impl AsFd) -> i32 {
+    file.as_fd().as_raw_fd()
+}
