@@ -89,6 +89,12 @@ fn flush_and_disconnect_carry_no_range() {
 }
 
 #[test]
+fn the_goodbye_is_a_disconnect_and_nothing_else() {
+    let expected = *b"\x25\x60\x95\x13\0\0\0\x02\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
+    assert_eq!(Request::DISCONNECT.encode(), expected);
+}
+
+#[test]
 fn a_reply_is_16_bytes_in_network_byte_order() {
     assert_eq!(REPLY_BYTES, 16);
     assert_eq!(
