@@ -61,7 +61,9 @@ macro_rules! module_parameter {
                         concat!(stringify!($name), "\0").as_bytes(),
                     ) {
                         Ok(name) => name,
-                        Err(_) => panic!(),
+                        // Only while compiling, since this is a static's value; and never, since an
+                        // identifier has no zero byte in it.
+                        Err(_) => panic!("a parameter's name"),
                     },
                 ));
 
@@ -79,10 +81,11 @@ macro_rules! module_parameter {
 }
 pub(crate) use module_parameter;
 
-/// The bytes of a text, `N` of them.
+/// The bytes of a text, `N` of them. Only for the values of statics: a text that is too short stops the
+/// compilation, and nothing of this is left in the module.
 pub(crate) const fn bytes<const N: usize>(text: &'static str) -> &'static [u8; N] {
     match text.as_bytes().first_chunk() {
         Some(bytes) => bytes,
-        None => panic!(),
+        None => panic!("a text that is too short"),
     }
 }
