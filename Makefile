@@ -14,6 +14,7 @@
 ##   make check              run all tests, or those that match T=pattern
 ##   make shell              a shell in the virtual machine, the driver loaded
 ##   make stock              build/rnbd.ko for the stock kernel
+##   make bench              rnbd.ko and nbd.ko side by side: cost and speed (QUICK=1: minutes)
 ##   make lint               what .ci/run looks at before it tests; also one by one:
 ##                           rustfmtcheck clippy rustdoc shellcheck unsafecheck
 ##   make rustfmt            format the sources
@@ -23,6 +24,8 @@
 ##   KDIR=dir                the kernel build tree for "make"
 ##   DRIVER=nbd              demo, check and shell: use the kernel's own driver instead
 ##   T=pattern               check: only tests whose names contain it
+##   QUICK=1 ROUNDS=n        bench: measure less; so many rounds
+##   MODES=cost, MODES=wall  bench: only instructions for an I/O, or only speed
 ##   V=1                     show the commands of the build
 
 ifdef RNBD_INSIDE
@@ -34,7 +37,7 @@ KDIR ?= /lib/modules/$(shell uname -r)/build
 endif
 
 DRIVER ?= rnbd
-export DRIVER T V
+export DRIVER T V QUICK MODES ROUNDS
 
 out := $(CURDIR)/build
 workbench := tools/env exec --
@@ -82,6 +85,9 @@ shell:
 check:
 	$(workbench) tools/check
 
+bench:
+	$(workbench) tools/bench
+
 lint: rustfmtcheck clippy rustdoc shellcheck unsafecheck
 
 rustfmt:
@@ -100,5 +106,5 @@ help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 .DEFAULT_GOAL := modules
-.PHONY: modules modules_install check-kdir stock demo shell check lint rustfmt rustfmtcheck \
+.PHONY: modules modules_install check-kdir stock demo shell check bench lint rustfmt rustfmtcheck \
 	clippy rustdoc shellcheck unsafecheck clean distclean help

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The benchmark of rnbd: nbd.ko and rnbd.ko, one after the other in the same virtual machine,
+//! against the same servers.
+//!
+//! ```text
+//! rnbd-bench run MODE ROUNDS      in the guest: measures; samples go to standard output
+//! rnbd-bench report DIRECTORY     on the host: DIRECTORY/*.jsonl to table, JSON and chart
+//! ```
+//!
+//! - `matrix` says what is measured, `run` does it, `programs` starts what it needs
+//! - `server` is a server whose answers cost next to nothing, `raw` the same bytes without a driver
+//! - `sample` is what a measurement yields, `report` and `chart` show it
+
+mod chart;
+mod matrix;
+mod programs;
+mod raw;
+mod report;
+mod run;
+mod sample;
+mod server;
+
+use std::error::Error;
+use std::process::ExitCode;
+
+type Outcome<T> = Result<T, Box<dyn Error>>;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let outcome = match words.as_slice() {
+        ["run", mode, rounds] => run::run(mode, rounds, false),
+        ["run", mode, rounds, "quick"] => run::run(mode, rounds, true),
+        ["serve", path] => server::serve(path),
+        ["report", directory] => report::report(directory.as_ref()),
+        _ => Err(
+            "usage: rnbd-bench run cost|wall ROUNDS [quick] | serve PATH | report DIRECTORY".into(),
+        ),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("rnbd-bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What is measured.
+
+use crate::sample::Mode;
+
+/// Bytes of the export that are used.
+pub const REGION_MIB: u64 = 64;
+
+/// A workload.
+pub struct Cell {
+    pub name: &'static str,
+    pub work: Work,
+    /// I/Os of a run in cost mode.
+    pub ios: u64,
+    /// fio's own client can do it.
+    pub without_device: bool,
+}
+
+pub enum Work {
+    /// A job of fio: arguments beyond those that all have, block size in bytes, queue depth.
+    Fio {
+        arguments: &'static str,
+        block: u64,
+        depth: usize,
+    },
+    /// mkfs, untar, sync, umount.
+    FileSystem,
+}
+
+const fn fio(
+    name: &'static str,
+    arguments: &'static str,
+    block: u64,
+    depth: usize,
+    ios: u64,
+) -> Cell {
+    Cell {
+        name,
+        work: Work::Fio {
+            arguments,
+            block,
+            depth,
+        },
+        ios,
+        without_device: true,
+    }
+}
+
+const KIB: u64 = 1 << 10;
+
+/// The cells that are measured in a setting, in the order of running.
+pub fn cells(setting: Setting) -> Vec<Cell> {
+    let mut cells = vec![
+        fio("randread 4k QD32", "--rw=randread", 4 * KIB, 32, 6000),
+        fio("randwrite 4k QD32", "--rw=randwrite", 4 * KIB, 32, 6000),
+        fio("read 1m QD8", "--rw=read", KIB * KIB, 8, 200),
+        fio("write 1m QD8", "--rw=write", KIB * KIB, 8, 200),
+    ];
+    if setting.connections > 1 {
+        return cells;
+    }
+    cells.extend([
+        fio("randread 4k QD1", "--rw=randread", 4 * KIB, 1, 3000),
+        fio("randwrite 4k QD1", "--rw=randwrite", 4 * KIB, 1, 3000),
+        fio("read 128k QD8", "--rw=read", 128 * KIB, 8, 1200),
+        fio("write 128k QD8", "--rw=write", 128 * KIB, 8, 1200),
+    ]);
+    if setting.instant {
+        return cells;
+    }
+    let mixed = "--rw=randrw --rwmixread=70 --bsrange=4k-64k";
+    let buffered = "--rw=read --direct=0 --ioengine=psync";
+    cells.extend([
+        fio("mixed 4k-64k QD16", mixed, 0, 16, 3000),
+        fio(
+            "write+flush 4k",
+            "--rw=randwrite --fsync=1",
+            4 * KIB,
+            1,
+            1500,
+        ),
+        Cell {
+            without_device: false,
+            ..fio("buffered read 128k", buffered, 128 * KIB, 1, 512)
+        },
+        Cell {
+            name: "mkfs+untar+sync",
+            work: Work::FileSystem,
+            ios: 1,
+            without_device: false,
+        },
+    ]);
+    cells
+}
+
+/// What a cell is measured against.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Setting {
+    /// The server whose answers cost next to nothing, instead of nbdkit.
+    pub instant: bool,
+    pub unix: bool,
+    pub connections: u32,
+}
+
+impl Setting {
+    pub fn name(&self) -> String {
+        format!(
+            "{} {}{}",
+            if self.unix { "unix" } else { "tcp" },
+            if self.instant { "instant" } else { "nbdkit" },
+            if self.connections > 1 {
+                format!(" x{}", self.connections)
+            } else {
+                String::new()
+            }
+        )
+    }
+}
+
+/// With one processor the block layer has one queue, and further connections only stand by.
+pub fn settings(mode: Mode) -> Vec<Setting> {
+    let mut settings = Vec::new();
+    for unix in [false, true] {
+        let one = Setting {
+            instant: false,
+            unix,
+            connections: 1,
+        };
+        settings.push(one);
+        settings.push(Setting {
+            instant: true,
+            ..one
+        });
+        if mode == Mode::Wall {
+            settings.push(Setting {
+                connections: 4,
+                ..one
+            });
+        }
+    }
+    settings
+}
