@@ -498,7 +498,8 @@ impl<T: Operations> TagSet<T> {
                     (*slot).queue_depth = depth;
                     (*slot).numa_node = bindings::NUMA_NO_NODE;
                     (*slot).cmd_size = size_of::<Pdu>() as u32;
-                    (*slot).flags = bindings::BLK_MQ_F_BLOCKING;
+                    (*slot).flags =
+                        bindings::BLK_MQ_F_BLOCKING | bindings::BLK_MQ_F_NO_SCHED_BY_DEFAULT;
                     to_result(bindings::blk_mq_alloc_tag_set(slot))
                 }
             }),

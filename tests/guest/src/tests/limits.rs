@@ -3,6 +3,7 @@
 //! /sys/block/nbdN/queue: what the block layer is told of a device.
 
 use crate::device::{Plan, USUAL_FLAGS, sysfs};
+use crate::driver::Driver;
 use crate::harness::{Guest, Test};
 use crate::proto::{READ_ONLY, ROTATIONAL, SEND_FLUSH, SEND_FUA, SEND_TRIM, SEND_WRITE_ZEROES};
 use crate::test;
@@ -18,7 +19,11 @@ pub fn tests() -> Vec<Test> {
 }
 
 /// What every export has.
-fn assert_constants() {
+fn assert_constants(guest: &Guest) {
+    let (scheduler, nr_requests) = match guest.expected("no-scheduler-by-default") {
+        Driver::Nbd => ("none [mq-deadline]", "256"),
+        Driver::Rnbd => ("[none] mq-deadline", "128"),
+    };
     for (name, value) in [
         ("max_hw_sectors_kb", "32768"),
         ("max_segments", "65535"),
@@ -31,8 +36,8 @@ fn assert_constants() {
         ("max_integrity_segments", "0"),
         ("zoned", "none"),
         ("stable_writes", "0"),
-        ("scheduler", "none [mq-deadline]"),
-        ("nr_requests", "256"),
+        ("scheduler", scheduler),
+        ("nr_requests", nr_requests),
         ("io_poll", "0"),
         ("dax", "0"),
     ] {
@@ -40,8 +45,8 @@ fn assert_constants() {
     }
 }
 
-fn before_a_connection(_: &Guest) {
-    assert_constants();
+fn before_a_connection(guest: &Guest) {
+    assert_constants(guest);
     for (name, value) in [
         ("logical_block_size", "512"),
         ("physical_block_size", "512"),
@@ -61,7 +66,7 @@ fn before_a_connection(_: &Guest) {
     assert_eq!(sysfs(0, "range"), "32");
 }
 
-fn follow_the_servers_flags(_: &Guest) {
+fn follow_the_servers_flags(guest: &Guest) {
     const ALL: &str = "4294966784"; // UINT_MAX, in whole sectors
     for (flags, cache, fua, rotational, trim, zeroes, read_only) in [
         (0, "write through", "0", "0", "0", "0", "0"),
@@ -86,7 +91,7 @@ fn follow_the_servers_flags(_: &Guest) {
         ] {
             assert_eq!(rig.sysfs(name), value, "{name} with flags {flags:#x}");
         }
-        assert_constants();
+        assert_constants(guest);
         assert_eq!(rig.disconnect(), Ok(0));
     }
 }
