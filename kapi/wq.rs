@@ -37,7 +37,7 @@ impl ModuleQueue {
     pub(crate) fn start(&'static self, name: &'static CStr, kind: Kind) -> Result<Running> {
         let mut flags = bindings::wq_flags_WQ_UNBOUND;
         if kind == Kind::Reclaim {
-            flags |= bindings::wq_flags_WQ_MEM_RECLAIM | bindings::wq_flags_WQ_HIGHPRI;
+            flags |= bindings::wq_flags_WQ_MEM_RECLAIM;
         }
         // SAFETY: The name has no format in it; 0 asks for the default number of workers.
         let queue = unsafe { bindings::alloc_workqueue_noprof(name.as_char_ptr(), flags, 0) };
