@@ -10,8 +10,10 @@ use crate::{
     kapi::{
         mq::{Op, Request, Status, Verdict},
         payload::Payload,
-        sock::{Ending, Events, Hooked, Socket},
-        task, wq,
+        sock::{Arrival, Ending, Events, Hooked, Segment, Socket},
+        task,
+        try_lock::TryLock,
+        wq,
     },
     rnbd_cmd::{Cookie, Refused},
     rnbd_events,
@@ -35,6 +37,9 @@ use kernel::{
 
 /// Calls after which a work item lets others run, and a submitter leaves the sending to a work item.
 const BUDGET: u32 = 32;
+/// Data of a reply that is received where it arrives, which may be in softirq. To copy more is left to
+/// the work item, which another CPU may run.
+const ARRIVAL_BYTES: usize = 32 << 10;
 /// How long to wait where a socket has room and still takes nothing, for want of memory.
 const NO_MEMORY_DELAY_MS: u32 = 10;
 
@@ -103,8 +108,7 @@ pub(crate) struct Connection {
     backlog: SpinLock<Backlog>,
     #[pin]
     transmit: Mutex<Transmit>,
-    #[pin]
-    receive: Mutex<Receive>,
+    receive: TryLock<Receive>,
     #[pin]
     receive_work: Work<Connection, 1>,
     #[pin]
@@ -136,6 +140,17 @@ impl WorkItem<2> for Connection {
 }
 
 impl Events for Connection {
+    fn arrived(this: ArcBorrow<'_, Self>, arrival: Arrival<'_>) {
+        // Where somebody receives just now, it is for the work item to look again.
+        let left = match this.receive.try_lock() {
+            Some(mut receive) => this.receive_here(&mut receive, arrival),
+            None => true,
+        };
+        if left {
+            this.queue_receive();
+        }
+    }
+
     fn readable(this: ArcBorrow<'_, Self>) {
         this.queue_receive();
     }
@@ -181,7 +196,7 @@ impl Connection {
                 hooked <- new_mutex!(None),
                 backlog <- new_spinlock!(backlog),
                 transmit <- new_mutex!(transmit),
-                receive <- new_mutex!(receive),
+                receive: TryLock::new(receive),
                 receive_work <- new_work!("rnbd::receive"),
                 transmit_work <- new_delayed_work!("rnbd::transmit"),
             }),
@@ -415,8 +430,11 @@ impl Connection {
         if self.state.load(Acquire) == DEAD {
             return;
         }
-        let stop = self.receive_all(&mut self.receive.lock());
-        match stop {
+        let Some(mut receive) = self.receive.try_lock() else {
+            // A callback receives just now, and may not have seen everything.
+            return self.queue_receive();
+        };
+        match self.receive_all(&mut receive) {
             Ok(Stop::Budget) => return self.queue_receive(),
             Ok(_) => {}
             Err(e) => {
@@ -425,7 +443,7 @@ impl Connection {
             }
         }
         if self.state.cmpxchg(DYING, DEAD, Full).is_ok() {
-            self.reap();
+            self.reap(&mut receive);
         }
     }
 
@@ -443,7 +461,46 @@ impl Connection {
         }
     }
 
+    /// Receives what has arrived. Returns whether something is left to the work item.
+    fn receive_here(&self, receive: &mut Receive, arrival: Arrival<'_>) -> bool {
+        let mut left = false;
+        arrival.read(|segment| {
+            match self.receive_segment(receive, segment) {
+                Ok(goes_on) => left = !goes_on,
+                Err(e) => {
+                    receive.failed = Some(e);
+                    left = true;
+                }
+            }
+            !left
+        });
+        left
+    }
+
+    /// Receives a piece of the stream. Returns whether it is to go on here.
+    fn receive_segment(&self, receive: &mut Receive, segment: &mut Segment<'_>) -> Result<bool> {
+        if receive.failed.is_some() {
+            return Ok(false);
+        }
+        self.progress.store(task::jiffies(), Relaxed);
+        loop {
+            self.understand(receive)?;
+            let data = receive.current.as_ref().map_or(0, Payload::left_bytes);
+            if data > ARRIVAL_BYTES {
+                return Ok(false);
+            }
+            if segment.left_bytes() == 0 {
+                return Ok(true);
+            }
+            let taken = receive.take_from(segment)?;
+            add(&self.traffic.bytes_received, taken as u64);
+        }
+    }
+
     fn receive_all(&self, receive: &mut Receive) -> Result<Stop> {
+        if let Some(error) = receive.failed {
+            return Err(error);
+        }
         for _ in 0..BUDGET {
             self.understand(receive)?;
             let (got, all) = match receive.fill(&self.socket) {
@@ -466,7 +523,7 @@ impl Connection {
     fn understand(&self, receive: &mut Receive) -> Result {
         loop {
             if let Some(mut payload) = receive.current.take() {
-                receive.move_to(&mut payload);
+                receive.move_to(&mut payload)?;
                 if payload.left_bytes() > 0 {
                     receive.current = Some(payload);
                     return Ok(());
@@ -560,11 +617,10 @@ impl Connection {
     }
 
     /// Clears the connection away: stops the callbacks, and gives back all that it holds. Runs once.
-    fn reap(&self) {
+    fn reap(&self, receive: &mut Receive) {
         let hooked = self.hooked.lock().take();
         drop(hooked);
-        let receiving = self.receive.lock().current.take();
-        if let Some(payload) = receiving {
+        if let Some(payload) = receive.current.take() {
             payload.decide(self.table.verdict_of_lost());
         }
         self.give_back_unsent();

@@ -6,7 +6,7 @@ use crate::{
     kapi::{
         mq::Verdict,
         payload::Payload,
-        sock::{IoPage, Iov, Pieces, Socket},
+        sock::{IoPage, Iov, Pieces, Segment, Socket},
     },
     rnbd_proto::{self as proto, REPLY_BYTES, REQUEST_BYTES},
     rnbd_ring::Ring,
@@ -66,6 +66,8 @@ pub(crate) struct Receive {
     end: usize,
     /// The command whose data is being received.
     pub(crate) current: Option<Payload>,
+    /// Why nothing more can be received, where that was found in a callback.
+    pub(crate) failed: Option<Error>,
 }
 
 /// What one call has sent.
@@ -174,6 +176,7 @@ impl Receive {
             start: 0,
             end: 0,
             current: None,
+            failed: None,
         })
     }
 
@@ -198,13 +201,27 @@ impl Receive {
         Ok((got, got == offered))
     }
 
+    /// Takes what is needed next from what has come in: data, or a header. Everything that was taken
+    /// before must have been understood.
+    pub(crate) fn take_from(&mut self, segment: &mut Segment<'_>) -> Result<usize> {
+        let before = segment.left_bytes();
+        if let Some(payload) = &mut self.current {
+            segment.move_to(payload)?;
+        } else {
+            let missing = REPLY_BYTES.saturating_sub(self.end);
+            self.end += segment.move_to_page(&mut self.buffer, self.end, missing)?;
+        }
+        Ok(before - segment.left_bytes())
+    }
+
     /// Copies what was received ahead to where it belongs.
-    pub(crate) fn move_to(&mut self, payload: &mut Payload) {
+    pub(crate) fn move_to(&mut self, payload: &mut Payload) -> Result {
         let ahead = self.end - self.start;
         if ahead > 0 && payload.left_bytes() > 0 {
-            self.start += self.buffer.copy_to(self.start, ahead, payload);
+            self.start += self.buffer.copy_to(self.start, ahead, payload)?;
         }
         self.forget_used();
+        Ok(())
     }
 
     /// The next reply's header, if it is all there.

@@ -20,6 +20,7 @@
 //bindgen: --allowlist-type __portpair
 //bindgen: --allowlist-function sk_set_memalloc
 //bindgen: --allowlist-function tcp_abort
+//bindgen: --allowlist-function tcp_read_sock
 
 /* Macros with casts, which bindgen cannot read. Kbuild strips the prefix from their names. */
 #define RNBD_CONST(type, name) const type RNBD_CONST_##name = (__force type)name

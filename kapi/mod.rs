@@ -14,6 +14,7 @@ pub(crate) mod payload;
 pub(crate) mod published;
 pub(crate) mod sock;
 pub(crate) mod task;
+pub(crate) mod try_lock;
 pub(crate) mod wq;
 
 pub(crate) use param::module_parameter;

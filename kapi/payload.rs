@@ -5,6 +5,7 @@ use super::{
     bindings,
     mq::{Op, Request, Verdict},
 };
+use kernel::prelude::*;
 
 /// A position in the data of a request.
 ///
@@ -137,6 +138,43 @@ impl Payload {
             self.position.step(step);
             bytes -= step as usize;
         }
+    }
+
+    /// Fills at most `bytes` of the memory from here on and moves on by that. `copy` is given where to
+    /// copy to, how much came before, and how much is to come. Returns how much it was.
+    ///
+    /// # Errors
+    ///
+    /// Those of `copy`.
+    pub(super) fn fill(
+        &mut self,
+        bytes: usize,
+        mut copy: impl FnMut(*mut u8, usize, usize) -> Result,
+    ) -> Result<usize> {
+        let mut done = 0;
+        while done < bytes {
+            let Some(piece) = self.position.piece() else {
+                break;
+            };
+            // A piece may span pages that follow one another.
+            let at = piece.bv_offset as usize;
+            let in_page = at % bindings::PAGE_SIZE;
+            let step = (bytes - done)
+                .min(piece.bv_len as usize)
+                .min(bindings::PAGE_SIZE - in_page);
+            // SAFETY: The piece lies within the data of a request in flight, which is a read's when
+            // its data comes in; the mapping is used within this block.
+            unsafe {
+                let page = piece.bv_page.add(at / bindings::PAGE_SIZE);
+                let mapped = bindings::kmap_local_page(page).cast::<u8>();
+                let result = copy(mapped.add(in_page), done, step);
+                bindings::kunmap_local(mapped.cast());
+                result?;
+            }
+            self.position.step(step as u32);
+            done += step;
+        }
+        Ok(done)
     }
 
     /// Calls `each` with the pieces from here on until it returns false or the data ends. Returns

@@ -293,6 +293,9 @@ impl Drop for Socket {
 
 /// What a socket tells its owner. Called in any context, also in softirq: must not sleep.
 pub(crate) trait Events: Send + Sync + 'static {
+    /// As [`Self::readable()`], where what came in can be read at once.
+    fn arrived(this: ArcBorrow<'_, Self>, arrival: Arrival<'_>);
+
     /// There may be something to receive: data, the end of the stream, an error.
     fn readable(this: ArcBorrow<'_, Self>);
 
@@ -363,8 +366,13 @@ unsafe fn with_hook<T: Events>(sk: *mut bindings::sock, f: impl FnOnce(&Hook<T>)
 ///
 /// To be called as the callback of a socket that was hooked for a `T`.
 unsafe extern "C" fn data_ready<T: Events>(sk: *mut bindings::sock) {
-    // SAFETY: This is the callback for `T`.
-    unsafe { with_hook::<T>(sk, |hook| T::readable(hook.owner.as_arc_borrow())) };
+    // SAFETY: This is the callback for `T`, called as this callback is.
+    unsafe {
+        with_hook::<T>(sk, |hook| match Arrival::on(sk) {
+            Some(arrival) => T::arrived(hook.owner.as_arc_borrow(), arrival),
+            None => T::readable(hook.owner.as_arc_borrow()),
+        })
+    };
 }
 
 /// `sk_write_space`
@@ -417,6 +425,152 @@ unsafe extern "C" fn error_report<T: Events>(sk: *mut bindings::sock) {
             }
         })
     };
+}
+
+/// What has come in on a TCP socket, to be read without leaving the callback that told of it
+/// (as `drivers/scsi/iscsi_tcp.c` does).
+///
+/// # Invariants
+///
+/// `sk` is a TCP socket without an upper layer protocol such as TLS, and its lock is held for `'a`.
+pub(crate) struct Arrival<'a> {
+    sk: *mut bindings::sock,
+    _locked: PhantomData<&'a ()>,
+}
+
+impl Arrival<'_> {
+    /// # Safety
+    ///
+    /// To be called by the `sk_data_ready` of `sk`, and used within it only.
+    unsafe fn on(sk: *mut bindings::sock) -> Option<Self> {
+        // SAFETY: `sk` has its socket while it is hooked, since the hook holds the file. An upper layer
+        // protocol replaces the operations under the socket's lock.
+        let read_sock = unsafe {
+            let socket = (*sk).sk_socket.cast::<bindings::socket>();
+            (*(&raw const (*socket).ops).read_volatile()).read_sock?
+        };
+        // INVARIANT: Only TCP sockets read so, and TCP calls this callback with the lock held.
+        (read_sock as usize == bindings::tcp_read_sock as usize).then_some(Arrival {
+            sk,
+            _locked: PhantomData,
+        })
+    }
+
+    /// Calls `each` with one piece of the stream after the other until it returns false or nothing is
+    /// left. What it leaves of a piece stays in the socket.
+    pub(crate) fn read<F: FnMut(&mut Segment<'_>) -> bool>(self, mut each: F) {
+        // SAFETY: It consists of numbers, for which zeroes are fine.
+        let mut desc: bindings::read_descriptor_t = unsafe { MaybeUninit::zeroed().assume_init() };
+        desc.count = 1;
+        desc.arg.data = (&raw mut each).cast();
+        // SAFETY: By the type invariant the socket is TCP's and locked. The actor is the one for `F`.
+        // kernel::bindings' and our `struct sock` are the same type in C.
+        unsafe { bindings::tcp_read_sock(self.sk.cast(), &mut desc, Some(actor::<F>)) };
+    }
+}
+
+/// `sk_read_actor_t`
+///
+/// # Safety
+///
+/// `desc` must be that of [`Arrival::read::<F>()`], and `len` bytes be in `skb` from `offset`.
+unsafe extern "C" fn actor<F: FnMut(&mut Segment<'_>) -> bool>(
+    desc: *mut bindings::read_descriptor_t,
+    skb: *mut bindings::sk_buff,
+    offset: u32,
+    len: usize,
+) -> i32 {
+    // SAFETY: The caller promises so.
+    let (desc, each) = unsafe { (&mut *desc, &mut *(*desc).arg.data.cast::<F>()) };
+    if desc.count == 0 {
+        return 0;
+    }
+    // INVARIANT: The caller promises so.
+    let mut segment = Segment {
+        skb,
+        offset,
+        left_bytes: len,
+        _skb: PhantomData,
+    };
+    if !each(&mut segment) {
+        desc.count = 0;
+    }
+    (len - segment.left_bytes) as i32
+}
+
+/// A piece of the stream that has come in.
+///
+/// # Invariants
+///
+/// `left_bytes` bytes are in `skb` from `offset`.
+pub(crate) struct Segment<'a> {
+    skb: *mut bindings::sk_buff,
+    offset: u32,
+    left_bytes: usize,
+    _skb: PhantomData<&'a ()>,
+}
+
+impl Segment<'_> {
+    /// What is left of it.
+    pub(crate) fn left_bytes(&self) -> usize {
+        self.left_bytes
+    }
+
+    fn used(&mut self, bytes: usize) {
+        self.offset += bytes as u32;
+        self.left_bytes -= bytes;
+    }
+
+    /// Moves `bytes`, at most what is left, to `offset` of a page. Returns how much it was.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` where that is not within the page.
+    pub(crate) fn move_to_page(
+        &mut self,
+        page: &mut IoPage,
+        offset: usize,
+        bytes: usize,
+    ) -> Result<usize> {
+        let mut room = [0; 64];
+        let bytes = bytes.min(self.left_bytes).min(room.len());
+        let (to, _) = room.split_at_mut(bytes);
+        // SAFETY: By the type invariant so much is there, and `to` has room for it.
+        to_result(unsafe {
+            bindings::skb_copy_bits(
+                self.skb,
+                self.offset as i32,
+                to.as_mut_ptr().cast(),
+                bytes as i32,
+            )
+        })?;
+        page.write(offset, to)?;
+        self.used(bytes);
+        Ok(bytes)
+    }
+
+    /// Moves as much as both have to the current position of `payload`, which moves on.
+    ///
+    /// # Errors
+    ///
+    /// `EFAULT`, which cannot be.
+    pub(crate) fn move_to(&mut self, payload: &mut Payload) -> Result {
+        let (skb, offset) = (self.skb, self.offset);
+        let bytes = payload.fill(self.left_bytes, |to, done, step| {
+            // SAFETY: `fill()` gives `step` bytes of room, and asks for no more than is left in all,
+            // which by the type invariant is there.
+            to_result(unsafe {
+                bindings::skb_copy_bits(
+                    skb,
+                    (offset as usize + done) as i32,
+                    to.cast(),
+                    step as i32,
+                )
+            })
+        })?;
+        self.used(bytes);
+        Ok(())
+    }
 }
 
 /// Runs `f` as I/O has to run: allocations may use the reserves and never wait for reclaim, and
@@ -472,44 +626,20 @@ impl IoPage {
 
     /// Copies from `offset` to the current position of `payload` and moves that on, as far as both
     /// reach, at most `bytes`. Returns how much it was.
-    pub(crate) fn copy_to(&self, offset: usize, bytes: usize, payload: &mut Payload) -> usize {
-        let mut done = 0;
-        payload.for_each_piece(|piece| {
-            let step = (piece.bv_len as usize).min(bytes - done);
-            // SAFETY: The piece lies within the data of a request in flight.
-            if step == 0 || unsafe { self.copy_to_piece(offset + done, step, &piece) }.is_err() {
-                return false;
-            }
-            done += step;
-            true
-        });
-        payload.advance(done);
-        done
-    }
-
-    /// # Safety
     ///
-    /// `piece` must be memory that may be written.
-    unsafe fn copy_to_piece(&self, offset: usize, len: usize, piece: &bindings::bio_vec) -> Result {
-        let mut at = piece.bv_offset as usize;
-        let mut done = 0;
-        while done < len {
-            // A piece may span pages that follow one another.
-            let step = (len - done).min(bindings::PAGE_SIZE - at % bindings::PAGE_SIZE);
-            // SAFETY: The caller promises that this is memory to write to.
-            unsafe {
-                let page = piece.bv_page.add(at / bindings::PAGE_SIZE);
-                let to = bindings::kmap_local_page(page).cast::<u8>();
-                let result = self
-                    .0
-                    .read_raw(to.add(at % bindings::PAGE_SIZE), offset + done, step);
-                bindings::kunmap_local(to.cast());
-                result?;
-            }
-            done += step;
-            at += step;
-        }
-        Ok(())
+    /// # Errors
+    ///
+    /// `EINVAL` where that is not within the page.
+    pub(crate) fn copy_to(
+        &self,
+        offset: usize,
+        bytes: usize,
+        payload: &mut Payload,
+    ) -> Result<usize> {
+        payload.fill(bytes, |to, done, step| {
+            // SAFETY: `fill()` gives `step` bytes of room.
+            unsafe { self.0.read_raw(to, offset + done, step) }
+        })
     }
 }
 
