@@ -74,6 +74,33 @@ fn add(number: &Atomic<u64>, more: u64) {
     number.store(number.load(Relaxed).wrapping_add(more), Relaxed);
 }
 
+/// Who submitted last, and how often that task had slept by then. Wrong where several submit.
+struct Submitter {
+    task: Atomic<usize>,
+    sleeps: Atomic<usize>,
+}
+
+impl Submitter {
+    fn nobody() -> Self {
+        Submitter {
+            task: Atomic::new(0),
+            sleeps: Atomic::new(0),
+        }
+    }
+
+    /// Notes that the current task submits. Returns whether it did so before and has not slept since:
+    /// it does not wait for its requests one by one, and there are probably more to come.
+    fn goes_on(&self) -> bool {
+        let (task, sleeps) = (task::TaskId::current().0, task::current_sleeps());
+        let goes_on = self.task.load(Relaxed) == task && self.sleeps.load(Relaxed) == sleeps;
+        if !goes_on {
+            self.task.store(task, Relaxed);
+            self.sleeps.store(sleeps, Relaxed);
+        }
+        goes_on
+    }
+}
+
 /// How sending or receiving stopped.
 enum Stop {
     /// There is nothing to do.
@@ -95,6 +122,7 @@ pub(crate) struct Connection {
     /// When something was received last, in jiffies.
     progress: Atomic<usize>,
     traffic: Traffic,
+    submitter: Submitter,
     /// The sender waits for room in the socket.
     full: Atomic<bool>,
     /// A disconnect is to be sent.
@@ -190,6 +218,7 @@ impl Connection {
                     replies: Atomic::new(0),
                     bytes_received: Atomic::new(0),
                 },
+                submitter: Submitter::nobody(),
                 full: Atomic::new(false),
                 say_goodbye: Atomic::new(false),
                 reaped <- Completion::new(),
@@ -284,17 +313,33 @@ impl Connection {
         self.reaped.wait_for_completion();
     }
 
-    /// Sends what waits, unless somebody else does or the socket is full. May sleep.
+    /// Has sent what waits: at once where nothing else is going on, or else by a work item, so that
+    /// what follows soon can go with it in one call. May sleep.
     pub(crate) fn kick(self: ArcBorrow<'_, Self>) {
-        if !self.full.load(Acquire) {
+        let goes_on = self.submitter.goes_on();
+        if self.full.load(Acquire) {
+            return;
+        }
+        if goes_on || self.awaited() > 0 {
+            self.queue_transmit(0);
+        } else {
             self.transmit_backlog();
         }
+    }
+
+    /// How many replies are awaited.
+    fn awaited(&self) -> u64 {
+        let sent = self.traffic.requests_sent.load(Relaxed);
+        sent.saturating_sub(self.traffic.replies.load(Relaxed))
     }
 
     /// Sends a disconnect after what is being sent now. May sleep.
     pub(crate) fn say_goodbye(self: ArcBorrow<'_, Self>) {
         self.say_goodbye.store(true, Release);
-        self.kick();
+        // At once: the socket is ended soon.
+        if !self.full.load(Acquire) {
+            self.transmit_backlog();
+        }
     }
 
     /// Declares the connection dead. What is in flight on it is given back soon after. May sleep.

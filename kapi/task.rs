@@ -12,13 +12,19 @@ pub(crate) fn may_administer() -> bool {
 
 /// Which task this is. Only to be compared.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) struct TaskId(usize);
+pub(crate) struct TaskId(pub(crate) usize);
 
 impl TaskId {
     /// The current task.
     pub(crate) fn current() -> Self {
         TaskId(kernel::task::Task::current_raw().addr())
     }
+}
+
+/// How often the current task has gone to sleep, rather than been made to wait (`nvcsw`).
+pub(crate) fn current_sleeps() -> usize {
+    // SAFETY: Only the task itself writes the number.
+    unsafe { (*bindings::get_current()).nvcsw }
 }
 
 /// The current task's number in the initial namespace (`task_pid_nr()`).
