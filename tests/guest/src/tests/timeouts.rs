@@ -55,18 +55,23 @@ fn stuck(plan: Plan) -> Rig {
     rig
 }
 
+/// A read of `len` bytes fails after a second, and the device ends.
+fn assert_read_times_out(mut rig: Rig, len: usize) {
+    let direct = rig.direct();
+    let began = Instant::now();
+    assert_eq!(
+        errno(direct.read_exact_at(&mut Buffer::new(len), 0)),
+        Err(Errno::IO)
+    );
+    assert_took(began, 1);
+    drop(direct);
+    assert_eq!(rig.client.wait(), Ok(0));
+}
+
 fn end_a_single_connection(guest: &Guest) {
     for transport in [Transport::Tcp4, Transport::Unix] {
-        let mut rig = stuck(Plan::new(1 << 20).timeout(1).transport(transport));
-        let direct = rig.direct();
-        let began = Instant::now();
-        assert_eq!(
-            errno(direct.read_exact_at(&mut Buffer::new(4096), 0)),
-            Err(Errno::IO)
-        );
-        assert_took(began, 1);
-        drop(direct);
-        assert_eq!(rig.client.wait(), Ok(0));
+        let rig = stuck(Plan::new(1 << 20).timeout(1).transport(transport));
+        assert_read_times_out(rig, 4096);
     }
     guest.expect_logged("Connection timed out", "connection 0 timed out");
     assert_usable(0);
@@ -224,16 +229,7 @@ fn stuck_after(len: usize) -> Rig {
 }
 
 fn in_the_middle_of_a_header(_: &Guest) {
-    let mut rig = stuck_after(7);
-    let direct = rig.direct();
-    let began = Instant::now();
-    assert_eq!(
-        errno(direct.read_exact_at(&mut Buffer::new(64 * KIB), 0)),
-        Err(Errno::IO)
-    );
-    assert_took(began, 1);
-    drop(direct);
-    assert_eq!(rig.client.wait(), Ok(0));
+    assert_read_times_out(stuck_after(7), 64 * KIB);
     assert_usable(0);
 }
 

@@ -3,6 +3,7 @@
 //! The programs that people use, as they use them.
 
 use std::fs;
+use std::net::TcpListener;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::Duration;
@@ -19,6 +20,7 @@ pub fn tests() -> Vec<Test> {
         test!(nbd_client_with_nbdkit_over_a_unix_socket),
         test!(nbd_client_with_several_connections),
         test!(nbd_client_lists_and_checks),
+        test!(nbd_client_over_netlink),
         test!(qemu_nbd_connects_a_qcow2_image),
         test!(block_device_tools),
         test!(parted_makes_partitions),
@@ -175,6 +177,44 @@ fn nbd_client_lists_and_checks(_: &Guest) {
     let said = sh("nbd-client -c /dev/nbd0");
     assert_eq!(said.trim(), device::pid(0).unwrap().to_string());
     client.disconnect();
+}
+
+fn nbd_client_over_netlink(_: &Guest) {
+    let _server = nbdkit_unix();
+    assert!(try_sh("nbd-client -c /dev/nbd0").is_err());
+    for options in ["-C 1 -b 512", "-C 4 -b 4096 -t 30"] {
+        // Returns when the device is connected.
+        sh(&format!(
+            "nbd-client {options} -unix /tmp/nbdkit.sock /dev/nbd0"
+        ));
+        assert_eq!(device::sysfs(0, "size"), (128 << 11).to_string());
+        let said = sh("nbd-client -c /dev/nbd0");
+        assert_eq!(said.trim(), device::pid(0).unwrap().to_string());
+        let queues = fs::read_dir("/sys/block/nbd0/mq").unwrap().count();
+        assert_eq!(queues, if options.contains("-C 4") { 2 } else { 1 });
+        sh("dd if=/dev/urandom of=/tmp/data bs=1M count=4 status=none
+            dd if=/tmp/data of=/dev/nbd0 bs=64k oflag=direct status=none
+            dd if=/dev/nbd0 bs=1M count=4 iflag=direct status=none | cmp - /tmp/data
+            rm /tmp/data");
+        sh("nbd-client -d /dev/nbd0");
+        let gone = wait_until(SOON, || device::pid(0).is_none());
+        assert!(gone.is_ok());
+        assert_eq!(device::sysfs(0, "size"), "0");
+    }
+    // Over TCP, and at the index that the driver chooses.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    drop(listener);
+    let port = port.to_string();
+    let _server = serve(
+        &format!("nbdkit -f -p {port} -i 127.0.0.1 memory 16M"),
+        &port,
+    );
+    sh(&format!("nbd-client 127.0.0.1 {port} /dev/nbd1"));
+    assert_eq!(device::sysfs(1, "size"), (16 << 11).to_string());
+    sh("nbd-client -d /dev/nbd1");
+    let gone = wait_until(SOON, || device::pid(1).is_none());
+    assert!(gone.is_ok());
 }
 
 fn qemu_nbd_connects_a_qcow2_image(_: &Guest) {

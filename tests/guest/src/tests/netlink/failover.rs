@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Connections that die, and others that take their place.
+
+use std::collections::HashSet;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use rustix::io::Errno;
+use rustix::thread::{CpuSet, sched_setaffinity};
+
+use super::{MIB, move_data, read_one};
+use crate::device::{Plan, USUAL_FLAGS, assert_pattern, pattern};
+use crate::driver::Driver;
+use crate::harness::{Guest, Test};
+use crate::netlink::{Link, Netlink, Setup};
+use crate::proto::{CAN_MULTI_CONN, Command};
+use crate::server::Transport;
+use crate::sys::Buffer;
+use crate::test;
+
+pub fn tests() -> Vec<Test> {
+    vec![
+        test!(news_of_dead_connections),
+        test!(reconfigure_revives_a_device),
+        test!(reads_wait_for_a_new_connection),
+        test!(requests_in_flight_are_sent_again),
+        test!(requests_wait_no_longer_than_told),
+        test!(disconnect_ends_waiting),
+        test!(one_of_two_connections_comes_back),
+        test!(connections_come_and_go_under_load),
+    ]
+}
+
+fn news_of_dead_connections(_: &Guest) {
+    let news = Netlink::listen();
+    let link = Setup::new(MIB).attach().settle();
+    link.disconnect().unwrap();
+    link.wait_free();
+    thread::sleep(Duration::from_millis(200));
+    assert_eq!(news.dead_link(), None, "it was asked to end");
+    let setup = Setup::new(MIB).index(1).flags(USUAL_FLAGS | CAN_MULTI_CONN);
+    let link = setup.attach_over(&[Transport::Unix, Transport::Tcp4]);
+    for victim in [1, 0] {
+        link.server.kill_connection(victim);
+        assert_eq!(news.expect_dead_link(), 1);
+    }
+    thread::sleep(Duration::from_millis(200));
+    assert_eq!(news.dead_link(), None, "one each");
+    // Ioctls make no difference.
+    let rig = Plan::new(MIB).attach();
+    rig.server.kill();
+    assert_eq!(news.expect_dead_link(), 0);
+}
+
+fn reconfigure_revives_a_device(_: &Guest) {
+    let link = Setup::new(MIB).attach().settle();
+    let direct = link.direct();
+    for round in 0..3 {
+        move_data(&direct, round << 18, round);
+        link.kill_server();
+        assert_eq!(read_one(&direct, 0), Err(Errno::IO));
+        assert_eq!(link.revive(), Ok(()));
+    }
+    move_data(&direct, 0, 9);
+    let mut back = Buffer::new(64 << 10);
+    direct.read_exact_at(&mut back, 2 << 18).unwrap();
+    assert_pattern(2, 2 << 18, &back);
+}
+
+fn reads_wait_for_a_new_connection(_: &Guest) {
+    let link = Setup::new(MIB).dead_timeout(20).attach().settle();
+    let mut stored = vec![0; 4096];
+    pattern(1, 0, &mut stored);
+    link.server.poke(0, &stored);
+    let direct = link.direct();
+    for _ in 0..3 {
+        link.kill_server();
+        thread::scope(|scope| {
+            let reader = scope.spawn(|| {
+                let mut back = Buffer::new(4096);
+                direct.read_exact_at(&mut back, 0).unwrap();
+                assert_pattern(1, 0, &back);
+            });
+            thread::sleep(Duration::from_millis(400));
+            assert!(!reader.is_finished(), "it was to wait");
+            let began = Instant::now();
+            assert_eq!(link.revive(), Ok(()));
+            reader.join().unwrap();
+            assert!(began.elapsed() < Duration::from_secs(5));
+        });
+    }
+}
+
+fn requests_in_flight_are_sent_again(_: &Guest) {
+    const LEN: usize = 32 << 10;
+    // With gaps between them, or the block layer makes one of two.
+    let offsets = [0, 1, 2, 3].map(|n| n * 2 * LEN as u64);
+    // nbd.ko sends them again when their time is up.
+    let setup = Setup::new(MIB).dead_timeout(20).timeout(2);
+    let link = setup.attach().settle();
+    for offset in offsets {
+        let mut stored = vec![0; LEN];
+        pattern(1, offset, &mut stored);
+        link.server.poke(offset, &stored);
+    }
+    link.server.script(|conn, request| {
+        if request.command == Command::Write {
+            conn.read_data(request)?;
+        }
+        Ok(())
+    });
+    let direct = link.direct();
+    thread::scope(|scope| {
+        for offset in offsets {
+            let direct = &direct;
+            scope.spawn(move || {
+                let mut back = Buffer::new(LEN);
+                direct.read_exact_at(&mut back, offset).unwrap();
+                assert_pattern(1, offset, &back);
+            });
+            let offset = offset + MIB / 2;
+            scope.spawn(move || {
+                let data = Buffer::filled(LEN, |data| pattern(2, offset, data));
+                direct.write_all_at(&data, offset).unwrap();
+            });
+        }
+        link.server
+            .wait_for("all requests", |requests| requests.len() == 8);
+        link.kill_server();
+        link.server.be_honest();
+        thread::sleep(Duration::from_millis(200));
+        assert_eq!(link.revive(), Ok(()));
+    });
+    for offset in offsets.map(|offset| MIB / 2 + offset) {
+        assert_pattern(2, offset, &link.server.peek(offset, LEN));
+    }
+    let sent_again = link.server.requests();
+    let sent_again = sent_again.iter().filter(|request| request.connection == 1);
+    assert_eq!(sent_again.count(), 8);
+}
+
+fn requests_wait_no_longer_than_told(_: &Guest) {
+    let link = Setup::new(MIB).dead_timeout(1).attach().settle();
+    let direct = link.direct();
+    link.kill_server();
+    let began = Instant::now();
+    assert_eq!(read_one(&direct, 0), Err(Errno::IO));
+    let took = began.elapsed().as_secs_f32();
+    assert!((0.8..6.0).contains(&took), "{took} s");
+    let began = Instant::now();
+    assert_eq!(read_one(&direct, 0), Err(Errno::IO));
+    let took = began.elapsed().as_secs_f32();
+    assert!(took < 0.7, "there is nothing left to wait for: {took} s");
+    // It is not too late for the device.
+    assert_eq!(link.revive(), Ok(()));
+    move_data(&direct, 0, 1);
+    // The time can be changed.
+    let change = Setup::change(link.index).dead_timeout(0);
+    assert_eq!(link.netlink.reconfigure(&change), Ok(()));
+    link.kill_server();
+    let began = Instant::now();
+    assert_eq!(read_one(&direct, 0), Err(Errno::IO));
+    let took = began.elapsed().as_secs_f32();
+    assert!(took < 0.7, "{took} s");
+}
+
+fn disconnect_ends_waiting(_: &Guest) {
+    let link = Setup::new(MIB).dead_timeout(20).attach().settle();
+    let direct = link.direct();
+    link.kill_server();
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| read_one(&direct, 0));
+        thread::sleep(Duration::from_millis(300));
+        assert!(!reader.is_finished());
+        assert_eq!(link.disconnect(), Ok(()));
+        assert_eq!(reader.join().unwrap(), Err(Errno::IO));
+    });
+    drop(direct);
+    link.wait_free();
+}
+
+/// The connections that requests of all processors come by.
+fn used_connections(link: &Link, direct: &File) -> HashSet<usize> {
+    link.server.forget_requests();
+    for processor in 0..thread::available_parallelism().unwrap().get() {
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut set = CpuSet::new();
+                set.set(processor);
+                sched_setaffinity(None, &set).unwrap();
+                read_one(direct, 0).unwrap();
+            });
+        });
+    }
+    let requests = link.server.requests();
+    requests.iter().map(|request| request.connection).collect()
+}
+
+fn one_of_two_connections_comes_back(guest: &Guest) {
+    let setup = Setup::new(MIB).flags(USUAL_FLAGS | CAN_MULTI_CONN);
+    let link = setup.attach_over(&[Transport::Unix, Transport::Unix]);
+    let link = link.settle();
+    let news = Netlink::listen();
+    let direct = link.direct();
+    assert_eq!(used_connections(&link, &direct), HashSet::from([0, 1]));
+    for (victim, other, new) in [(0, 1, 2), (1, 2, 3), (2, 3, 4)] {
+        link.server.kill_connection(victim);
+        assert_eq!(news.expect_dead_link(), link.index);
+        assert_eq!(used_connections(&link, &direct), HashSet::from([other]));
+        assert_eq!(link.revive(), Ok(()));
+        let used = used_connections(&link, &direct);
+        assert_eq!(used, HashSet::from([other, new]));
+    }
+    if guest.expected("debugfs-shows-connections") == Driver::Rnbd {
+        let path = format!("/sys/kernel/debug/nbd/nbd{}/connections", link.index);
+        let shown = fs::read_to_string(path).unwrap();
+        let reconnects: Vec<&str> = shown
+            .lines()
+            .filter_map(|line| line.split(" reconnects=").nth(1))
+            .collect();
+        assert_eq!(reconnects, ["2", "1"], "{shown}");
+    }
+}
+
+fn connections_come_and_go_under_load(_: &Guest) {
+    let setup = Setup::new(16 * MIB)
+        .flags(USUAL_FLAGS | CAN_MULTI_CONN)
+        .timeout(2)
+        .dead_timeout(30);
+    let link = setup.attach_over(&[Transport::Unix, Transport::Tcp4]);
+    let link = link.settle();
+    let news = Netlink::listen();
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for worker in 0..4 {
+            let (direct, done) = (link.direct(), &done);
+            scope.spawn(move || {
+                let mut round = 0;
+                while !done.load(Ordering::Relaxed) {
+                    move_data(&direct, worker * 4 * MIB + ((round % 32) << 16), round);
+                    round += 1;
+                }
+            });
+        }
+        // The server numbers connections in the order in which they are made.
+        let kill = |connection| {
+            link.server.kill_connection(connection);
+            assert_eq!(news.expect_dead_link(), link.index);
+        };
+        for connection in 0..3 {
+            thread::sleep(Duration::from_millis(200));
+            kill(connection);
+            assert_eq!(link.revive(), Ok(()));
+        }
+        thread::sleep(Duration::from_millis(200));
+        // For a moment there is none.
+        kill(3);
+        kill(4);
+        thread::sleep(Duration::from_millis(100));
+        assert_eq!(link.revive(), Ok(()));
+        assert_eq!(link.revive(), Ok(()));
+        thread::sleep(Duration::from_millis(300));
+        done.store(true, Ordering::Relaxed);
+    });
+}

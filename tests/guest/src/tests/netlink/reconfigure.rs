@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What RECONFIGURE changes of a device that is connected.
+
+use std::fs::File;
+use std::net::UdpSocket;
+
+use rustix::io::Errno;
+
+use super::{MIB, move_data, read_one, sysfs_exists, wait_destroyed};
+use crate::device::{self, Plan, SOON};
+use crate::harness::{Guest, Test, wait_until};
+use crate::netlink::{DESTROY_ON_DISCONNECT, Netlink, Setup, descriptor};
+use crate::test;
+
+pub fn tests() -> Vec<Test> {
+    vec![
+        test!(reconfigure_what_is_not_there),
+        test!(reconfigure_size_and_timeout),
+        test!(reconfigure_needs_no_more_sockets),
+        test!(reconfigure_decides_whether_to_destroy),
+        test!(backend_identifier),
+    ]
+}
+
+fn reconfigure_what_is_not_there(_: &Guest) {
+    let netlink = Netlink::open();
+    for index in [0, 17] {
+        let answer = netlink.reconfigure(&Setup::change(index).size(MIB));
+        assert_eq!(answer, Err(Errno::INVAL), "{index}");
+    }
+    let answer = netlink.reconfigure(&Setup::default().size(MIB));
+    assert_eq!(answer, Err(Errno::INVAL), "without an index");
+    // What ioctls have connected is theirs.
+    let mut rig = Plan::new(MIB).attach();
+    let answer = netlink.reconfigure(&Setup::change(0).size(2 * MIB));
+    assert_eq!(answer, Err(Errno::INVAL));
+    assert_eq!(rig.sysfs("size"), "2048");
+    assert_eq!(rig.disconnect(), Ok(0));
+}
+
+fn reconfigure_size_and_timeout(_: &Guest) {
+    let link = Setup::new(MIB).attach().settle();
+    let change = || Setup::change(link.index);
+    let reconfigure = |setup: Setup| link.netlink.reconfigure(&setup);
+    let direct = link.direct();
+    assert_eq!(reconfigure(change().size(4 * MIB).timeout(9)), Ok(()));
+    assert_eq!(device::sysfs(link.index, "size"), "8192");
+    assert_eq!(device::sysfs(link.index, "queue/io_timeout"), "9000");
+    move_data(&direct, 3 * MIB, 6);
+    assert_eq!(reconfigure(change().timeout(0)), Ok(()));
+    assert_eq!(device::sysfs(link.index, "queue/io_timeout"), "30000");
+    assert_eq!(reconfigure(change().block_size(4096)), Ok(()));
+    assert_eq!(
+        device::sysfs(link.index, "queue/logical_block_size"),
+        "4096"
+    );
+    assert_eq!(reconfigure(change().block_size(3000)), Err(Errno::INVAL));
+    assert_eq!(reconfigure(change()), Ok(()), "nothing at all");
+    assert_eq!(device::sysfs(link.index, "size"), "8192");
+    move_data(&direct, 0, 7);
+}
+
+fn reconfigure_needs_no_more_sockets(_: &Guest) {
+    let link = Setup::new(MIB).attach().settle();
+    assert_eq!(link.revive(), Ok(()), "no place for it, which is no error");
+    let let_go = wait_until(SOON, || link.server.living() == 1);
+    assert!(let_go.is_ok(), "a socket without use is kept");
+    let reconfigure = |number| {
+        link.netlink
+            .reconfigure(&Setup::change(link.index).descriptors(&[number]))
+    };
+    assert_eq!(reconfigure(9999), Err(Errno::BADF));
+    assert_eq!(reconfigure(-1), Err(Errno::BADF));
+    let file = File::open("/dev/null").unwrap();
+    assert_eq!(reconfigure(descriptor(&file)), Err(Errno::NOTSOCK));
+    let datagrams = UdpSocket::bind("127.0.0.1:0").unwrap();
+    assert_eq!(reconfigure(descriptor(&datagrams)), Err(Errno::INVAL));
+    assert_eq!(read_one(&link.direct(), 0), Ok(()));
+}
+
+fn reconfigure_decides_whether_to_destroy(_: &Guest) {
+    let link = Setup::new(MIB).index(7).attach();
+    let destroy = |yes| {
+        let flags = if yes { DESTROY_ON_DISCONNECT } else { 0 };
+        link.netlink
+            .reconfigure(&Setup::change(7).client_flags(flags))
+    };
+    assert_eq!(destroy(true), Ok(()));
+    assert_eq!(destroy(true), Ok(()));
+    assert_eq!(destroy(false), Ok(()));
+    assert_eq!(link.disconnect(), Ok(()));
+    link.wait_free();
+    assert!(sysfs_exists(7));
+    let link = Setup::new(MIB).index(7).attach();
+    let destroy = Setup::change(7).client_flags(DESTROY_ON_DISCONNECT);
+    assert_eq!(link.netlink.reconfigure(&destroy), Ok(()));
+    assert_eq!(link.disconnect(), Ok(()));
+    wait_destroyed(7);
+}
+
+fn backend_identifier(_: &Guest) {
+    let link = Setup::new(MIB).backend("image-7").attach();
+    assert_eq!(device::sysfs(link.index, "backend"), "image-7");
+    let size = |size| Setup::change(link.index).size(size);
+    for wrong in [
+        size(2 * MIB),
+        size(2 * MIB).backend("image-8"),
+        size(2 * MIB).backend("image-77"),
+        size(2 * MIB).backend("image"),
+        size(2 * MIB).backend(""),
+    ] {
+        assert_eq!(link.netlink.reconfigure(&wrong), Err(Errno::INVAL));
+        assert_eq!(device::sysfs(link.index, "size"), "2048");
+    }
+    let right = size(2 * MIB).backend("image-7");
+    assert_eq!(link.netlink.reconfigure(&right), Ok(()));
+    assert_eq!(device::sysfs(link.index, "size"), "4096");
+    link.disconnect().unwrap();
+    link.wait_free();
+    // It is forgotten; and where there is none, any is right.
+    let link = Setup::new(MIB).attach();
+    assert_eq!(device::sysfs(link.index, "backend"), "");
+    let any = Setup::change(link.index).size(2 * MIB).backend("image-8");
+    assert_eq!(link.netlink.reconfigure(&any), Ok(()));
+    assert_eq!(device::sysfs(link.index, "backend"), "");
+}
