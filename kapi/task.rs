@@ -63,7 +63,8 @@ impl ModuleRef {
         // SAFETY: The module exists while its code runs.
         let got =
             unsafe { bindings::try_module_get((&raw const bindings::__this_module).cast_mut()) };
-        got.then_some(ModuleRef(()))
+        // Not made where it was not got, since it is put back when it is dropped.
+        got.then(|| ModuleRef(()))
     }
 }
 
