@@ -6,6 +6,7 @@ mod connect;
 mod failover;
 mod lifetimes;
 mod reconfigure;
+mod sharing;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -24,6 +25,7 @@ pub fn tests() -> Vec<Test> {
         lifetimes::tests(),
         reconfigure::tests(),
         failover::tests(),
+        sharing::tests(),
     ]
     .into_iter()
     .flatten()
