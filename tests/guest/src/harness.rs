@@ -230,6 +230,12 @@ pub fn wait_until(limit: Duration, mut is_true: impl FnMut() -> bool) -> Result<
     }
 }
 
+/// For the reader of the output, and of the console.
+pub fn say(text: &str) {
+    println!("    {text}");
+    klog::mark(text);
+}
+
 /// What a test is given.
 pub struct Guest {
     pub driver: Driver,

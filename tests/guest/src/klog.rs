@@ -77,6 +77,7 @@ fn message(record: &str) -> String {
 /// Leaves a line in the kernel's log, so that the console tells which test was running.
 pub fn mark(line: &str) {
     if let Ok(mut kmsg) = OpenOptions::new().write(true).open("/dev/kmsg") {
-        let _ = write!(kmsg, "rnbd-guest: {line}");
+        // In one piece, which is one line of the log.
+        let _ = kmsg.write_all(format!("rnbd-guest: {line}").as_bytes());
     }
 }

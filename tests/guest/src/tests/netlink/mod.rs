@@ -7,6 +7,7 @@ mod failover;
 mod lifetimes;
 mod reconfigure;
 mod sharing;
+mod thousands;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -26,6 +27,7 @@ pub fn tests() -> Vec<Test> {
         reconfigure::tests(),
         failover::tests(),
         sharing::tests(),
+        thousands::tests(),
     ]
     .into_iter()
     .flatten()
