@@ -24,6 +24,7 @@
 ##   KDIR=dir                the kernel build tree for "make"
 ##   DRIVER=nbd              demo, check and shell: use the kernel's own driver instead
 ##   T=pattern               check: only tests whose names contain it
+##   SEED=number             check: what the random tests of an earlier run began with
 ##   QUICK=1 ROUNDS=n        bench: measure less; so many rounds
 ##   MODES=cost, MODES=wall  bench: only instructions for an I/O, or only speed
 ##   V=1                     show the commands of the build
@@ -37,7 +38,7 @@ KDIR ?= /lib/modules/$(shell uname -r)/build
 endif
 
 DRIVER ?= rnbd
-export DRIVER T V QUICK MODES ROUNDS
+export DRIVER T SEED V QUICK MODES ROUNDS
 
 out := $(CURDIR)/build
 workbench := tools/env exec --

@@ -8,7 +8,7 @@ use std::panic::{self, AssertUnwindSafe};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use libtest_mimic::{Completion, Failed, Trial};
 
@@ -228,6 +228,19 @@ pub fn wait_until(limit: Duration, mut is_true: impl FnMut() -> bool) -> Result<
         }
         thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// Where a test's random numbers begin: `SEED` in the environment, or the time.
+pub fn seed() -> u64 {
+    let seed = match std::env::var("SEED") {
+        Ok(seed) if !seed.is_empty() => seed.parse().expect("SEED is a number"),
+        _ => {
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+            now.subsec_nanos().into()
+        }
+    };
+    say(&format!("SEED={seed}"));
+    seed
 }
 
 /// For the reader of the output, and of the console.

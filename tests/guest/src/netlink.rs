@@ -124,6 +124,11 @@ pub struct Netlink {
 
 impl Netlink {
     pub fn open() -> Self {
+        Self::try_open().expect("the family nbd")
+    }
+
+    /// As [`Self::open`], where the driver may not be loaded.
+    pub fn try_open() -> SysResult<Self> {
         let socket = NlSocket::connect(NlFamily::Generic, None, Groups::empty());
         let mut netlink = Self {
             socket: socket.expect("a netlink socket"),
@@ -134,8 +139,8 @@ impl Netlink {
             },
             sequence: Cell::new(0),
         };
-        netlink.family = netlink.resolve("nbd").expect("the family nbd");
-        netlink
+        netlink.family = netlink.resolve("nbd")?;
+        Ok(netlink)
     }
 
     /// Hears the driver's messages to everybody from now on.
@@ -229,8 +234,12 @@ impl Netlink {
 
     /// The devices, or one of them, and whether they are connected.
     pub fn status(&self, index: Option<u32>) -> Vec<(u32, bool)> {
+        self.try_status(index).expect("a status")
+    }
+
+    pub fn try_status(&self, index: Option<u32>) -> SysResult<Vec<(u32, bool)>> {
         let attrs = index.map(|index| attr(INDEX, index)).into_iter().collect();
-        let answer = self.ask(STATUS, attrs).expect("a status").expect("a reply");
+        let answer = self.ask(STATUS, attrs)?.expect("a reply");
         assert_eq!(*answer.cmd(), STATUS);
         let list = find(answer.attrs().as_ref(), DEVICE_LIST).map(items);
         let device = |item: &Attr| {
@@ -242,7 +251,7 @@ impl Netlink {
                 connected == 1,
             )
         };
-        list.expect("a list").iter().map(device).collect()
+        Ok(list.expect("a list").iter().map(device).collect())
     }
 
     /// Waits for the news that a connection of a device has died.

@@ -13,6 +13,7 @@ mod long;
 mod module;
 mod multi;
 mod netlink;
+mod races;
 mod replies;
 mod signals;
 mod timeouts;
@@ -35,6 +36,7 @@ pub fn all() -> Vec<Test> {
         endings::tests(),
         signals::tests(),
         netlink::tests(),
+        races::tests(),
         user_space::tests(),
         long::tests(),
     ]

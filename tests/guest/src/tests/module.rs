@@ -216,24 +216,30 @@ fn unloads_right_after_a_connection(guest: &Guest) {
     }
 }
 
-fn survives_opening_while_it_is_unloaded(guest: &Guest) {
-    // Nothing is to load a module by itself meanwhile.
+/// Runs `f` while nothing loads a module by itself.
+pub fn without_modprobe(f: impl FnOnce()) {
     const MODPROBE: &str = "/proc/sys/kernel/modprobe";
     let modprobe = fs::read_to_string(MODPROBE).unwrap();
     fs::write(MODPROBE, "/bin/true").unwrap();
-    let done = AtomicBool::new(false);
-    thread::scope(|scope| {
-        scope.spawn(|| {
-            while !done.load(Ordering::Relaxed) {
-                drop(device::open(0, 0));
-                thread::yield_now();
-            }
-        });
-        for _ in 0..10 {
-            guest.driver.load("nbds_max=1").unwrap();
-            while guest.driver.try_unload().is_err() {}
-        }
-        done.store(true, Ordering::Relaxed);
-    });
+    f();
     fs::write(MODPROBE, modprobe).unwrap();
+}
+
+fn survives_opening_while_it_is_unloaded(guest: &Guest) {
+    let done = AtomicBool::new(false);
+    without_modprobe(|| {
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    drop(device::open(0, 0));
+                    thread::yield_now();
+                }
+            });
+            for _ in 0..10 {
+                guest.driver.load("nbds_max=1").unwrap();
+                while guest.driver.try_unload().is_err() {}
+            }
+            done.store(true, Ordering::Relaxed);
+        });
+    });
 }
