@@ -26,6 +26,7 @@ pub struct Test {
     /// None: the test loads the module itself.
     parameters: Option<&'static str>,
     limit: Duration,
+    on_request: bool,
 }
 
 impl Test {
@@ -36,6 +37,7 @@ impl Test {
             run,
             parameters: Some(PARAMETERS),
             limit: Duration::from_secs(120),
+            on_request: false,
         }
     }
 
@@ -61,6 +63,18 @@ impl Test {
             limit: Duration::from_secs(seconds),
             ..self
         }
+    }
+
+    /// Takes so long that it runs only where its whole name is asked for.
+    pub fn on_request(self) -> Self {
+        Self {
+            on_request: true,
+            ..self
+        }
+    }
+
+    pub fn is_on_request(&self) -> bool {
+        self.on_request
     }
 
     pub fn name(&self) -> &str {

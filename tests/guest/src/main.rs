@@ -21,6 +21,7 @@
 //! - `harness` runs a test, `klog` reads the kernel's log, `stacks` shows what hangs
 //! - `server` is an NBD server that can be told to misbehave; `proto` has the numbers
 //! - `device` connects a device to it; `driver` loads modules; `programs` runs real programs
+//! - `negotiate` dials real servers
 //! - `tree` compares directory trees; `uevents` hears what udev hears
 //! - `tests` has the tests
 
@@ -30,6 +31,7 @@ mod driver;
 mod harness;
 mod helper;
 mod klog;
+mod negotiate;
 mod netlink;
 mod programs;
 mod proto;
@@ -47,6 +49,7 @@ use std::process::{Command, exit};
 use libtest_mimic::Arguments;
 
 use crate::driver::Driver;
+use crate::harness::Test;
 
 const STATUS_FD: &str = "RNBD_GUEST_STATUS_FD";
 
@@ -102,10 +105,12 @@ fn run_tests(status_fd: &str) -> i32 {
     if !arguments.list {
         harness::catch_panics();
     }
-    let filter = arguments.filter.take_if(|filter| filter.contains(','));
+    let filter = arguments.filter.clone();
+    // The harness knows no commas.
+    arguments.filter.take_if(|filter| filter.contains(','));
     let trials = tests
         .into_iter()
-        .filter(|test| selected(test.name(), filter.as_deref()))
+        .filter(|test| arguments.list || selected(test, filter.as_deref()))
         .map(|test| test.into_trial(driver))
         .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
@@ -122,7 +127,12 @@ fn run_tests(status_fd: &str) -> i32 {
     status.into()
 }
 
-/// Whether `name` has one of the comma-separated parts of `filter`; the harness knows one only.
-fn selected(name: &str, filter: Option<&str>) -> bool {
-    filter.is_none_or(|filter| filter.split(',').any(|part| name.contains(part)))
+/// Whether one of the comma-separated parts of `filter` is in the test's name, or has to be all of it.
+fn selected(test: &Test, filter: Option<&str>) -> bool {
+    let mut parts = filter.into_iter().flat_map(|filter| filter.split(','));
+    if test.is_on_request() {
+        parts.any(|part| part == test.name())
+    } else {
+        filter.is_none() || parts.any(|part| test.name().contains(part))
+    }
 }

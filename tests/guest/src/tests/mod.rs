@@ -13,6 +13,7 @@ mod long;
 mod module;
 mod multi;
 mod netlink;
+mod outages;
 mod races;
 mod replies;
 mod signals;
@@ -38,6 +39,7 @@ pub fn all() -> Vec<Test> {
         netlink::tests(),
         races::tests(),
         user_space::tests(),
+        outages::tests(),
         long::tests(),
     ]
     .into_iter()

@@ -3,8 +3,9 @@
 //! The programs that people use, as they use them.
 
 use std::fs;
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::Duration;
 
@@ -32,7 +33,8 @@ pub fn tests() -> Vec<Test> {
     ]
 }
 
-/// A server program, once it listens on `socket`: a path, or a TCP port of 127.0.0.1.
+/// A server program, once it listens on `socket`: a path, a TCP port of 127.0.0.1, or an address
+/// with a port.
 pub fn serve(command: &str, socket: &str) -> Daemon {
     let server = Daemon::start(command);
     wait_for(&server, socket);
@@ -40,9 +42,14 @@ pub fn serve(command: &str, socket: &str) -> Daemon {
 }
 
 fn wait_for(server: &Daemon, socket: &str) {
-    let listens = wait_until(SOON * 6, || match socket.parse::<u16>() {
-        Ok(port) => std::net::TcpStream::connect(("127.0.0.1", port)).is_ok(),
-        Err(_) => Path::new(socket).exists(),
+    let listens = wait_until(SOON * 6, || {
+        if let Ok(port) = socket.parse::<u16>() {
+            TcpStream::connect(("127.0.0.1", port)).is_ok()
+        } else if let Ok(address) = socket.parse::<SocketAddr>() {
+            TcpStream::connect(address).is_ok()
+        } else {
+            UnixStream::connect(socket).is_ok()
+        }
     });
     assert!(
         listens.is_ok(),
@@ -277,7 +284,7 @@ fn parted_makes_partitions(_: &Guest) {
 }
 
 /// A short verifying job; fio fails when what it reads is not what it wrote.
-fn fio(options: &str) {
+pub fn fio(options: &str) {
     sh(&format!(
         "cd /tmp && fio --name=verify --filename=/dev/nbd0 --direct=1 --size=8M --verify=crc32c \
          --verify_fatal=1 --do_verify=1 --output=/tmp/fio.txt {options} || (cat /tmp/fio.txt; false)"
