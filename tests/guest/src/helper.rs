@@ -4,11 +4,13 @@
 
 use std::fs::OpenOptions;
 
+use crate::device::{assert_pattern, pattern};
 use crate::proto;
-use crate::sys::ioctl_number;
+use crate::sys::{Buffer, MIB, ioctl_number};
 
 pub fn main(arguments: &[String]) {
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["fill", mib] => fill(mib.parse().expect("a number of MiB")),
         ["attach", device, size] => attach(device, size.parse().expect("a size")),
         _ => panic!("helper: {arguments:?}?"),
     }
@@ -29,5 +31,16 @@ fn attach(device: &str, size: u64) {
         (proto::DO_IT, 0),
     ] {
         ioctl_number(&device, request, argument).expect("an ioctl");
+    }
+}
+
+/// Fills so much memory, and finds it unchanged.
+fn fill(mib: usize) {
+    let mut memory = Buffer::new(mib * MIB);
+    for (at, part) in (0..).step_by(MIB).zip(memory.chunks_mut(MIB)) {
+        pattern(1, at, part);
+    }
+    for (at, part) in (0..).step_by(MIB).zip(memory.chunks(MIB)) {
+        assert_pattern(1, at, part);
     }
 }

@@ -63,7 +63,12 @@ const CTRL_VERSION: u8 = 2;
 const CTRL_FAMILY_ID: u16 = 1;
 const CTRL_FAMILY_NAME: u16 = 2;
 const CTRL_FAMILY_VERSION: u16 = 3;
+const CTRL_HEADER_SIZE: u16 = 4;
+const CTRL_MAX_ATTR: u16 = 5;
+const CTRL_OPS: u16 = 6;
 const CTRL_MCAST_GROUPS: u16 = 7;
+const CTRL_OP_ID: u16 = 1;
+const CTRL_OP_FLAGS: u16 = 2;
 const CTRL_GROUP_NAME: u16 = 1;
 const CTRL_GROUP_ID: u16 = 2;
 
@@ -112,6 +117,10 @@ fn items(list: &Attr) -> Vec<Attr> {
 pub struct Family {
     pub id: u16,
     pub version: u32,
+    pub header_size: u32,
+    pub max_attr: u32,
+    /// Commands, and what they need and can do.
+    pub ops: Vec<(u32, u32)>,
     pub groups: Vec<(String, u32)>,
 }
 
@@ -135,6 +144,9 @@ impl Netlink {
             family: Family {
                 id: CTRL,
                 version: CTRL_VERSION.into(),
+                header_size: 0,
+                max_attr: 0,
+                ops: Vec::new(),
                 groups: Vec::new(),
             },
             sequence: Cell::new(0),
@@ -157,7 +169,12 @@ impl Netlink {
     fn resolve(&self, name: &str) -> SysResult<Family> {
         let answer = self.ask(CTRL_GETFAMILY, vec![attr(CTRL_FAMILY_NAME, name)])?;
         let attrs = answer.expect("a description").attrs().as_ref().to_vec();
-        let groups = find(&attrs, CTRL_MCAST_GROUPS).map_or(Vec::new(), items);
+        let list = |kind| find(&attrs, kind).map_or(Vec::new(), items);
+        let op = |op: &Attr| {
+            let attrs = items(op);
+            let number = |kind| number(&attrs, kind).expect("a number");
+            (number(CTRL_OP_ID), number(CTRL_OP_FLAGS))
+        };
         let group = |group: &Attr| {
             let attrs = items(group);
             let name = text(&attrs, CTRL_GROUP_NAME).expect("a group's name");
@@ -166,7 +183,10 @@ impl Netlink {
         Ok(Family {
             id: number(&attrs, CTRL_FAMILY_ID).expect("an id"),
             version: number(&attrs, CTRL_FAMILY_VERSION).expect("a version"),
-            groups: groups.iter().map(group).collect(),
+            header_size: number(&attrs, CTRL_HEADER_SIZE).expect("a size"),
+            max_attr: number(&attrs, CTRL_MAX_ATTR).expect("a number"),
+            ops: list(CTRL_OPS).iter().map(op).collect(),
+            groups: list(CTRL_MCAST_GROUPS).iter().map(group).collect(),
         })
     }
 

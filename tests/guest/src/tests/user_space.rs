@@ -22,13 +22,18 @@ pub fn tests() -> Vec<Test> {
         test!(nbd_client_with_several_connections),
         test!(nbd_client_lists_and_checks),
         test!(nbd_client_over_netlink),
+        test!(nbd_client_persist_ends_with_the_server),
+        test!(nbd_client_started_again_with_the_server),
         test!(qemu_nbd_connects_a_qcow2_image),
+        test!(qemu_nbd_is_killed),
         test!(block_device_tools),
         test!(parted_makes_partitions),
         test!(fio_verifies_random_writes),
         test!(fio_verifies_with_several_connections),
         test!(ext4_on_nbdkit),
         test!(xfs_on_nbdkit),
+        test!(btrfs_on_nbdkit),
+        test!(swap_under_memory_pressure).limit_seconds(300),
         test!(ext4_survives_the_death_of_the_server),
     ]
 }
@@ -63,11 +68,14 @@ fn nbdkit_tcp() -> Daemon {
 }
 
 fn nbdkit_unix() -> Daemon {
+    nbdkit("memory 128M")
+}
+
+/// nbdkit on a UNIX socket.
+fn nbdkit(options: &str) -> Daemon {
     let _ = fs::remove_file("/tmp/nbdkit.sock");
-    serve(
-        "nbdkit -f -U /tmp/nbdkit.sock memory 128M",
-        "/tmp/nbdkit.sock",
-    )
+    let command = format!("nbdkit -f -U /tmp/nbdkit.sock {options}");
+    serve(&command, "/tmp/nbdkit.sock")
 }
 
 /// nbd-client in the foreground, until it is disconnected.
@@ -90,6 +98,12 @@ impl Client {
 
     pub fn disconnect(mut self) {
         sh("nbd-client -L -d /dev/nbd0");
+        self.wait_ended();
+        assert_eq!(device::sysfs(0, "size"), "0");
+    }
+
+    /// Waits until it has ended, and the process that it has look for partitions.
+    fn wait_ended(&mut self) {
         assert!(
             self.0.wait(SOON),
             "nbd-client is not content: {}",
@@ -97,7 +111,6 @@ impl Client {
         );
         let gone = wait_until(SOON, || device::pid(0).is_none());
         assert!(gone.is_ok());
-        assert_eq!(device::sysfs(0, "size"), "0");
     }
 }
 
@@ -224,6 +237,31 @@ fn nbd_client_over_netlink(_: &Guest) {
     assert!(gone.is_ok());
 }
 
+/// With -persist nbd-client 3.26 connects again when NBD_DO_IT fails. It does not fail when the
+/// server is gone, with either driver; and where netlink is used nbd-client does not stay at all.
+fn nbd_client_persist_ends_with_the_server(_: &Guest) {
+    let mut server = nbdkit_unix();
+    let mut client = Client::connect("-p -unix /tmp/nbdkit.sock");
+    server.kill();
+    client.wait_ended();
+    let said = client.0.said();
+    assert!(said.contains("Kernel call returned"), "{said}");
+    assert!(!said.contains("Reconnecting"), "{said}");
+    assert_usable(0);
+}
+
+/// What a service manager does instead.
+fn nbd_client_started_again_with_the_server(_: &Guest) {
+    for _ in 0..4 {
+        let mut server = nbdkit_unix();
+        let mut client = Client::connect("-C 2 -unix /tmp/nbdkit.sock");
+        use_device();
+        server.kill();
+        client.wait_ended();
+        assert!(try_sh("nbd-client -c /dev/nbd0").is_err());
+    }
+}
+
 fn qemu_nbd_connects_a_qcow2_image(_: &Guest) {
     sh("qemu-img create -q -f qcow2 /tmp/disk.qcow2 256M
         qemu-nbd -f qcow2 -c /dev/nbd0 /tmp/disk.qcow2");
@@ -233,6 +271,24 @@ fn qemu_nbd_connects_a_qcow2_image(_: &Guest) {
     sh("qemu-nbd -d /dev/nbd0");
     let gone = wait_until(SOON, || device::pid(0).is_none());
     assert!(gone.is_ok());
+    sh("qemu-img check -q /tmp/disk.qcow2 && rm /tmp/disk.qcow2");
+    assert_usable(0);
+}
+
+fn qemu_nbd_is_killed(_: &Guest) {
+    sh("qemu-img create -q -f qcow2 /tmp/disk.qcow2 64M");
+    for _ in 0..3 {
+        // Only with -v it stays the process that was started.
+        let mut daemon = Daemon::start("qemu-nbd -v -f qcow2 -c /dev/nbd0 /tmp/disk.qcow2");
+        let connected = wait_until(SOON, || device::sysfs(0, "size") == (64 << 11).to_string());
+        assert!(connected.is_ok(), "{}", daemon.said());
+        let mut writer = Daemon::start("dd if=/dev/zero of=/dev/nbd0 bs=64k oflag=direct");
+        std::thread::sleep(Duration::from_millis(200));
+        daemon.kill();
+        assert!(!writer.wait(SOON), "it wrote to nobody: {}", writer.said());
+        let gone = wait_until(SOON, || device::pid(0).is_none());
+        assert!(gone.is_ok());
+    }
     sh("qemu-img check -q /tmp/disk.qcow2 && rm /tmp/disk.qcow2");
     assert_usable(0);
 }
@@ -331,6 +387,37 @@ fn ext4_on_nbdkit(_: &Guest) {
 fn xfs_on_nbdkit(_: &Guest) {
     // 128 MiB are too few for mkfs.xfs, but for tests.
     try_filesystem("mkfs.xfs -q --unsupported", "xfs_repair -n");
+}
+
+fn btrfs_on_nbdkit(_: &Guest) {
+    try_filesystem("mkfs.btrfs -q --mixed", "btrfs check -p");
+}
+
+/// More than a control group may have goes to the device and comes back. The server is not in that
+/// group, and keeps what it has in memory.
+fn swap_under_memory_pressure(_: &Guest) {
+    let _server = nbdkit("--swap memory 256M");
+    let client = Client::connect("-swap -unix /tmp/nbdkit.sock");
+    sh("mkswap -q /dev/nbd0 && swapon /dev/nbd0
+        mkdir -p /tmp/cgroup && mount -t cgroup2 none /tmp/cgroup
+        echo +memory > /tmp/cgroup/cgroup.subtree_control
+        mkdir -p /tmp/cgroup/tight
+        echo 32M > /tmp/cgroup/tight/memory.max");
+    let outcome = try_sh(
+        "echo $$ > /tmp/cgroup/tight/cgroup.procs
+        exec /proc/$PPID/exe helper fill 80",
+    );
+    let statistics = device::sysfs(0, "stat");
+    sh("swapoff /dev/nbd0
+        rmdir /tmp/cgroup/tight && umount /tmp/cgroup");
+    client.disconnect();
+    outcome.unwrap_or_else(|said| panic!("{said}"));
+    let sectors: Vec<u64> = statistics
+        .split_whitespace()
+        .map(|number| number.parse().unwrap())
+        .collect();
+    let least = (40 << 20) / 512;
+    assert!(sectors[2] > least && sectors[6] > least, "{statistics}");
 }
 
 fn ext4_survives_the_death_of_the_server(_: &Guest) {

@@ -15,7 +15,8 @@ use crate::device::{self, Plan, SOON, USUAL_FLAGS, assert_usable};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, wait_until};
 use crate::netlink::{
-    INDEX, Link, Netlink, SIZE_BYTES, SOCK_FD, SOCK_ITEM, SOCKETS, Setup, attr, descriptor, nested,
+    CONNECT, DISCONNECT, INDEX, Link, Netlink, RECONFIGURE, SIZE_BYTES, SOCK_FD, SOCK_ITEM,
+    SOCKETS, STATUS, Setup, attr, descriptor, nested,
 };
 use crate::proto::{self, CAN_MULTI_CONN, Command, READ_ONLY};
 use crate::server::{Server, Transport};
@@ -43,11 +44,20 @@ pub fn tests() -> Vec<Test> {
     ]
 }
 
+/// What genl-ctrl-list shows.
 fn family_and_group(_: &Guest) {
-    let netlink = Netlink::open();
-    assert_eq!(netlink.family.version, 1);
-    assert_eq!(netlink.family.groups.len(), 1);
-    assert_eq!(netlink.family.groups[0].0, "nbd_mc_group");
+    /// GENL_CMD_CAP_DO, GENL_CMD_CAP_HASPOL
+    const DO: u32 = 0x02;
+    const HAS_POLICY: u32 = 0x08;
+    let family = Netlink::open().family;
+    assert_eq!(family.version, 1);
+    assert_eq!(family.header_size, 0);
+    assert_eq!(family.max_attr, 10);
+    let command = |number: u8| (number.into(), DO | HAS_POLICY);
+    let commands = [CONNECT, DISCONNECT, RECONFIGURE, STATUS].map(command);
+    assert_eq!(family.ops, commands);
+    assert_eq!(family.groups.len(), 1);
+    assert_eq!(family.groups[0].0, "nbd_mc_group");
 }
 
 fn connect_at_an_index(_: &Guest) {
