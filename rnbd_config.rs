@@ -280,10 +280,11 @@ impl Device {
             config.end();
             config.sockets = KVec::new();
             config.setup_by = None;
+            self.disk.force_media_change();
+            // Under the lock: who returns from NBD_DO_IT has not closed the device yet, and counts.
+            self.reset_size();
             Ok(core::mem::take(&mut config.held_by_netlink))
         })?;
-        self.disk.force_media_change();
-        self.reset_size();
         if put {
             self.put_config();
         }

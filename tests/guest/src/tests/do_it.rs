@@ -27,6 +27,7 @@ pub fn tests() -> Vec<Test> {
         test!(says_goodbye_on_every_connection),
         test!(leaves_the_device_empty),
         test!(leaves_the_size_to_others_who_have_it_open),
+        test!(clear_sock_leaves_the_size_to_others_who_have_it_open),
         test!(an_open_device_fails_requests_afterwards),
         test!(the_device_can_be_connected_again_and_again),
     ]
@@ -168,4 +169,16 @@ fn the_device_can_be_connected_again_and_again(_: &Guest) {
         assert!(rig.client.still_runs_after(Duration::from_millis(1)));
         assert_eq!(rig.disconnect(), Ok(0), "round {round}");
     }
+}
+
+/// Whoever is in NBD_DO_IT counts as one of them while NBD_CLEAR_SOCK runs.
+fn clear_sock_leaves_the_size_to_others_who_have_it_open(_: &Guest) {
+    for _ in 0..20 {
+        let mut rig = Plan::new(1 << 20).attach();
+        let other = rig.open_to_read();
+        assert_eq!(ioctl_number(&other, CLEAR_SOCK, 0), Ok(0));
+        assert_eq!(rig.client.wait(), Ok(0));
+        assert_eq!(rig.sysfs("size"), "2048");
+    }
+    assert_usable(0);
 }
