@@ -26,6 +26,13 @@ pub fn expected(driver: Driver, test: &str, name: &str) -> Driver {
     driver
 }
 
+/// Why the drivers differ in `name`.
+pub fn reason(name: &str) -> &'static str {
+    let entry = entries("difference").find(|entry| text(entry, "name") == Some(name));
+    let reason = entry.and_then(|entry| text(entry, "reason"));
+    reason.unwrap_or_else(|| panic!("differences.toml has no difference {name:?}"))
+}
+
 /// Why `test` cannot be run with this driver, if it cannot.
 pub fn skip(driver: Driver, test: &str) -> Option<&'static str> {
     entries("skip")

@@ -27,6 +27,7 @@
 
 mod device;
 mod differences;
+mod differential;
 mod driver;
 mod harness;
 mod helper;
@@ -57,6 +58,12 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if arguments.first().is_some_and(|first| first == "helper") {
         return helper::main(&arguments[1..]);
+    }
+    if arguments
+        .first()
+        .is_some_and(|first| first == "differential")
+    {
+        exit(differential::main(&arguments[1..]));
     }
     exit(match std::env::var(STATUS_FD) {
         Ok(fd) => run_tests(&fd),

@@ -36,14 +36,14 @@ pub const STATUS: u8 = 5;
 /// Attributes of a message.
 pub const INDEX: u16 = 1;
 pub const SIZE_BYTES: u16 = 2;
-const BLOCK_SIZE_BYTES: u16 = 3;
-const TIMEOUT: u16 = 4;
-const SERVER_FLAGS: u16 = 5;
-const CLIENT_FLAGS: u16 = 6;
+pub const BLOCK_SIZE_BYTES: u16 = 3;
+pub const TIMEOUT: u16 = 4;
+pub const SERVER_FLAGS: u16 = 5;
+pub const CLIENT_FLAGS: u16 = 6;
 pub const SOCKETS: u16 = 7;
-const DEAD_CONN_TIMEOUT: u16 = 8;
+pub const DEAD_CONN_TIMEOUT: u16 = 8;
 const DEVICE_LIST: u16 = 9;
-const BACKEND_IDENTIFIER: u16 = 10;
+pub const BACKEND_IDENTIFIER: u16 = 10;
 
 /// What lists have in them.
 pub const SOCK_ITEM: u16 = 1;
@@ -239,7 +239,12 @@ impl Netlink {
 
     /// The answer is the device's index.
     pub fn connect(&self, setup: &Setup) -> SysResult<u32> {
-        let answer = self.ask(CONNECT, setup.attrs())?.expect("a reply");
+        self.connect_with(setup.attrs())
+    }
+
+    /// As [`Self::connect`], whatever the message has in it.
+    pub fn connect_with(&self, attrs: Vec<Attr>) -> SysResult<u32> {
+        let answer = self.ask(CONNECT, attrs)?.expect("a reply");
         assert_eq!(*answer.cmd(), CONNECT);
         Ok(number(answer.attrs().as_ref(), INDEX).expect("an index"))
     }

@@ -181,14 +181,26 @@ impl Server {
         self.state.kill();
     }
 
-    /// Ends one connection.
+    /// Ends one connection, if there is such a one.
     pub fn kill_connection(&self, index: usize) {
-        let _ = self.state.sockets.lock().unwrap()[index].shutdown(std::net::Shutdown::Both);
+        if let Some(socket) = self.state.sockets.lock().unwrap().get(index) {
+            let _ = socket.shutdown(std::net::Shutdown::Both);
+        }
     }
 
     /// Connections whose thread still runs.
     pub fn living(&self) -> usize {
         self.state.living.load(Ordering::SeqCst)
+    }
+
+    /// Whether every connection that there was has been ended, from either side.
+    pub fn is_deserted(&self) -> bool {
+        let sockets = self.state.sockets.lock().unwrap();
+        let ended = |socket: &UnixStream| {
+            let mut fds = [PollFd::from_borrowed_fd(socket.as_fd(), PollFlags::RDHUP)];
+            poll(&mut fds, Some(&Timespec::default())).is_ok_and(|ready| ready > 0)
+        };
+        !sockets.is_empty() && sockets.iter().all(ended)
     }
 
     /// What is stored there.

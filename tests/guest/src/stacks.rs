@@ -5,7 +5,7 @@
 use std::fs;
 use std::path::Path;
 
-use rustix::thread::Pid;
+use rustix::thread::{Pid, gettid};
 
 /// The kernel stacks of this process's threads, and of all others that sleep uninterruptibly;
 /// asks the kernel to log the same.
@@ -34,6 +34,22 @@ pub fn all() -> String {
 pub fn sleeps(task: Pid) -> bool {
     let path = format!("/proc/{}", task.as_raw_nonzero());
     name_and_state(Path::new(&path)).is_some_and(|(_, state)| state == 'S')
+}
+
+/// Whether a task waits for anything, or is gone.
+pub fn waits(task: Pid) -> bool {
+    let path = format!("/proc/{}", task.as_raw_nonzero());
+    name_and_state(Path::new(&path)).is_none_or(|(_, state)| state != 'R')
+}
+
+/// Whether all other threads of this process wait for something.
+pub fn others_wait() -> bool {
+    let own = gettid().as_raw_nonzero().to_string();
+    numbered("/proc/self/task")
+        .iter()
+        .filter(|thread| **thread != own)
+        .filter_map(|thread| name_and_state(Path::new(&format!("/proc/self/task/{thread}"))))
+        .all(|(_, state)| state != 'R')
 }
 
 fn numbered(directory: &str) -> Vec<String> {

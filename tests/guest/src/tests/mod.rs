@@ -2,6 +2,7 @@
 
 //! The tests, in the order in which they run: from the module's life to long ones.
 
+mod differential;
 mod do_it;
 mod endings;
 mod errors;
@@ -39,6 +40,7 @@ pub fn all() -> Vec<Test> {
         netlink::tests(),
         races::tests(),
         user_space::tests(),
+        differential::tests(),
         outages::tests(),
         long::tests(),
     ]

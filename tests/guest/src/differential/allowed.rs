@@ -1,0 +1,206 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The differences that are meant, as narrow as can be told from the operations that came before.
+//! Each has its reason in `differences.toml`, under the name that is given here.
+
+use crate::netlink;
+
+use super::operations::{Attribute, Dev, Manner, Op, Request};
+use super::stage::{Step, Transcript};
+
+/// What is seen, with nbd.ko and with rnbd.
+pub type Difference<'a> = (&'a str, &'a str, &'a str);
+
+/// The difference that explains what was seen after the operation `at`, if there is one. From
+/// there on the devices are in different states, and are not compared.
+pub fn meant(
+    sequence: &[Op],
+    at: usize,
+    differs: &[Difference<'_>],
+    nbd: &Transcript,
+) -> Option<&'static str> {
+    let past = Past::of(sequence, at, nbd);
+    let any = |explains: &dyn Fn(&Past, &Difference<'_>) -> bool| {
+        differs.iter().any(|difference| explains(&past, difference))
+    };
+    if any(&keeps_meaning) {
+        return Some("server-errors-keep-their-meaning");
+    }
+    if any(&does_not_hang) {
+        return Some("requests-of-a-lost-connection-do-not-hang");
+    }
+    if any(&writes_as_agreed) {
+        return Some("flags-stay-as-agreed");
+    }
+    let both_refuse = |one: &Difference<'_>| {
+        one.0 != "answer" || (one.1.starts_with("Err") && one.2.starts_with("Err"))
+    };
+    if is_malformed(past.op.as_ref()) && differs.iter().all(both_refuse) {
+        return Some("malformed-messages-change-nothing");
+    }
+    if past.forgot_sockets {
+        return Some("clear-sock-forgets-sockets");
+    }
+    None
+}
+
+/// The name of a single difference that is meant, and changes nothing else.
+pub fn ignored(
+    sequence: &[Op],
+    at: usize,
+    difference: &Difference<'_>,
+    nbd: &Transcript,
+) -> Option<&'static str> {
+    let past = Past::of(sequence, at, nbd);
+    let (key, right, other) = *difference;
+    let (device, what) = key.split_once(' ').unwrap_or_default();
+    let seen = |what: &str| value(&nbd[at], &format!("{device} {what}"));
+    let without_timeout = matches!(seen("debugfs timeout"), "-" | "0");
+    match what {
+        "debugfs flags" if other.replace("|NBD_FLAG_CAN_MULTI_CONN", "") == right => {
+            Some("debugfs-shows-connections")
+        }
+        "debugfs flags" if past.flags_while_running => Some("flags-stay-as-agreed"),
+        "debugfs timeout" | "queue/io_timeout" if past.long_timeout => {
+            Some("long-timeouts-are-for-ever")
+        }
+        "queue/io_timeout" if other == "30000" && without_timeout => {
+            Some("timeouts-end-with-the-connection")
+        }
+        _ => None,
+    }
+}
+
+fn value<'a>(step: &'a Step, what: &str) -> &'a str {
+    let found = step.iter().find(|(key, _)| key == what);
+    found.map_or("", |(_, value)| value.as_str())
+}
+
+/// What of the operations so far a difference can depend on.
+#[derive(Default)]
+struct Past {
+    op: Option<Op>,
+    /// The devices that the files are of.
+    files: [Option<Dev>; 3],
+    /// Devices that were given a socket which was then taken away, before they were started.
+    added: [bool; 3],
+    started: [bool; 3],
+    forgot_sockets: bool,
+    flags_while_running: bool,
+    long_timeout: bool,
+    manners: Vec<Manner>,
+}
+
+impl Past {
+    /// What came of the operations is taken from what was seen with nbd.ko.
+    fn of(sequence: &[Op], at: usize, nbd: &Transcript) -> Self {
+        let mut past = Self::default();
+        for (op, step) in sequence.iter().zip(nbd).take(at + 1) {
+            let answer = value(step, "answer");
+            if !answer.starts_with("Err") {
+                past.add(op);
+            }
+        }
+        past.op = sequence.get(at).cloned();
+        past
+    }
+
+    fn add(&mut self, op: &Op) {
+        match op {
+            Op::Open { file, device, .. } => self.files[*file] = Some(*device),
+            Op::Ioctl { file, request, .. } => {
+                if let Some(device) = self.files[*file] {
+                    self.add_ioctl(device as usize, *request);
+                }
+            }
+            Op::Connect {
+                attributes, device, ..
+            }
+            | Op::Reconfigure {
+                attributes, device, ..
+            } => {
+                match device {
+                    Some(device) => self.started[*device as usize] = true,
+                    None => self.started = [true; 3],
+                }
+                let long = |a: &Attribute| matches!(a, Attribute::Timeout(s) if is_long(*s));
+                self.long_timeout |= attributes.iter().any(long);
+            }
+            Op::Serve { manner, .. } => self.manners.push(*manner),
+            _ => {}
+        }
+    }
+
+    fn add_ioctl(&mut self, device: usize, request: Request) {
+        match request {
+            Request::SetSock(_) => self.added[device] = true,
+            Request::DoIt => self.started[device] = true,
+            Request::ClearSock => {
+                self.forgot_sockets |= self.added[device] && !self.started[device];
+            }
+            Request::SetFlags(_) => self.flags_while_running |= self.started[device],
+            Request::SetTimeout(seconds) => self.long_timeout |= is_long(seconds),
+            _ => {}
+        }
+    }
+}
+
+fn is_long(seconds: u64) -> bool {
+    seconds >= 1 << 32
+}
+
+/// Whether it is a message with a list of sockets that cannot be read.
+fn is_malformed(op: Option<&Op>) -> bool {
+    let odd = |attribute: &Attribute| {
+        matches!(
+            attribute,
+            Attribute::OddSockets(..) | Attribute::Bytes(netlink::SOCKETS, _)
+        )
+    };
+    match op {
+        Some(Op::Connect { attributes, .. } | Op::Reconfigure { attributes, .. }) => {
+            attributes.iter().any(odd)
+        }
+        _ => false,
+    }
+}
+
+fn moves_data(op: Option<&Op>) -> bool {
+    let block_layer = |request: &Request| {
+        matches!(
+            request,
+            Request::Discard(..) | Request::ZeroOut(..) | Request::FlushBuffers
+        )
+    };
+    match op {
+        Some(Op::Read { .. } | Op::Write { .. } | Op::Sync { .. }) => true,
+        Some(Op::Ioctl { request, .. }) => block_layer(request),
+        _ => false,
+    }
+}
+
+/// The server has refused something with a number that means more than EIO.
+fn keeps_meaning(past: &Past, difference: &Difference<'_>) -> bool {
+    let telling = |manner: &Manner| matches!(manner, Manner::Refuse(1 | 22 | 28 | 95));
+    let (key, nbd, rnbd) = *difference;
+    let better = rnbd.contains("Err") || rnbd.starts_with("Ok");
+    key == "answer"
+        && moves_data(past.op.as_ref())
+        && past.manners.iter().any(telling)
+        && nbd.starts_with("Err(Os { code: 5")
+        && better
+}
+
+/// The server has ended a connection without answering, and no other is left.
+fn does_not_hang(past: &Past, difference: &Difference<'_>) -> bool {
+    let silent = |manner: &Manner| matches!(manner, Manner::Stall | Manner::Close);
+    let (key, nbd, rnbd) = *difference;
+    past.manners.iter().any(silent)
+        && ((key == "answer" && nbd == "waits" && rnbd != "waits")
+            || (key.ends_with(" ended") && nbd.is_empty()))
+}
+
+/// Flags were set while the device ran, and decide with nbd.ko whether it can be written.
+fn writes_as_agreed(past: &Past, difference: &Difference<'_>) -> bool {
+    difference.0 == "answer" && past.flags_while_running && moves_data(past.op.as_ref())
+}
