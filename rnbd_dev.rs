@@ -56,8 +56,10 @@ pub(crate) struct State {
     pub(crate) destroy_on_disconnect: bool,
     /// Somebody asked for a disconnect since the device was made (`NBD_DISCONNECT_REQUESTED`).
     pub(crate) disconnect_requested: bool,
-    /// It is being removed: nobody may use it again.
+    /// It is to be removed: nobody may use it again.
     pub(crate) doomed: bool,
+    /// Somebody removes it.
+    pub(crate) buried: bool,
 }
 
 /// See the module's documentation. Lives in the disk.
@@ -107,6 +109,7 @@ pub(crate) fn add(
         destroy_on_disconnect: false,
         disconnect_requested: false,
         doomed: false,
+        buried: false,
     };
     Disk::add(tags, limits, numbers, fmt!("nbd{index}"), |disk| {
         try_pin_init!(Device {
@@ -191,9 +194,12 @@ impl Device {
         }
     }
 
-    /// Whether the device is to be removed.
-    pub(crate) fn is_doomed(&self) -> bool {
-        self.state.lock().doomed
+    /// Whether the device is to be removed, by whoever is told so, which is one caller only.
+    pub(crate) fn begin_burial(&self) -> bool {
+        let mut state = self.state.lock();
+        let begin = state.doomed && !state.buried;
+        state.buried |= begin;
+        begin
     }
 
     /// Runs `f` with the configuration, which is there while the device is open or connected.

@@ -18,7 +18,7 @@ use kernel::{
 const MINOR_BITS: u32 = 20;
 
 /// The devices, by index.
-pub(crate) type Devices = RBTree<u32, Disk<Device>>;
+pub(crate) type Devices = RBTree<u32, Arc<Disk<Device>>>;
 
 /// See the module's documentation.
 #[pin_data]
@@ -41,19 +41,60 @@ impl_has_work! {
 impl WorkItem for Registry {
     type Pointer = Arc<Registry>;
 
-    /// Removes the devices that were to go on disconnect.
+    /// Removes the devices that were to go on disconnect. Each by a work item of its own: removing a
+    /// disk means waiting, and they need not wait for one another.
     fn run(this: Arc<Registry>) {
-        let mut devices = this.devices.lock();
-        let mut from = 0;
         loop {
-            let doomed = devices
-                .iter()
-                .find(|(index, device)| **index >= from && device.is_doomed())
-                .map(|(index, _)| *index);
-            let Some(index) = doomed else { return };
-            drop(devices.remove(&index));
-            from = index + 1;
+            let doomed = this.with(|devices| {
+                let mut devices = devices.iter();
+                devices
+                    .find(|(_, device)| device.begin_burial())
+                    .map(|(index, device)| (*index, device.clone()))
+            });
+            let Some((index, device)) = doomed else {
+                return;
+            };
+            match Burial::new(this.clone(), index, device.clone()) {
+                Ok(burial) => drop(wq::SLOW.get().enqueue(burial)),
+                Err(_) => this.bury(index, &device),
+            }
         }
+    }
+}
+
+/// A device that is being removed.
+#[pin_data]
+struct Burial {
+    registry: Arc<Registry>,
+    index: u32,
+    device: Arc<Disk<Device>>,
+    #[pin]
+    work: Work<Burial>,
+}
+
+impl_has_work! {
+    impl HasWork<Self> for Burial { self.work }
+}
+
+impl Burial {
+    fn new(registry: Arc<Registry>, index: u32, device: Arc<Disk<Device>>) -> Result<Arc<Self>> {
+        Arc::pin_init(
+            pin_init!(Burial {
+                registry,
+                index,
+                device,
+                work <- new_work!("rnbd::burial"),
+            }),
+            GFP_KERNEL,
+        )
+    }
+}
+
+impl WorkItem for Burial {
+    type Pointer = Arc<Burial>;
+
+    fn run(this: Arc<Burial>) {
+        this.registry.bury(this.index, &this.device);
     }
 }
 
@@ -104,8 +145,15 @@ impl Registry {
         let mut layout = self.layout;
         layout.hw_queues = hw_queues.unwrap_or(layout.hw_queues);
         let disk = rnbd_dev::add(index, layout, self.debugfs.clone(), self.clone())?;
-        devices.try_create_and_insert(index, disk, GFP_KERNEL)?;
+        devices.try_create_and_insert(index, Arc::new(disk, GFP_KERNEL)?, GFP_KERNEL)?;
         Ok(())
+    }
+
+    /// Removes a device. Nobody gets its index before it is gone. May sleep.
+    fn bury(&self, index: u32, device: &Disk<Device>) {
+        device.remove();
+        let node = self.with(|devices| devices.remove(&index));
+        drop(node);
     }
 
     /// Removes all devices. May sleep.

@@ -15,7 +15,7 @@ use kernel::{
     ffi, fmt,
     prelude::*,
     sync::{
-        atomic::{Atomic, Relaxed},
+        atomic::{Atomic, Full, Relaxed},
         Arc,
     },
 };
@@ -103,6 +103,7 @@ pub(crate) struct Numbers {
 pub(crate) struct Disk<T: BlockDevice> {
     disk: NonNull<bindings::gendisk>,
     tags: Option<Pin<KBox<TagSet<T>>>>,
+    removed: Atomic<i32>,
     _data: PhantomData<KBox<T>>,
 }
 
@@ -145,6 +146,7 @@ impl<T: BlockDevice> Disk<T> {
         Ok(Disk {
             disk,
             tags: Some(tags),
+            removed: Atomic::new(0),
             _data: PhantomData,
         })
     }
@@ -366,10 +368,20 @@ const fn attribute(name: &'static CStr, show: Show) -> bindings::device_attribut
     attr
 }
 
+impl<T: BlockDevice> Disk<T> {
+    /// Takes the disk away from user space, unless that was begun before. Waits for everything in
+    /// flight; may sleep.
+    pub(crate) fn remove(&self) {
+        if self.removed.xchg(1, Full) == 0 {
+            // SAFETY: By the type invariant it was added, and nobody has come here before.
+            unsafe { bindings::del_gendisk(self.disk.as_ptr()) };
+        }
+    }
+}
+
 impl<T: BlockDevice> Drop for Disk<T> {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant it was added. This waits for everything in flight.
-        unsafe { bindings::del_gendisk(self.disk.as_ptr()) };
+        self.remove();
         drop(self.tags.take());
         // SAFETY: This was our reference.
         unsafe { bindings::put_disk(self.disk.as_ptr()) };
