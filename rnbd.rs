@@ -25,7 +25,7 @@ mod rnbd_stream;
 mod rnbd_table;
 mod rnbd_translate;
 
-use kapi::{disk::Major, genl::Family, wq};
+use kapi::{disk::Major, genl::Family, task, wq};
 use kernel::{prelude::*, sync::Arc};
 use rnbd_dev::Layout;
 use rnbd_netlink::Netlink;
@@ -108,9 +108,14 @@ fn layout() -> Result<Layout> {
         pr_err!("pre_defined_connections must be >= 1\n");
         return Err(EINVAL);
     }
+    let stuck_seconds = usize::try_from(REPLACE_STUCK.get()).map_err(|_| {
+        pr_err!("replace_stuck must be >= 0\n");
+        EINVAL
+    })?;
     Ok(Layout {
         part_shift,
         hw_queues: connections as u32,
+        stuck_jiffies: stuck_seconds * task::HZ as usize,
     })
 }
 
@@ -130,6 +135,9 @@ kapi::module_parameter! {
     /// How many hardware queues a device is made with.
     PRE_DEFINED_CONNECTIONS = pre_defined_connections: 1,
         "number of connections for devices pre-created at module load (default: 1)";
+    /// After how many seconds a connection that owes replies may be replaced.
+    REPLACE_STUCK = replace_stuck: 0,
+        "seconds after which RECONFIGURE replaces a connection that is silent and owes replies (default: 0, never)";
 }
 
 module! {

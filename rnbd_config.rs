@@ -553,7 +553,7 @@ impl Device {
         let session = session.ok_or(EINVAL)?;
         for fd in &request.sockets {
             let socket = self.socket_from_fd(*fd as i32)?;
-            if !session.reconnect(&self.disk, &socket)? {
+            if !session.reconnect(&self.disk, &socket, self.stuck_jiffies)? {
                 break;
             }
         }

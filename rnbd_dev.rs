@@ -38,6 +38,8 @@ pub(crate) struct Layout {
     pub(crate) part_shift: u32,
     /// Hardware queues that a device is made with.
     pub(crate) hw_queues: u32,
+    /// After how long a connection that owes replies may be replaced, in jiffies; 0: never.
+    pub(crate) stuck_jiffies: usize,
 }
 
 /// Where devices go that are no longer wanted.
@@ -67,6 +69,8 @@ pub(crate) struct State {
 pub(crate) struct Device {
     pub(crate) index: u32,
     partitions: bool,
+    /// As in [`Layout`].
+    pub(crate) stuck_jiffies: usize,
     pub(crate) disk: DiskRef,
     graveyard: Arc<dyn Graveyard>,
     /// Where debugfs shows the devices.
@@ -115,6 +119,7 @@ pub(crate) fn add(
         try_pin_init!(Device {
             index,
             partitions: layout.part_shift > 0,
+            stuck_jiffies: layout.stuck_jiffies,
             graveyard,
             debugfs,
             pid: Atomic::new(0),

@@ -19,9 +19,10 @@ use kernel::{
     new_mutex,
     prelude::*,
     sync::{
-        atomic::{Atomic, Full, Relaxed},
+        atomic::{Acquire, Atomic, Full, Relaxed, Release},
         Arc, ArcBorrow, Mutex,
     },
+    types::ScopeGuard,
 };
 
 /// How often requests that wait for a connection to come back look whether they have waited long
@@ -43,6 +44,8 @@ pub(crate) struct Session {
     dead_timeout_jiffies: Atomic<u64>,
     /// Since when requests have been waiting, in jiffies with the lowest bit set; 0: none waits.
     waiting_since: Atomic<usize>,
+    /// A connection that was stuck is being replaced: requests wait for the new one.
+    replacing: Atomic<bool>,
 }
 
 /// A place of the session: its connection, and how many have been there before.
@@ -108,6 +111,7 @@ impl Session {
                     flags: options.flags,
                     dead_timeout_jiffies: Atomic::new(options.dead_timeout_jiffies),
                     waiting_since: Atomic::new(0),
+                    replacing: Atomic::new(false),
                 }),
                 GFP_KERNEL,
             )
@@ -167,14 +171,23 @@ impl Session {
         self.table.wait_gone();
     }
 
-    /// Puts a socket in the place of a dead connection (`nbd_genl_reconnect_sock_cb()`). Returns
-    /// whether there was one. May sleep.
+    /// Puts a socket in the place of a dead connection (`nbd_genl_reconnect_sock_cb()`), or else of one
+    /// that has owed replies for `stuck_jiffies` and sent nothing, where that is not 0. Returns whether
+    /// there was one. May sleep.
     ///
     /// # Errors
     ///
     /// `EBUSY` where the socket is in use elsewhere, `ENOMEM`.
-    pub(crate) fn reconnect(&self, disk: &DiskRef, socket: &Socket) -> Result<bool> {
+    pub(crate) fn reconnect(
+        &self,
+        disk: &DiskRef,
+        socket: &Socket,
+        stuck_jiffies: usize,
+    ) -> Result<bool> {
         let mut connections = self.connections.lock();
+        // Whatever comes of it, nobody waits any longer.
+        let _replaced = ScopeGuard::new(|| self.replacing.store(false, Release));
+        self.end_stuck(&connections, socket, stuck_jiffies)?;
         let mut places = connections.iter_mut().zip(&self.slots);
         let Some((place, slot)) = places.find(|(place, _)| !place.connection.is_alive()) else {
             return Ok(false);
@@ -195,6 +208,35 @@ impl Session {
         disk.run_queues();
         pr_info!("nbd{}: reconnected socket\n", self.table.device);
         Ok(true)
+    }
+
+    /// Declares the connection dead that has been stuck longest, and at least for `stuck_jiffies`, where
+    /// none is dead. `socket` is to come in its place.
+    fn end_stuck(&self, places: &[Owned], socket: &Socket, stuck_jiffies: usize) -> Result {
+        if stuck_jiffies == 0 || places.iter().any(|place| !place.connection.is_alive()) {
+            return Ok(());
+        }
+        let by_time = places
+            .iter()
+            .map(|place| (place.connection.stuck_jiffies(), &place.connection));
+        let longest = by_time.max_by_key(|(jiffies, _)| *jiffies);
+        let Some((jiffies, connection)) = longest.filter(|(jiffies, _)| *jiffies >= stuck_jiffies)
+        else {
+            return Ok(());
+        };
+        // Nothing that works is ended for a socket that cannot be used.
+        if socket.is_hooked() {
+            return Err(EBUSY);
+        }
+        pr_warn!(
+            "nbd{}: connection {}: stuck for {} seconds, replacing it\n",
+            self.table.device,
+            connection.index(),
+            jiffies / task::HZ as usize
+        );
+        self.replacing.store(true, Release);
+        connection.as_arc_borrow().die(Ending::Reset);
+        Ok(())
     }
 
     /// Writes a line for each connection: its number, and `name=value` pairs.
@@ -328,6 +370,10 @@ impl Session {
     /// No connection lives: a request waits for one to come back, or fails (`wait_for_reconnect()`).
     /// nbd.c waits in `queue_rq`; here the block layer keeps the request.
     fn wait_or_fail(&self, cx: &Dispatch<'_>) -> Status {
+        if self.replacing.load(Acquire) {
+            cx.run_again(LOOK_AGAIN_MS);
+            return Status::DEV_RESOURCE;
+        }
         let patience = self.dead_timeout_jiffies.load(Relaxed);
         if patience == 0 || self.table.is_disconnected() {
             self.no_connection_left();

@@ -121,6 +121,8 @@ pub(crate) struct Connection {
     state: Atomic<u32>,
     /// When something was received last, in jiffies.
     progress: Atomic<usize>,
+    /// When something was sent last while no reply was awaited, in jiffies.
+    awaiting_since: Atomic<usize>,
     traffic: Traffic,
     submitter: Submitter,
     /// The sender waits for room in the socket.
@@ -212,6 +214,7 @@ impl Connection {
                 socket,
                 state: Atomic::new(ALIVE),
                 progress: Atomic::new(task::jiffies()),
+                awaiting_since: Atomic::new(task::jiffies()),
                 traffic: Traffic {
                     requests_sent: Atomic::new(0),
                     bytes_sent: Atomic::new(0),
@@ -270,18 +273,25 @@ impl Connection {
         task::jiffies().wrapping_sub(self.progress.load(Relaxed))
     }
 
+    /// For how long replies have been awaited and nothing came, in jiffies.
+    pub(crate) fn stuck_jiffies(&self) -> usize {
+        if self.awaited() == 0 {
+            return 0;
+        }
+        let awaiting = task::jiffies().wrapping_sub(self.awaiting_since.load(Relaxed));
+        awaiting.min(self.idle_jiffies())
+    }
+
     /// Writes what has gone over it, as `name=value` pairs.
     pub(crate) fn describe(&self, f: &mut kernel::fmt::Formatter<'_>) -> kernel::fmt::Result {
-        let sent = self.traffic.requests_sent.load(Relaxed);
-        let replies = self.traffic.replies.load(Relaxed);
         write!(
             f,
             "state={} awaited={} requests_sent={} bytes_sent={} replies={} bytes_received={} idle_ms={}",
             if self.is_alive() { "alive" } else { "dead" },
-            sent.saturating_sub(replies),
-            sent,
+            self.awaited(),
+            self.traffic.requests_sent.load(Relaxed),
             self.traffic.bytes_sent.load(Relaxed),
-            replies,
+            self.traffic.replies.load(Relaxed),
             self.traffic.bytes_received.load(Relaxed),
             self.idle_jiffies() as u64 * 1000 / u64::from(task::HZ)
         )
@@ -441,6 +451,9 @@ impl Connection {
                 Err(e) if e == EAGAIN => return Ok(Stop::Full { sent_some: false }),
                 Err(e) => return Err(e),
             };
+            if self.awaited() == 0 {
+                self.awaiting_since.store(task::jiffies(), Relaxed);
+            }
             add(&self.traffic.bytes_sent, sent.bytes as u64);
             add(&self.traffic.requests_sent, sent.requests);
             if !sent.all {

@@ -17,8 +17,8 @@ use crate::device::{Plan, USUAL_FLAGS, assert_pattern, pattern};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test};
 use crate::netlink::{Link, Netlink, Setup};
-use crate::proto::{CAN_MULTI_CONN, Command};
-use crate::server::Transport;
+use crate::proto::{CAN_MULTI_CONN, Command, Request};
+use crate::server::{Conn, Transport};
 use crate::sys::Buffer;
 use crate::test;
 
@@ -32,6 +32,7 @@ pub fn tests() -> Vec<Test> {
         test!(disconnect_ends_waiting),
         test!(one_of_two_connections_comes_back),
         test!(connections_come_and_go_under_load),
+        test!(a_stuck_connection_is_replaced).parameters("nbds_max=1 replace_stuck=1"),
     ]
 }
 
@@ -266,4 +267,45 @@ fn connections_come_and_go_under_load(_: &Guest) {
         thread::sleep(Duration::from_millis(300));
         done.store(true, Ordering::Relaxed);
     });
+}
+
+fn a_stuck_connection_is_replaced(_: &Guest) {
+    let link = Setup::new(MIB).attach().settle();
+    let direct = link.direct();
+    let first_only_stalls = |conn: &mut Conn, request: &Request| match conn.index {
+        0 => conn.stall(),
+        _ => conn.serve(request),
+    };
+    // It has been silent for long, but it owes nothing.
+    thread::sleep(Duration::from_millis(1200));
+    assert_eq!(link.revive(), Ok(()));
+    read_one(&direct, 0).unwrap();
+    assert_eq!(link.server.requests().last().unwrap().connection, 0);
+    link.server.script(first_only_stalls);
+    let data = Buffer::filled(64 << 10, |data| pattern(3, 0, data));
+    thread::scope(|scope| {
+        let writer = scope.spawn(|| direct.write_all_at(&data, 0));
+        link.server.wait_for_command(Command::Write);
+        // It owes a reply, but not for long.
+        assert_eq!(link.revive(), Ok(()));
+        thread::sleep(Duration::from_millis(1200));
+        assert!(!writer.is_finished());
+        // A socket that cannot be used ends nothing.
+        let other = Setup::new(MIB).attach();
+        other.kill_server();
+        let used = other.server.connect(Transport::Unix);
+        let taken = Setup::change(other.index).sockets([used.try_clone().unwrap()]);
+        other.netlink.reconfigure(&taken).unwrap();
+        let setup = Setup::change(link.index).sockets([used]);
+        assert_eq!(link.netlink.reconfigure(&setup), Err(Errno::BUSY));
+        thread::sleep(Duration::from_millis(100));
+        assert!(!writer.is_finished());
+        assert_eq!(link.revive(), Ok(()));
+        writer.join().unwrap().unwrap();
+    });
+    link.server.be_honest();
+    assert_eq!(link.server.requests().last().unwrap().connection, 3);
+    let mut back = Buffer::new(data.len());
+    direct.read_exact_at(&mut back, 0).unwrap();
+    assert_pattern(3, 0, &back);
 }
