@@ -14,6 +14,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 use rustix::thread::{Pid, gettid};
 
+use crate::debug_kernel::patient;
 use crate::harness::wait_until;
 use crate::proto::{self, HAS_FLAGS, SEND_FLUSH, SEND_FUA, SEND_TRIM, SEND_WRITE_ZEROES};
 use crate::server::{Server, Transport};
@@ -23,7 +24,7 @@ use crate::sys::{self, SysResult, ioctl_number};
 /// All that an ordinary server can do.
 pub const USUAL_FLAGS: u64 = HAS_FLAGS | SEND_FLUSH | SEND_FUA | SEND_TRIM | SEND_WRITE_ZEROES;
 
-/// How long anything may take that needs no patience.
+/// How long anything may take that needs no patience, on the stock kernel.
 pub const SOON: Duration = Duration::from_secs(10);
 
 /// How a device is to be connected.
@@ -222,7 +223,9 @@ impl Client {
 
     /// Waits for NBD_DO_IT to return. Unless told to hold, the client goes on and is gone.
     pub fn wait(&mut self) -> SysResult {
-        let answer = self.returned_within(SOON).expect("NBD_DO_IT to return");
+        let answer = self
+            .returned_within(patient(SOON))
+            .expect("NBD_DO_IT to return");
         if self.go_on.is_none() {
             self.join();
         }
@@ -255,7 +258,7 @@ impl Client {
 impl Drop for Client {
     fn drop(&mut self) {
         self.go_on = None;
-        if self.thread.is_some() && self.returned_within(SOON).is_err() {
+        if self.thread.is_some() && self.returned_within(patient(SOON)).is_err() {
             sys::handle_and_ignore(libc::SIGUSR1, false);
             sys::signal_thread(self.tid, libc::SIGUSR1);
         }

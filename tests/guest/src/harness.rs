@@ -12,6 +12,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use libtest_mimic::{Completion, Failed, Trial};
 
+use crate::debug_kernel::{self, patient};
 use crate::driver::{Driver, devices};
 use crate::klog::{self, Klog};
 use crate::{differences, server, stacks};
@@ -27,6 +28,7 @@ pub struct Test {
     parameters: Option<&'static str>,
     limit: Duration,
     on_request: bool,
+    last_of_group: bool,
 }
 
 impl Test {
@@ -38,6 +40,7 @@ impl Test {
             parameters: Some(PARAMETERS),
             limit: Duration::from_secs(120),
             on_request: false,
+            last_of_group: false,
         }
     }
 
@@ -81,6 +84,11 @@ impl Test {
         &self.name
     }
 
+    /// Those of one module are a group.
+    fn group(&self) -> &str {
+        self.name.split("::").next().unwrap_or_default()
+    }
+
     pub fn into_trial(self, driver: Driver) -> Trial {
         let name = self.name.clone();
         Trial::ignorable_test(name, move || self.start(driver))
@@ -93,21 +101,21 @@ impl Test {
         if let Some(why) = ABORTED.get() {
             return Err(format!("not run: {why}").into());
         }
-        let (name, limit) = (self.name.clone(), self.limit);
+        let (name, limit) = (self.name.clone(), patient(self.limit));
         klog::mark(&format!("{name} begins"));
         COMPLAINTS.lock().unwrap().clear();
         let began = Instant::now();
         let guest = Arc::new(Guest::new(driver, &name));
-        let outcome = self.run_watched(&guest, limit);
+        let last_of_group = self.last_of_group;
+        let mut outcome = self.run_watched(&guest, limit);
         let took = began.elapsed();
         TIMES.lock().unwrap().push((took, name.clone()));
+        if last_of_group {
+            outcome = outcome.and_then(|completion| no_leaks().map(|()| completion));
+        }
         let failure = match outcome {
-            Ok(Completion::Completed) => None,
-            Ok(ignored) => return Ok(ignored),
-            Err(failure) => Some(failure),
-        };
-        let Some(failure) = failure else {
-            return Ok(Completion::Completed);
+            Ok(completion) => return Ok(completion),
+            Err(failure) => failure,
         };
         // Said at once, too: the machine may not live to the end of the suite.
         let text = format!("{failure}\n  after {:.1} s", took.as_secs_f32());
@@ -154,6 +162,9 @@ impl Test {
         if let Some(parameters) = self.parameters {
             let loaded = guest.driver.load(parameters);
             loaded.map_err(|errno| format!("loading the module failed: {errno}"))?;
+            if let Some(place) = debug_kernel::text_of(guest.driver.name()) {
+                klog::mark(&place);
+            }
         }
         let outcome = panic::catch_unwind(AssertUnwindSafe(|| (self.run)(guest)));
         let skipped = outcome
@@ -183,6 +194,26 @@ impl Test {
             Err(complaints.join("\n") + &guest.log_tail())
         }
     }
+}
+
+/// Marks the last test of each group: looking for leaks takes too long to do it after each.
+pub fn in_groups(mut tests: Vec<Test>) -> Vec<Test> {
+    for index in 0..tests.len() {
+        let next = tests.get(index + 1).map(Test::group);
+        tests[index].last_of_group = next != Some(tests[index].group());
+    }
+    tests
+}
+
+fn no_leaks() -> Result<(), String> {
+    let leaks = debug_kernel::leaks();
+    if leaks.is_empty() {
+        return Ok(());
+    }
+    Err(format!(
+        "lost in this group of tests:\n{}",
+        leaks.join("\n")
+    ))
 }
 
 /// Makes a [`Test`] of a function, named after it and its module.
@@ -230,9 +261,9 @@ pub fn skip(reason: &str) -> ! {
     panic::panic_any(Skip(reason.to_owned()))
 }
 
-/// Looks every 10 ms whether something has become true.
+/// Looks every 10 ms whether something has become true. On a slow kernel it waits longer.
 pub fn wait_until(limit: Duration, mut is_true: impl FnMut() -> bool) -> Result<(), ()> {
-    let deadline = Instant::now() + limit;
+    let deadline = Instant::now() + patient(limit);
     loop {
         if is_true() {
             return Ok(());
@@ -341,6 +372,7 @@ struct Leavings {
     files: usize,
     threads: usize,
     sockets: Vec<(String, usize)>,
+    kernel_threads: Vec<String>,
 }
 
 impl Leavings {
@@ -350,6 +382,7 @@ impl Leavings {
             files: entries("/proc/self/fd"),
             threads: entries("/proc/self/task"),
             sockets: sockets(),
+            kernel_threads: kernel_threads(),
         }
     }
 
@@ -370,6 +403,11 @@ impl Leavings {
                     wrong.push(format!("{after} {protocol} sockets, {before} before"));
                 }
             }
+            for thread in &now.kernel_threads {
+                if !self.kernel_threads.contains(thread) {
+                    wrong.push(format!("the kernel thread {thread} is left"));
+                }
+            }
             wrong.extend(devices_without_driver());
             wrong.is_empty()
         });
@@ -383,6 +421,19 @@ fn devices_without_driver() -> Option<String> {
     (driverless && !left.is_empty()).then(|| format!("without a module, devices {left:?} are left"))
 }
 
+/// The drivers' own: rescuers of work queues, and what may come.
+fn kernel_threads() -> Vec<String> {
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let names = processes.filter_map(|entry| {
+        let path = entry.path();
+        // A process with an executable is none of the kernel's.
+        let name = fs::read_to_string(path.join("comm")).ok()?;
+        (name.contains("nbd") && fs::read_link(path.join("exe")).is_err())
+            .then(|| format!("{} {}", path.display(), name.trim()))
+    });
+    names.collect()
+}
+
 /// The kernel's own count of the sockets that can carry NBD.
 fn sockets() -> Vec<(String, usize)> {
     let table = fs::read_to_string("/proc/net/protocols").unwrap_or_default();
@@ -392,6 +443,15 @@ fn sockets() -> Vec<(String, usize)> {
     rows.filter(|row| matches!(row[0], "TCP" | "TCPv6" | "UNIX-STREAM"))
         .map(|row| (row[0].to_owned(), row[2].parse().unwrap_or(0)))
         .collect()
+}
+
+/// What only the debug kernel tells, and that only some time after it happened.
+pub fn last_faults() -> Vec<String> {
+    let mut faults = debug_kernel::old_and_young_leaks();
+    if debug_kernel::lockdep_is_off() {
+        faults.push("lockdep has turned itself off".into());
+    }
+    faults
 }
 
 /// Prints what took longest.

@@ -22,9 +22,11 @@
 //! - `server` is an NBD server that can be told to misbehave; `proto` has the numbers
 //! - `device` connects a device to it; `driver` loads modules; `programs` runs real programs
 //! - `negotiate` dials real servers
+//! - `debug_kernel` knows what is different on the kernel of `make check-debug`
 //! - `tree` compares directory trees; `uevents` hears what udev hears
 //! - `tests` has the tests
 
+mod debug_kernel;
 mod device;
 mod differences;
 mod differential;
@@ -115,20 +117,28 @@ fn run_tests(status_fd: &str) -> i32 {
     let filter = arguments.filter.clone();
     // The harness knows no commas.
     arguments.filter.take_if(|filter| filter.contains(','));
-    let trials = tests
+    let selected = tests
         .into_iter()
-        .filter(|test| arguments.list || selected(test, filter.as_deref()))
+        .filter(|test| arguments.list || selected(test, filter.as_deref()));
+    let trials = harness::in_groups(selected.collect())
+        .into_iter()
         .map(|test| test.into_trial(driver))
         .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
+    let mut failed = conclusion.has_failed();
     if !arguments.list {
+        let faults = harness::last_faults();
+        if !faults.is_empty() {
+            failed = true;
+            eprintln!("after the last test:\n{}", faults.join("\n"));
+        }
         harness::print_times();
         println!(
             "{} passed, {} failed, {} skipped",
             conclusion.num_passed, conclusion.num_failed, conclusion.num_ignored
         );
     }
-    let status = if conclusion.has_failed() { 101 } else { 0 };
+    let status = if failed { 101 } else { 0 };
     let _ = std::io::stdout().flush();
     let _ = File::from(status_pipe).write_all(&[status]);
     status.into()

@@ -10,6 +10,8 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{MemfdFlags, memfd_create};
 
+use crate::debug_kernel::patient;
+
 /// Runs a shell script that must succeed, and answers what it said.
 pub fn sh(script: &str) -> String {
     try_sh(script).unwrap_or_else(|failure| panic!("{failure}"))
@@ -70,6 +72,7 @@ impl Daemon {
 
     /// Waits for it to end by itself, and answers whether it was content.
     pub fn wait(&mut self, limit: Duration) -> bool {
+        let limit = patient(limit);
         let deadline = Instant::now() + limit;
         loop {
             if let Some(status) = self.child.try_wait().expect("wait") {

@@ -20,6 +20,7 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::sockopt;
 
+use crate::debug_kernel::patient;
 use crate::proto::{self, Command, REQUEST_LEN, REQUEST_MAGIC, Request};
 
 /// What carries a connection.
@@ -156,9 +157,9 @@ impl Server {
         self.state.requests.lock().unwrap().clear();
     }
 
-    /// Waits until `found` is content with the requests so far, 10 s at most.
+    /// Waits until `found` is content with the requests so far, 10 s at most on the stock kernel.
     pub fn wait_for(&self, what: &str, found: impl Fn(&[Request]) -> bool) {
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let deadline = Instant::now() + patient(Duration::from_secs(10));
         let mut requests = self.state.requests.lock().unwrap();
         while !found(&requests) {
             let left = deadline.saturating_duration_since(Instant::now());

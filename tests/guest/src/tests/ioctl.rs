@@ -14,6 +14,7 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
+use crate::debug_kernel::patient;
 use crate::device::{self, Plan, Rig, USUAL_FLAGS, assert_usable};
 use crate::harness::{Guest, Test};
 use crate::proto::{
@@ -363,7 +364,9 @@ fn disconnect_and_clear_sock_without_a_connection(_: &Guest) {
 
 /// Reads to the end of `socket`, which must come soon.
 fn assert_ends(mut socket: UnixStream) {
-    socket.set_read_timeout(Some(device::SOON)).unwrap();
+    socket
+        .set_read_timeout(Some(patient(device::SOON)))
+        .unwrap();
     let mut rest = Vec::new();
     socket
         .read_to_end(&mut rest)
