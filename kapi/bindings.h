@@ -20,6 +20,8 @@
 //bindgen: --allowlist-type __portpair
 //bindgen: --allowlist-function sk_set_memalloc
 //bindgen: --allowlist-function tcp_abort
+//bindgen: --allowlist-function lock_sock_nested
+//bindgen: --allowlist-function release_sock
 //bindgen: --allowlist-function tcp_read_sock
 
 /* Macros with casts, which bindgen cannot read. Kbuild strips the prefix from their names. */

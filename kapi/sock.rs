@@ -265,10 +265,13 @@ impl Socket {
             }
         }
         self.prepare_for_reclaim();
+        // SAFETY: By the type invariant `sk` is valid.
+        let lock_class = unsafe { LockClass::give(sk) };
         // INVARIANT: It was installed above.
         Ok(Hooked {
             socket: self.clone(),
             hook: Some(hook),
+            lock_class,
         })
     }
 }
@@ -322,6 +325,7 @@ struct Hook<T: Events> {
 pub(crate) struct Hooked<T: Events> {
     socket: Socket,
     hook: Option<KBox<Hook<T>>>,
+    lock_class: LockClass,
 }
 
 impl<T: Events> Drop for Hooked<T> {
@@ -339,7 +343,93 @@ impl<T: Events> Drop for Hooked<T> {
             (*sk).sk_write_space = hook.write_space;
             bindings::_raw_write_unlock_bh(&raw mut (*sk).sk_callback_lock);
         }
+        // SAFETY: `sk` is valid while `socket` is, and this is the class that it had.
+        unsafe { self.lock_class.restore(sk) };
     }
+}
+
+/// What lockdep knew of a socket's lock before it was hooked. While it is hooked the lock has a class
+/// of its own (nbd.c's `nbd_reclassify_socket()`): writing out dirty memory takes it, and programs
+/// make room in memory while they hold the locks of their sockets, which is no deadlock only because
+/// those are others.
+struct LockClass {
+    #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
+    saved: bindings::lockdep_map,
+}
+
+// SAFETY: It is a copy that only `restore()` looks into.
+unsafe impl Send for LockClass {}
+// SAFETY: As above.
+unsafe impl Sync for LockClass {}
+
+#[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
+impl LockClass {
+    /// Gives the lock another class. May sleep.
+    ///
+    /// # Safety
+    ///
+    /// `sk` must be a socket, valid during the call.
+    unsafe fn give(sk: *mut bindings::sock) -> Self {
+        // One for each family, since one may hold the lock of another, as of the transport of TLS.
+        // SAFETY: The caller promises that `sk` is valid.
+        let (name, key) = match u32::from(unsafe { (*sk).__sk_common.skc_family }) {
+            bindings::AF_INET => (c"sk_lock-AF_INET-RNBD", kernel::static_lock_class!()),
+            bindings::AF_INET6 => (c"sk_lock-AF_INET6-RNBD", kernel::static_lock_class!()),
+            _ => (c"sk_lock-AF_UNIX-RNBD", kernel::static_lock_class!()),
+        };
+        // SAFETY: The caller promises that `sk` is valid. The socket is locked, so that nobody else is
+        // within that lock. Name and key live as long as the module, which restores the class.
+        unsafe {
+            let map = &raw mut (*sk).sk_lock.dep_map;
+            bindings::lock_sock_nested(sk.cast(), 0);
+            let saved = map.read();
+            bindings::lockdep_init_map_type(
+                map,
+                name.as_char_ptr(),
+                key.as_ptr(),
+                0,
+                saved.wait_type_inner,
+                saved.wait_type_outer,
+                saved.lock_type,
+            );
+            bindings::release_sock(sk.cast());
+            LockClass { saved }
+        }
+    }
+
+    /// Gives the lock back the class that it had: the socket may outlive the module. May sleep.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Self::give()`], which must have been called with the same `sk`.
+    unsafe fn restore(&self, sk: *mut bindings::sock) {
+        // SAFETY: The caller promises that `sk` is valid; it is locked as above. The copy is written
+        // back to where it was read.
+        unsafe {
+            bindings::lock_sock_nested(sk.cast(), 0);
+            core::ptr::copy_nonoverlapping(&self.saved, &raw mut (*sk).sk_lock.dep_map, 1);
+            bindings::release_sock(sk.cast());
+        }
+    }
+}
+
+#[cfg(not(CONFIG_DEBUG_LOCK_ALLOC))]
+impl LockClass {
+    /// Without lockdep there is nothing to do.
+    ///
+    /// # Safety
+    ///
+    /// None.
+    unsafe fn give(_sk: *mut bindings::sock) -> Self {
+        LockClass {}
+    }
+
+    /// As [`Self::give()`].
+    ///
+    /// # Safety
+    ///
+    /// None.
+    unsafe fn restore(&self, _sk: *mut bindings::sock) {}
 }
 
 /// Calls `f` with the socket's hook, if it is still there.
