@@ -12,6 +12,8 @@
 ## and kept in a cache; the first run takes minutes. Nothing else is needed on this machine.
 ##   make demo               boot the stock kernel, load the driver and use it
 ##   make check              run all tests, or those that match T=pattern
+##   make check-debug        the tests in the virtual machine on a kernel that looks for faults: KASAN,
+##                           lockdep, kmemleak and others; the first run builds it, in half an hour
 ##   make shell              a shell in the virtual machine, the driver loaded
 ##   make stock              build/rnbd.ko for the stock kernel
 ##   make bench              rnbd.ko and nbd.ko side by side: cost and speed (QUICK=1: minutes)
@@ -23,6 +25,7 @@
 ## Variables
 ##   KDIR=dir                the kernel build tree for "make"
 ##   DRIVER=nbd              demo, check and shell: use the kernel's own driver instead
+##   KERNEL=debug            demo, check and shell: use the kernel of check-debug
 ##   T=pattern               check: only tests whose names contain it
 ##   SEED=number             check: what the random tests of an earlier run began with
 ##   QUICK=1 ROUNDS=n        bench: measure less; so many rounds
@@ -38,9 +41,11 @@ KDIR ?= /lib/modules/$(shell uname -r)/build
 endif
 
 DRIVER ?= rnbd
-export DRIVER T SEED V QUICK MODES ROUNDS
+KERNEL ?= stock
+export DRIVER KERNEL T SEED V QUICK MODES ROUNDS
 
-out := $(CURDIR)/build
+builds := $(CURDIR)/build
+out := $(builds)$(if $(filter debug,$(KERNEL)),/debug)
 workbench := tools/env exec --
 kbuild = $(MAKE) --no-print-directory -C $(KDIR) $(KARGS) M=$(CURDIR)
 
@@ -53,7 +58,7 @@ modules: check-kdir
 	@mkdir -p $(out)
 	+$(kbuild) MO=$(out)/module modules
 	@cp $(out)/module/rnbd.ko $(out)/rnbd.ko
-	@echo "build/rnbd.ko is for $$(modinfo -F vermagic $(out)/rnbd.ko)"
+	@echo "$(out:$(CURDIR)/%=%)/rnbd.ko is for $$(modinfo -F vermagic $(out)/rnbd.ko)"
 
 modules_install: modules
 	+$(kbuild) MO=$(out)/module modules_install
@@ -67,11 +72,11 @@ check-kdir:
 		(rust/libkernel.rmeta); distributions' headers packages do)
 
 stock:
-	$(workbench) make modules
+	$(workbench) make --no-print-directory modules
 
 ifeq ($(DRIVER),rnbd)
 demo shell: stock
-vm := tools/vm -f build/rnbd.ko
+vm := tools/vm -f $(out:$(CURDIR)/%=%)/rnbd.ko
 else
 vm := tools/vm
 endif
@@ -86,6 +91,10 @@ shell:
 check:
 	$(workbench) tools/check
 
+check-debug: export KERNEL := debug
+check-debug:
+	$(workbench) tools/check
+
 bench:
 	$(workbench) tools/bench
 
@@ -98,7 +107,7 @@ rustfmtcheck clippy rustdoc shellcheck unsafecheck:
 	$(workbench) tools/lint $@
 
 clean:
-	rm -rf $(out)
+	rm -rf $(builds)
 
 distclean: clean
 	tools/env clean
@@ -107,5 +116,5 @@ help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 .DEFAULT_GOAL := modules
-.PHONY: modules modules_install check-kdir stock demo shell check bench lint rustfmt rustfmtcheck \
-	clippy rustdoc shellcheck unsafecheck clean distclean help
+.PHONY: modules modules_install check-kdir stock demo shell check check-debug bench lint \
+	rustfmt rustfmtcheck clippy rustdoc shellcheck unsafecheck clean distclean help
