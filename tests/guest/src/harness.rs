@@ -428,7 +428,9 @@ fn kernel_threads() -> Vec<String> {
         let path = entry.path();
         // A process with an executable is none of the kernel's.
         let name = fs::read_to_string(path.join("comm")).ok()?;
-        (name.contains("nbd") && fs::read_link(path.join("exe")).is_err())
+        // Workers are everybody's and show whose work they did last; only rescuers are somebody's.
+        let own = !name.starts_with("kworker/") || name.starts_with("kworker/R-");
+        (own && name.contains("nbd") && fs::read_link(path.join("exe")).is_err())
             .then(|| format!("{} {}", path.display(), name.trim()))
     });
     names.collect()
