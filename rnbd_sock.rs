@@ -676,12 +676,16 @@ impl Connection {
 
     /// Clears the connection away: stops the callbacks, and gives back all that it holds. Runs once.
     fn reap(&self, receive: &mut Receive) {
-        let hooked = self.hooked.lock().take();
-        drop(hooked);
+        let mut hooked = self.hooked.lock().take();
+        if let Some(hooked) = &mut hooked {
+            hooked.stop();
+        }
         if let Some(payload) = receive.current.take() {
             payload.decide(self.table.verdict_of_lost());
         }
         self.give_back_unsent();
+        // Nobody sends any more: the socket is anybody's.
+        drop(hooked);
         self.table.reclaim(self.index);
         if !self.table.is_disconnected() {
             rnbd_events::link_dead(self.table.device);

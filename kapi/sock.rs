@@ -270,7 +270,8 @@ impl Socket {
         // INVARIANT: It was installed above.
         Ok(Hooked {
             socket: self.clone(),
-            hook: Some(hook),
+            hook,
+            stopped: false,
             lock_class,
         })
     }
@@ -317,34 +318,52 @@ struct Hook<T: Events> {
     write_space: Callback,
 }
 
-/// Keeps a socket's callbacks pointed at their owner.
+/// Keeps a socket for its owner: nobody else can hook it, and its callbacks tell the owner until
+/// [`Self::stop()`].
 ///
 /// # Invariants
 ///
-/// `hook` is the socket's `sk_user_data`, and its callbacks are ours for `T`.
+/// `hook` is the socket's `sk_user_data`. Unless `stopped`, the callbacks are ours for `T`.
 pub(crate) struct Hooked<T: Events> {
     socket: Socket,
-    hook: Option<KBox<Hook<T>>>,
+    hook: KBox<Hook<T>>,
+    stopped: bool,
     lock_class: LockClass,
 }
 
-impl<T: Events> Drop for Hooked<T> {
-    fn drop(&mut self) {
+impl<T: Events> Hooked<T> {
+    /// Ends the callbacks: when this returns none runs, and none will.
+    pub(crate) fn stop(&mut self) {
+        if self.stopped {
+            return;
+        }
         let sk = self.socket.sk();
-        let Some(hook) = self.hook.take() else { return };
         // SAFETY: By the type invariant the callbacks are ours. They run with the lock held for
         // reading, so when the lock for writing is released none runs and none will.
         unsafe {
             bindings::_raw_write_lock_bh(&raw mut (*sk).sk_callback_lock);
-            (*sk).sk_user_data = core::ptr::null_mut();
-            (*sk).sk_state_change = hook.state_change;
-            (*sk).sk_error_report = hook.error_report;
-            (*sk).sk_data_ready = hook.data_ready;
-            (*sk).sk_write_space = hook.write_space;
+            (*sk).sk_state_change = self.hook.state_change;
+            (*sk).sk_error_report = self.hook.error_report;
+            (*sk).sk_data_ready = self.hook.data_ready;
+            (*sk).sk_write_space = self.hook.write_space;
             bindings::_raw_write_unlock_bh(&raw mut (*sk).sk_callback_lock);
         }
-        // SAFETY: `sk` is valid while `socket` is, and this is the class that it had.
-        unsafe { self.lock_class.restore(sk) };
+        self.stopped = true;
+    }
+}
+
+impl<T: Events> Drop for Hooked<T> {
+    fn drop(&mut self) {
+        self.stop();
+        let sk = self.socket.sk();
+        // SAFETY: `sk` is valid while `socket` is, and this is the class that it had. By the type
+        // invariant `sk_user_data` is ours; nobody looks at what it points to any more.
+        unsafe {
+            self.lock_class.restore(sk);
+            bindings::_raw_write_lock_bh(&raw mut (*sk).sk_callback_lock);
+            (*sk).sk_user_data = core::ptr::null_mut();
+            bindings::_raw_write_unlock_bh(&raw mut (*sk).sk_callback_lock);
+        }
     }
 }
 
