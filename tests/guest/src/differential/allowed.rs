@@ -67,6 +67,7 @@ pub fn ignored(
         "queue/io_timeout" if other == "30000" && without_timeout => {
             Some("timeouts-end-with-the-connection")
         }
+        "queue/nr_requests" if (right, other) == ("256", "128") => Some("no-scheduler-by-default"),
         _ => None,
     }
 }
