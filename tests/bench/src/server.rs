@@ -66,9 +66,9 @@ fn negotiate(mut socket: &UnixStream) -> io::Result<()> {
     const GO: u32 = 7;
     const ACK: u32 = 1;
     const INFO: u32 = 3;
-    const UNSUPPORTED: u32 = 1 << 31 | 1;
+    const UNSUPPORTED: u32 = (1 << 31) | 1;
     // HAS_FLAGS, SEND_FLUSH, SEND_FUA, CAN_MULTI_CONN
-    const EXPORT_FLAGS: u16 = 1 | 1 << 2 | 1 << 3 | 1 << 8;
+    const EXPORT_FLAGS: u16 = 1 | (1 << 2) | (1 << 3) | (1 << 8);
     let size = REGION_MIB << 20;
     socket.write_all(b"NBDMAGIC")?;
     socket.write_all(OPTION_MAGIC)?;

@@ -58,7 +58,7 @@ pub enum Socket {
     Unconnected,
     Udp,
     Datagram,
-    NoSocket,
+    OtherFile,
     NotOpen,
     /// A number that no descriptor has.
     Number(i32),
@@ -322,7 +322,7 @@ fn socket() -> impl Strategy<Value = Socket> + Clone {
             Socket::Unconnected,
             Socket::Udp,
             Socket::Datagram,
-            Socket::NoSocket,
+            Socket::OtherFile,
             Socket::NotOpen,
             Socket::Number(-1),
             Socket::Number(i32::MIN),

@@ -528,7 +528,7 @@ impl Stage {
             Socket::Unconnected => TcpListener::bind("127.0.0.1:0").expect("listen").into(),
             Socket::Udp => UdpSocket::bind("127.0.0.1:0").expect("a socket").into(),
             Socket::Datagram => UnixDatagram::unbound().expect("a socket").into(),
-            Socket::NoSocket => File::open("/dev/null").expect("/dev/null").into(),
+            Socket::OtherFile => File::open("/dev/null").expect("/dev/null").into(),
             Socket::NotOpen => return Given::Number(100_000),
             Socket::Number(number) => return Given::Number(number),
         })
