@@ -57,14 +57,7 @@ macro_rules! module_parameter {
             #[used(compiler)]
             static PARAMETER: ::kernel::module_param::KernelParam =
                 ::kernel::module_param::KernelParam::new($static.describe(
-                    match core::ffi::CStr::from_bytes_with_nul(
-                        concat!(stringify!($name), "\0").as_bytes(),
-                    ) {
-                        Ok(name) => name,
-                        // Only while compiling, since this is a static's value; and never, since an
-                        // identifier has no zero byte in it.
-                        Err(_) => panic!("a parameter's name"),
-                    },
+                    ::kernel::c_str!(stringify!($name)),
                 ));
 
             const TYPE: &str = concat!("parmtype=", stringify!($name), ":int\0");
@@ -72,20 +65,20 @@ macro_rules! module_parameter {
 
             #[link_section = ".modinfo"]
             #[used(compiler)]
-            static MODINFO_TYPE: [u8; TYPE.len()] = *$crate::kapi::param::bytes(TYPE);
+            static MODINFO_TYPE: [u8; TYPE.len()] = $crate::kapi::param::bytes(TYPE);
             #[link_section = ".modinfo"]
             #[used(compiler)]
-            static MODINFO_TEXT: [u8; TEXT.len()] = *$crate::kapi::param::bytes(TEXT);
+            static MODINFO_TEXT: [u8; TEXT.len()] = $crate::kapi::param::bytes(TEXT);
         };
     )* };
 }
 pub(crate) use module_parameter;
 
-/// The bytes of a text, `N` of them. Only for the values of statics: a text that is too short stops the
-/// compilation, and nothing of this is left in the module.
-pub(crate) const fn bytes<const N: usize>(text: &'static str) -> &'static [u8; N] {
+/// The bytes of a text that has `N` of them.
+pub(crate) const fn bytes<const N: usize>(text: &'static str) -> [u8; N] {
     match text.as_bytes().first_chunk() {
-        Some(bytes) => bytes,
-        None => panic!("a text that is too short"),
+        Some(bytes) => *bytes,
+        // Of a text that has not, which is none.
+        None => [0; N],
     }
 }
