@@ -8,9 +8,10 @@
 
 use crate::{
     kapi::{
+        hook::{Arrival, Events, Hooked, Segment},
         mq::{Op, Request, Status, Verdict},
         payload::Payload,
-        sock::{Arrival, Ending, Events, Hooked, Segment, Socket},
+        sock::{Ending, Socket},
         task,
         try_lock::TryLock,
         wq,

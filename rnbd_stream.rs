@@ -4,9 +4,11 @@
 
 use crate::{
     kapi::{
+        hook::Segment,
+        iov::{IoPage, Iov, Pieces},
         mq::Verdict,
         payload::Payload,
-        sock::{IoPage, Iov, Pieces, Segment, Socket},
+        sock::Socket,
     },
     rnbd_proto::{self as proto, REPLY_BYTES, REQUEST_BYTES},
     rnbd_ring::Ring,

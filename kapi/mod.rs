@@ -8,6 +8,8 @@
 mod bindings;
 pub(crate) mod disk;
 pub(crate) mod genl;
+pub(crate) mod hook;
+pub(crate) mod iov;
 pub(crate) mod mq;
 pub(crate) mod param;
 pub(crate) mod payload;

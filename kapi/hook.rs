@@ -1,0 +1,451 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What a socket tells its owner of: its callbacks, and what has come in, read where it arrives.
+//!
+//! Source: `include/net/sock.h`, `include/net/tcp.h`; the use of the callbacks follows
+//! `drivers/nvme/host/tcp.c` and `net/sunrpc/xprtsock.c`.
+
+use super::{bindings, iov::IoPage, payload::Payload, sock::Socket};
+use core::{marker::PhantomData, mem::MaybeUninit};
+use kernel::{
+    error::to_result,
+    prelude::*,
+    sync::{Arc, ArcBorrow},
+};
+
+/// What a socket tells its owner. Called in any context, also in softirq: must not sleep.
+pub(crate) trait Events: Send + Sync + 'static {
+    /// As [`Self::readable()`], where what came in can be read at once.
+    fn arrived(this: ArcBorrow<'_, Self>, arrival: Arrival<'_>);
+
+    /// There may be something to receive: data, the end of the stream, an error.
+    fn readable(this: ArcBorrow<'_, Self>);
+
+    /// There may be room to send. Returns whether it was waited for.
+    fn writable(this: ArcBorrow<'_, Self>) -> bool;
+}
+
+type Callback = Option<unsafe extern "C" fn(*mut bindings::sock)>;
+
+/// What `sk_user_data` points to while a socket is hooked.
+struct Hook<T: Events> {
+    owner: Arc<T>,
+    state_change: Callback,
+    error_report: Callback,
+    data_ready: Callback,
+    write_space: Callback,
+}
+
+impl Socket {
+    /// Has `owner` told of what happens on the socket, until the returned guard goes.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` where another part of the kernel, such as another device of ours, has the socket.
+    pub(crate) fn hook<T: Events>(&self, owner: Arc<T>) -> Result<Hooked<T>> {
+        let sk = self.sk();
+        let mut hook = KBox::new(
+            Hook {
+                owner,
+                state_change: None,
+                error_report: None,
+                data_ready: None,
+                write_space: None,
+            },
+            GFP_KERNEL,
+        )?;
+        // SAFETY: By the type invariant `sk` is valid; the lock protects what is changed here.
+        unsafe {
+            bindings::_raw_write_lock_bh(&raw mut (*sk).sk_callback_lock);
+            let free = (*sk).sk_user_data.is_null();
+            if free {
+                hook.state_change = (*sk).sk_state_change;
+                hook.error_report = (*sk).sk_error_report;
+                hook.data_ready = (*sk).sk_data_ready;
+                hook.write_space = (*sk).sk_write_space;
+                (*sk).sk_user_data = (&raw const *hook).cast_mut().cast();
+                (*sk).sk_state_change = Some(state_change::<T>);
+                (*sk).sk_error_report = Some(error_report::<T>);
+                (*sk).sk_data_ready = Some(data_ready::<T>);
+                (*sk).sk_write_space = Some(write_space::<T>);
+            }
+            bindings::_raw_write_unlock_bh(&raw mut (*sk).sk_callback_lock);
+            if !free {
+                return Err(EBUSY);
+            }
+        }
+        self.prepare_for_reclaim();
+        // SAFETY: By the type invariant `sk` is valid.
+        let lock_class = unsafe { LockClass::give(sk) };
+        // INVARIANT: It was installed above.
+        Ok(Hooked {
+            socket: self.clone(),
+            hook,
+            stopped: false,
+            lock_class,
+        })
+    }
+}
+
+/// Keeps a socket for its owner: nobody else can hook it, and its callbacks tell the owner until
+/// [`Self::stop()`].
+///
+/// # Invariants
+///
+/// `hook` is the socket's `sk_user_data`. Unless `stopped`, the callbacks are ours for `T`.
+pub(crate) struct Hooked<T: Events> {
+    socket: Socket,
+    hook: KBox<Hook<T>>,
+    stopped: bool,
+    lock_class: LockClass,
+}
+
+impl<T: Events> Hooked<T> {
+    /// Ends the callbacks: when this returns none runs, and none will.
+    pub(crate) fn stop(&mut self) {
+        if self.stopped {
+            return;
+        }
+        let sk = self.socket.sk();
+        // SAFETY: By the type invariant the callbacks are ours. They run with the lock held for
+        // reading, so when the lock for writing is released none runs and none will.
+        unsafe {
+            bindings::_raw_write_lock_bh(&raw mut (*sk).sk_callback_lock);
+            (*sk).sk_state_change = self.hook.state_change;
+            (*sk).sk_error_report = self.hook.error_report;
+            (*sk).sk_data_ready = self.hook.data_ready;
+            (*sk).sk_write_space = self.hook.write_space;
+            bindings::_raw_write_unlock_bh(&raw mut (*sk).sk_callback_lock);
+        }
+        self.stopped = true;
+    }
+}
+
+impl<T: Events> Drop for Hooked<T> {
+    fn drop(&mut self) {
+        self.stop();
+        let sk = self.socket.sk();
+        // SAFETY: `sk` is valid while `socket` is, and this is the class that it had. By the type
+        // invariant `sk_user_data` is ours; nobody looks at what it points to any more.
+        unsafe {
+            self.lock_class.restore(sk);
+            bindings::_raw_write_lock_bh(&raw mut (*sk).sk_callback_lock);
+            (*sk).sk_user_data = core::ptr::null_mut();
+            bindings::_raw_write_unlock_bh(&raw mut (*sk).sk_callback_lock);
+        }
+    }
+}
+
+/// What lockdep knew of a socket's lock before it was hooked. While it is hooked the lock has a class
+/// of its own (nbd.c's `nbd_reclassify_socket()`): writing out dirty memory takes it, and programs
+/// make room in memory while they hold the locks of their sockets, which is no deadlock only because
+/// those are others.
+struct LockClass {
+    #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
+    saved: bindings::lockdep_map,
+}
+
+// SAFETY: It is a copy that only `restore()` looks into.
+unsafe impl Send for LockClass {}
+// SAFETY: As above.
+unsafe impl Sync for LockClass {}
+
+#[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
+impl LockClass {
+    /// Gives the lock another class. May sleep.
+    ///
+    /// # Safety
+    ///
+    /// `sk` must be a socket, valid during the call.
+    unsafe fn give(sk: *mut bindings::sock) -> Self {
+        // One for each family, since one may hold the lock of another, as of the transport of TLS.
+        // SAFETY: The caller promises that `sk` is valid.
+        let (name, key) = match u32::from(unsafe { (*sk).__sk_common.skc_family }) {
+            bindings::AF_INET => (c"sk_lock-AF_INET-RNBD", kernel::static_lock_class!()),
+            bindings::AF_INET6 => (c"sk_lock-AF_INET6-RNBD", kernel::static_lock_class!()),
+            _ => (c"sk_lock-AF_UNIX-RNBD", kernel::static_lock_class!()),
+        };
+        // SAFETY: The caller promises that `sk` is valid. The socket is locked, so that nobody else is
+        // within that lock. Name and key live as long as the module, which restores the class.
+        unsafe {
+            let map = &raw mut (*sk).sk_lock.dep_map;
+            bindings::lock_sock_nested(sk.cast(), 0);
+            let saved = map.read();
+            bindings::lockdep_init_map_type(
+                map,
+                name.as_char_ptr(),
+                key.as_ptr(),
+                0,
+                saved.wait_type_inner,
+                saved.wait_type_outer,
+                saved.lock_type,
+            );
+            bindings::release_sock(sk.cast());
+            LockClass { saved }
+        }
+    }
+
+    /// Gives the lock back the class that it had: the socket may outlive the module. May sleep.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Self::give()`], which must have been called with the same `sk`.
+    unsafe fn restore(&self, sk: *mut bindings::sock) {
+        // SAFETY: The caller promises that `sk` is valid; it is locked as above. The copy is written
+        // back to where it was read.
+        unsafe {
+            bindings::lock_sock_nested(sk.cast(), 0);
+            core::ptr::copy_nonoverlapping(&self.saved, &raw mut (*sk).sk_lock.dep_map, 1);
+            bindings::release_sock(sk.cast());
+        }
+    }
+}
+
+#[cfg(not(CONFIG_DEBUG_LOCK_ALLOC))]
+impl LockClass {
+    /// Without lockdep there is nothing to do.
+    ///
+    /// # Safety
+    ///
+    /// None.
+    unsafe fn give(_sk: *mut bindings::sock) -> Self {
+        LockClass {}
+    }
+
+    /// As [`Self::give()`].
+    ///
+    /// # Safety
+    ///
+    /// None.
+    unsafe fn restore(&self, _sk: *mut bindings::sock) {}
+}
+
+/// Calls `f` with the socket's hook, if it is still there.
+///
+/// # Safety
+///
+/// To be called by a callback that was installed for `T`, with its `sk`.
+unsafe fn with_hook<T: Events>(sk: *mut bindings::sock, f: impl FnOnce(&Hook<T>)) {
+    // SAFETY: `sk` is valid during its callback. What `sk_user_data` points to stays while the lock is
+    // held; it is null or a `Hook<T>`, because the callback is replaced together with it.
+    unsafe {
+        bindings::_raw_read_lock_bh(&raw mut (*sk).sk_callback_lock);
+        let hook = (*sk).sk_user_data.cast::<Hook<T>>();
+        if let Some(hook) = hook.as_ref() {
+            f(hook);
+        }
+        bindings::_raw_read_unlock_bh(&raw mut (*sk).sk_callback_lock);
+    }
+}
+
+/// `sk_data_ready`
+///
+/// # Safety
+///
+/// To be called as the callback of a socket that was hooked for a `T`.
+unsafe extern "C" fn data_ready<T: Events>(sk: *mut bindings::sock) {
+    // SAFETY: This is the callback for `T`, called as this callback is.
+    unsafe {
+        with_hook::<T>(sk, |hook| match Arrival::on(sk) {
+            Some(arrival) => T::arrived(hook.owner.as_arc_borrow(), arrival),
+            None => T::readable(hook.owner.as_arc_borrow()),
+        })
+    };
+}
+
+/// `sk_write_space`
+///
+/// # Safety
+///
+/// As for [`data_ready()`].
+unsafe extern "C" fn write_space<T: Events>(sk: *mut bindings::sock) {
+    // SAFETY: This is the callback for `T`. `sk` has its socket while it is hooked, since the hook holds
+    // the file. The next send that finds no room sets the bit again.
+    unsafe {
+        with_hook::<T>(sk, |hook| {
+            if T::writable(hook.owner.as_arc_borrow()) {
+                let socket = (*sk).sk_socket;
+                bindings::clear_bit(bindings::SOCK_NOSPACE as usize, &raw mut (*socket).flags);
+            }
+        })
+    };
+}
+
+/// `sk_state_change`
+///
+/// # Safety
+///
+/// As for [`data_ready()`].
+unsafe extern "C" fn state_change<T: Events>(sk: *mut bindings::sock) {
+    // SAFETY: This is the callback for `T`; the saved callback gets the `sk` that it expects.
+    unsafe {
+        with_hook::<T>(sk, |hook| {
+            T::readable(hook.owner.as_arc_borrow());
+            if let Some(saved) = hook.state_change {
+                saved(sk);
+            }
+        })
+    };
+}
+
+/// `sk_error_report`
+///
+/// # Safety
+///
+/// As for [`data_ready()`].
+unsafe extern "C" fn error_report<T: Events>(sk: *mut bindings::sock) {
+    // SAFETY: As above.
+    unsafe {
+        with_hook::<T>(sk, |hook| {
+            T::readable(hook.owner.as_arc_borrow());
+            if let Some(saved) = hook.error_report {
+                saved(sk);
+            }
+        })
+    };
+}
+
+/// What has come in on a TCP socket, to be read without leaving the callback that told of it
+/// (as `drivers/scsi/iscsi_tcp.c` does).
+///
+/// # Invariants
+///
+/// `sk` is a TCP socket without an upper layer protocol such as TLS, and its lock is held for `'a`.
+pub(crate) struct Arrival<'a> {
+    sk: *mut bindings::sock,
+    _locked: PhantomData<&'a ()>,
+}
+
+impl Arrival<'_> {
+    /// # Safety
+    ///
+    /// To be called by the `sk_data_ready` of `sk`, and used within it only.
+    unsafe fn on(sk: *mut bindings::sock) -> Option<Self> {
+        // SAFETY: `sk` has its socket while it is hooked, since the hook holds the file. An upper layer
+        // protocol replaces the operations under the socket's lock.
+        let read_sock = unsafe {
+            let socket = (*sk).sk_socket.cast::<bindings::socket>();
+            (*(&raw const (*socket).ops).read_volatile()).read_sock?
+        };
+        // INVARIANT: Only TCP sockets read so, and TCP calls this callback with the lock held.
+        (read_sock as usize == bindings::tcp_read_sock as usize).then_some(Arrival {
+            sk,
+            _locked: PhantomData,
+        })
+    }
+
+    /// Calls `each` with one piece of the stream after the other until it returns false or nothing is
+    /// left. What it leaves of a piece stays in the socket.
+    pub(crate) fn read<F: FnMut(&mut Segment<'_>) -> bool>(self, mut each: F) {
+        // SAFETY: It consists of numbers, for which zeroes are fine.
+        let mut desc: bindings::read_descriptor_t = unsafe { MaybeUninit::zeroed().assume_init() };
+        desc.count = 1;
+        desc.arg.data = (&raw mut each).cast();
+        // SAFETY: By the type invariant the socket is TCP's and locked. The actor is the one for `F`.
+        // kernel::bindings' and our `struct sock` are the same type in C.
+        unsafe { bindings::tcp_read_sock(self.sk.cast(), &mut desc, Some(actor::<F>)) };
+    }
+}
+
+/// `sk_read_actor_t`
+///
+/// # Safety
+///
+/// `desc` must be that of [`Arrival::read::<F>()`], and `len` bytes be in `skb` from `offset`.
+unsafe extern "C" fn actor<F: FnMut(&mut Segment<'_>) -> bool>(
+    desc: *mut bindings::read_descriptor_t,
+    skb: *mut bindings::sk_buff,
+    offset: u32,
+    len: usize,
+) -> i32 {
+    // SAFETY: The caller promises so.
+    let (desc, each) = unsafe { (&mut *desc, &mut *(*desc).arg.data.cast::<F>()) };
+    if desc.count == 0 {
+        return 0;
+    }
+    // INVARIANT: The caller promises so.
+    let mut segment = Segment {
+        skb,
+        offset,
+        left_bytes: len,
+        _skb: PhantomData,
+    };
+    if !each(&mut segment) {
+        desc.count = 0;
+    }
+    (len - segment.left_bytes) as i32
+}
+
+/// A piece of the stream that has come in.
+///
+/// # Invariants
+///
+/// `left_bytes` bytes are in `skb` from `offset`.
+pub(crate) struct Segment<'a> {
+    skb: *mut bindings::sk_buff,
+    offset: u32,
+    left_bytes: usize,
+    _skb: PhantomData<&'a ()>,
+}
+
+impl Segment<'_> {
+    /// What is left of it.
+    pub(crate) fn left_bytes(&self) -> usize {
+        self.left_bytes
+    }
+
+    fn used(&mut self, bytes: usize) {
+        self.offset += bytes as u32;
+        self.left_bytes -= bytes;
+    }
+
+    /// Moves `bytes`, at most what is left, to `offset` of a page. Returns how much it was.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` where that is not within the page.
+    pub(crate) fn move_to_page(
+        &mut self,
+        page: &mut IoPage,
+        offset: usize,
+        bytes: usize,
+    ) -> Result<usize> {
+        let mut room = [0; 64];
+        let bytes = bytes.min(self.left_bytes).min(room.len());
+        let (to, _) = room.split_at_mut(bytes);
+        // SAFETY: By the type invariant so much is there, and `to` has room for it.
+        to_result(unsafe {
+            bindings::skb_copy_bits(
+                self.skb,
+                self.offset as i32,
+                to.as_mut_ptr().cast(),
+                bytes as i32,
+            )
+        })?;
+        page.write(offset, to)?;
+        self.used(bytes);
+        Ok(bytes)
+    }
+
+    /// Moves as much as both have to the current position of `payload`, which moves on.
+    ///
+    /// # Errors
+    ///
+    /// `EFAULT`, which cannot be.
+    pub(crate) fn move_to(&mut self, payload: &mut Payload) -> Result {
+        let (skb, offset) = (self.skb, self.offset);
+        let bytes = payload.fill(self.left_bytes, |to, done, step| {
+            // SAFETY: `fill()` gives `step` bytes of room, and asks for no more than is left in all,
+            // which by the type invariant is there.
+            to_result(unsafe {
+                bindings::skb_copy_bits(
+                    skb,
+                    (offset as usize + done) as i32,
+                    to.cast(),
+                    step as i32,
+                )
+            })
+        })?;
+        self.used(bytes);
+        Ok(())
+    }
+}
