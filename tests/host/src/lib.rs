@@ -5,7 +5,8 @@
 //! - `ring`: the queue, against one that is known to work
 //! - `ownership`: who ends a command, in all interleavings that the memory model allows ([loom])
 //! - `session`: the same for a command that is handed to connections which die meanwhile
-//! - `mutants`: that these two would notice if `rnbd_cmd.rs` were wrong
+//! - `receiving`: the lock that nobody waits for, between a socket's callback and a work item
+//! - `mutants`: that `ownership` and `session` would notice if `rnbd_cmd.rs` were wrong
 //!
 //! `cargo test` runs all of it.
 #![cfg(test)]
@@ -32,10 +33,15 @@ mod rnbd_proto;
 #[rustfmt::skip]
 #[path = "../../../rnbd_ring.rs"]
 mod rnbd_ring;
+#[allow(clippy::all)]
+#[rustfmt::skip]
+#[path = "../../../kapi/try_lock.rs"]
+mod try_lock;
 
 mod blk_mq;
 mod mutants;
 mod ownership;
+mod receiving;
 mod ring;
 mod session;
 mod wire;

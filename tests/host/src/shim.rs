@@ -55,25 +55,66 @@ pub(crate) mod sync {
         pub(crate) struct Release;
         pub(crate) struct Full;
 
+        /// What orders a read and a write.
+        pub(crate) trait Exchanging {
+            const ORDERING: Ordering;
+        }
+
+        impl Exchanging for Acquire {
+            const ORDERING: Ordering = Ordering::Acquire;
+        }
+
+        impl Exchanging for Full {
+            const ORDERING: Ordering = Ordering::SeqCst;
+        }
+
+        /// A number, kept as a `u64`.
+        pub(crate) trait Number {
+            fn pack(self) -> u64;
+            fn unpack(packed: u64) -> Self;
+        }
+
+        impl Number for u64 {
+            fn pack(self) -> u64 {
+                self
+            }
+
+            fn unpack(packed: u64) -> u64 {
+                packed
+            }
+        }
+
+        impl Number for i32 {
+            fn pack(self) -> u64 {
+                self as u64
+            }
+
+            fn unpack(packed: u64) -> i32 {
+                packed as i32
+            }
+        }
+
         pub(crate) struct Atomic<T>(AtomicU64, PhantomData<T>);
 
-        impl Atomic<u64> {
-            pub(crate) fn new(value: u64) -> Self {
-                Atomic(AtomicU64::new(value), PhantomData)
+        impl<T: Number> Atomic<T> {
+            pub(crate) fn new(value: T) -> Self {
+                Atomic(AtomicU64::new(value.pack()), PhantomData)
             }
 
-            pub(crate) fn load(&self, _: Acquire) -> u64 {
-                self.0.load(Ordering::Acquire)
+            pub(crate) fn load(&self, _: Acquire) -> T {
+                T::unpack(self.0.load(Ordering::Acquire))
             }
 
-            pub(crate) fn store(&self, value: u64, _: Release) {
-                self.0.store(value, Ordering::Release);
+            pub(crate) fn store(&self, value: T, _: Release) {
+                self.0.store(value.pack(), Ordering::Release);
             }
 
             /// One that fails orders nothing in the kernel's memory model.
-            pub(crate) fn cmpxchg(&self, old: u64, new: u64, _: Full) -> Result<u64, u64> {
+            pub(crate) fn cmpxchg<O: Exchanging>(&self, old: T, new: T, _: O) -> Result<T, T> {
                 self.0
-                    .compare_exchange(old, new, Ordering::SeqCst, Ordering::Relaxed)
+                    .compare_exchange(old.pack(), new.pack(), O::ORDERING, Ordering::Relaxed)
+                    .map(T::unpack)
+                    .map_err(T::unpack)
             }
         }
     }

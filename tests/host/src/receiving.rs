@@ -1,0 +1,251 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What comes in is received by a socket's callback or by a work item, whoever has the lock that
+//! nobody waits for: `kapi/try_lock.rs` in the hands of its users.
+//!
+//! The steps of `rnbd_sock.rs` are repeated here, in the same order and under the same names: keep them
+//! alike.
+
+use crate::{ownership::explore, try_lock::TryLock};
+use loom::{
+    cell::UnsafeCell,
+    sync::{
+        Mutex, Notify, RwLock,
+        atomic::{
+            AtomicBool, AtomicUsize,
+            Ordering::{Acquire, Relaxed, SeqCst},
+        },
+    },
+    thread,
+};
+use std::sync::Arc;
+
+const ALIVE: usize = 0;
+const DYING: usize = 1;
+const DEAD: usize = 2;
+
+/// The step of the protocol that is left out, to see that the models notice.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum LeftOut {
+    Nothing,
+    /// A callback that does not get the lock relies on who has it.
+    LookingAgain,
+    /// A work item that does not get the lock relies on who has it.
+    TryingAgain,
+    /// Who clears the connection away does not stop the callbacks.
+    StoppingCallbacks,
+}
+
+/// A work item, as the kernel's workqueues treat it: to queue it again while it is queued does
+/// nothing, and while it runs has it run once more.
+struct Work {
+    queued: AtomicBool,
+    wake: Notify,
+}
+
+impl Work {
+    fn queue(&self) {
+        if !self.queued.swap(true, SeqCst) {
+            self.wake.notify();
+        }
+    }
+
+    fn wait_queued(&self) {
+        self.wake.wait();
+        // An exchange, since the kernel's sees all that came before a `queue_work()` that found it
+        // queued (`set_work_pool_and_clear_pending()`).
+        self.queued.swap(false, SeqCst);
+    }
+}
+
+/// `rnbd_stream.rs`'s `Receive`: how much was understood. Loom objects to uses that nothing orders.
+struct Receive {
+    understood: UnsafeCell<usize>,
+    /// It was cleared away: the test's own.
+    reaped: bool,
+}
+
+// SAFETY: There is no more in it than a number.
+unsafe impl Send for Receive {}
+
+struct Connection {
+    left_out: LeftOut,
+    state: AtomicUsize,
+    /// How much is in the socket: the lock is the socket's.
+    socket: Mutex<usize>,
+    /// Whether the callbacks are ours: the lock is `sk_callback_lock`.
+    hooked: RwLock<bool>,
+    receive: TryLock<Receive>,
+    work: Work,
+    /// What was understood, for those who wait for it.
+    told: AtomicUsize,
+    tell: Notify,
+}
+
+impl Connection {
+    fn new(left_out: LeftOut) -> Arc<Self> {
+        Arc::new(Connection {
+            left_out,
+            state: AtomicUsize::new(ALIVE),
+            socket: Mutex::new(0),
+            hooked: RwLock::new(true),
+            receive: TryLock::new(Receive {
+                understood: UnsafeCell::new(0),
+                reaped: false,
+            }),
+            work: Work {
+                queued: AtomicBool::new(false),
+                wake: Notify::new(),
+            },
+            told: AtomicUsize::new(0),
+            tell: Notify::new(),
+        })
+    }
+
+    /// Something comes in, and the callback is called with the socket locked.
+    fn arrives(&self, large: bool) {
+        let mut socket = self.socket.lock().unwrap();
+        *socket += 1;
+        let hooked = self.hooked.read().unwrap();
+        if !*hooked {
+            return;
+        }
+        let left = match self.receive.try_lock() {
+            // `receive_here()`
+            Some(_) if large => true,
+            Some(mut receive) => {
+                self.understand(&mut receive, std::mem::take(&mut *socket));
+                false
+            }
+            None => self.left_out != LeftOut::LookingAgain,
+        };
+        if left {
+            self.work.queue();
+        }
+    }
+
+    fn understand(&self, receive: &mut Receive, got: usize) {
+        assert!(!receive.reaped, "received after it was cleared away");
+        receive.understood.with_mut(|understood| {
+            // SAFETY: Whoever has the `Receive` is alone with it, and loom looks.
+            unsafe { *understood += got }
+        });
+        self.told.fetch_add(got, SeqCst);
+        self.tell.notify();
+    }
+
+    /// Returns whether it was the last run.
+    fn receive_or_reap(&self) -> bool {
+        if self.state.load(Acquire) == DEAD {
+            return true;
+        }
+        let Some(mut receive) = self.receive.try_lock() else {
+            if self.left_out != LeftOut::TryingAgain {
+                self.work.queue();
+            }
+            // It is not run again before others have had a turn.
+            thread::yield_now();
+            return false;
+        };
+        loop {
+            let got = std::mem::take(&mut *self.socket.lock().unwrap());
+            if got == 0 {
+                break;
+            }
+            self.understand(&mut receive, got);
+        }
+        let dying = self.state.compare_exchange(DYING, DEAD, SeqCst, Relaxed);
+        if dying.is_ok() {
+            if self.left_out != LeftOut::StoppingCallbacks {
+                *self.hooked.write().unwrap() = false;
+            }
+            receive.reaped = true;
+        }
+        dying.is_ok()
+    }
+
+    fn die(&self) {
+        if self
+            .state
+            .compare_exchange(ALIVE, DYING, SeqCst, Relaxed)
+            .is_ok()
+        {
+            self.work.queue();
+        }
+    }
+
+    /// What was understood is not less than this; else it waits, for ever if something is lost, which
+    /// loom calls a deadlock.
+    fn wait_understood(&self, count: usize) {
+        while self.told.load(SeqCst) < count {
+            self.tell.wait();
+        }
+    }
+}
+
+/// Runs the connection's work item until it has cleared the connection away.
+fn work(connection: &Arc<Connection>) -> thread::JoinHandle<()> {
+    let connection = connection.clone();
+    thread::spawn(move || {
+        loop {
+            connection.work.wait_queued();
+            if connection.receive_or_reap() {
+                return;
+            }
+        }
+    })
+}
+
+/// All that comes in is understood, although nothing comes after it.
+fn everything_is_understood(left_out: LeftOut) {
+    let connection = Connection::new(left_out);
+    let worker = work(&connection);
+    connection.arrives(true);
+    connection.arrives(false);
+    connection.wait_understood(2);
+    connection.die();
+    worker.join().unwrap();
+}
+
+/// It dies while something comes in: it is cleared away once, and nothing is received after that.
+fn dies_while_something_comes_in(left_out: LeftOut) {
+    let connection = Connection::new(left_out);
+    let worker = work(&connection);
+    let dying = {
+        let connection = connection.clone();
+        thread::spawn(move || connection.die())
+    };
+    connection.arrives(false);
+    dying.join().unwrap();
+    worker.join().unwrap();
+}
+
+#[test]
+fn understands_everything() {
+    explore(|| everything_is_understood(LeftOut::Nothing), None);
+}
+
+#[test]
+fn dies_in_order() {
+    explore(|| dies_while_something_comes_in(LeftOut::Nothing), None);
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn somebody_must_look_again() {
+    explore(|| everything_is_understood(LeftOut::LookingAgain), None);
+}
+
+#[test]
+#[should_panic(expected = "deadlock")]
+fn somebody_must_try_again() {
+    explore(|| dies_while_something_comes_in(LeftOut::TryingAgain), None);
+}
+
+#[test]
+#[should_panic(expected = "received after it was cleared away")]
+fn callbacks_must_be_stopped() {
+    explore(
+        || dies_while_something_comes_in(LeftOut::StoppingCallbacks),
+        None,
+    );
+}
