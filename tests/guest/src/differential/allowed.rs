@@ -38,7 +38,7 @@ pub fn meant(
     if is_malformed(past.op.as_ref()) && differs.iter().all(both_refuse) {
         return Some("malformed-messages-change-nothing");
     }
-    if past.forgot_sockets {
+    if past.forgot_sockets.contains(&true) {
         return Some("clear-sock-forgets-sockets");
     }
     None
@@ -86,7 +86,8 @@ struct Past {
     /// Devices that were given a socket which was then taken away, before they were started.
     added: [bool; 3],
     started: [bool; 3],
-    forgot_sockets: bool,
+    /// Devices that have forgotten their sockets with one of the drivers, until the last file is closed.
+    forgot_sockets: [bool; 3],
     flags_while_running: bool,
     long_timeout: bool,
     manners: Vec<Manner>,
@@ -109,6 +110,11 @@ impl Past {
     fn add(&mut self, op: &Op) {
         match op {
             Op::Open { file, device, .. } => self.files[*file] = Some(*device),
+            Op::Close { file } => {
+                if let Some(device) = self.files[*file].take() {
+                    self.close(device);
+                }
+            }
             Op::Ioctl { file, request, .. } => {
                 if let Some(device) = self.files[*file] {
                     self.add_ioctl(device as usize, *request);
@@ -132,12 +138,21 @@ impl Past {
         }
     }
 
+    /// With the last file goes what was configured, unless it runs.
+    fn close(&mut self, device: Dev) {
+        let index = device as usize;
+        if !self.files.contains(&Some(device)) && !self.started[index] {
+            self.added[index] = false;
+            self.forgot_sockets[index] = false;
+        }
+    }
+
     fn add_ioctl(&mut self, device: usize, request: Request) {
         match request {
             Request::SetSock(_) => self.added[device] = true,
             Request::DoIt => self.started[device] = true,
             Request::ClearSock => {
-                self.forgot_sockets |= self.added[device] && !self.started[device];
+                self.forgot_sockets[device] |= self.added[device] && !self.started[device];
             }
             Request::SetFlags(_) => self.flags_while_running |= self.started[device],
             Request::SetTimeout(seconds) => self.long_timeout |= is_long(seconds),
@@ -182,14 +197,30 @@ fn moves_data(op: Option<&Op>) -> bool {
 
 /// The server has refused something with a number that means more than EIO.
 fn keeps_meaning(past: &Past, difference: &Difference<'_>) -> bool {
-    let telling = |manner: &Manner| matches!(manner, Manner::Refuse(1 | 22 | 28 | 95));
     let (key, nbd, rnbd) = *difference;
-    let better = rnbd.contains("Err") || rnbd.starts_with("Ok");
+    let optional = matches!(
+        past.op,
+        Some(Op::Ioctl {
+            request: Request::Discard(..) | Request::ZeroOut(..),
+            ..
+        })
+    );
+    // The block layer takes ENOTSUP for done, or goes another way.
+    let done = optional && rnbd.starts_with("Ok");
+    let means = |manner: &Manner| match manner {
+        Manner::Refuse(1) => is_errno(rnbd, libc::EREMOTEIO),
+        Manner::Refuse(28) => is_errno(rnbd, libc::ENOSPC),
+        Manner::Refuse(22 | 95) => optional && is_errno(rnbd, libc::EOPNOTSUPP) || done,
+        _ => false,
+    };
     key == "answer"
         && moves_data(past.op.as_ref())
-        && past.manners.iter().any(telling)
-        && nbd.starts_with("Err(Os { code: 5")
-        && better
+        && is_errno(nbd, libc::EIO)
+        && past.manners.iter().any(means)
+}
+
+fn is_errno(answer: &str, errno: i32) -> bool {
+    answer.starts_with(&format!("Err(Os {{ code: {errno},"))
 }
 
 /// The server has ended a connection without answering, and no other is left.
@@ -203,5 +234,8 @@ fn does_not_hang(past: &Past, difference: &Difference<'_>) -> bool {
 
 /// Flags were set while the device ran, and decide with nbd.ko whether it can be written.
 fn writes_as_agreed(past: &Past, difference: &Difference<'_>) -> bool {
-    difference.0 == "answer" && past.flags_while_running && moves_data(past.op.as_ref())
+    let (key, nbd, rnbd) = *difference;
+    let one_refuses = nbd.starts_with("Err") != rnbd.starts_with("Err");
+    let writes = moves_data(past.op.as_ref()) && !matches!(past.op, Some(Op::Read { .. }));
+    key == "answer" && past.flags_while_running && writes && one_refuses
 }
