@@ -29,7 +29,7 @@
 ##   T=pattern               check: only tests whose names contain it
 ##   SEED=number             check: what the random tests of an earlier run began with
 ##   QUICK=1 ROUNDS=n        bench: measure less; so many rounds
-##   MODES=cost, MODES=wall  bench: only instructions for an I/O, or only speed
+##   MODES="cost wall scale" bench: or fewer: instructions for an I/O, speed, many devices
 ##   V=1                     show the commands of the build
 
 ifdef RNBD_INSIDE

@@ -5,10 +5,12 @@
 //!
 //! ```text
 //! rnbd-bench run MODE ROUNDS      in the guest: measures; samples go to standard output
+//! rnbd-bench scale ROUNDS         in the guest: the same for many devices
 //! rnbd-bench report DIRECTORY     on the host: DIRECTORY/*.jsonl to table, JSON and chart
 //! ```
 //!
 //! - `matrix` says what is measured, `run` does it, `programs` starts what it needs
+//! - `scale` is many devices with little to do
 //! - `server` is a server whose answers cost next to nothing, `raw` the same bytes without a driver
 //! - `sample` is what a measurement yields, `report` and `chart` show it
 
@@ -19,6 +21,7 @@ mod raw;
 mod report;
 mod run;
 mod sample;
+mod scale;
 mod server;
 
 use std::error::Error;
@@ -32,10 +35,13 @@ fn main() -> ExitCode {
     let outcome = match words.as_slice() {
         ["run", mode, rounds] => run::run(mode, rounds, false),
         ["run", mode, rounds, "quick"] => run::run(mode, rounds, true),
+        ["scale", rounds] => scale::run(rounds),
         ["serve", path] => server::serve(path),
         ["report", directory] => report::report(directory.as_ref()),
         _ => Err(
-            "usage: rnbd-bench run cost|wall ROUNDS [quick] | serve PATH | report DIRECTORY".into(),
+            "usage: rnbd-bench run cost|wall ROUNDS [quick] | scale ROUNDS | serve PATH | \
+             report DIRECTORY"
+                .into(),
         ),
     };
     match outcome {

@@ -40,17 +40,22 @@ fn wait_for(what: &str, mut there: impl FnMut() -> bool) -> Outcome<()> {
     Ok(())
 }
 
-/// A driver's module, loaded with one device until dropped.
+/// A driver's module, loaded until dropped.
 pub struct Module(&'static str);
 
 impl Module {
+    /// With one device.
     pub fn load(client: Client) -> Outcome<Self> {
+        Self::load_with(client, 1)
+    }
+
+    pub fn load_with(client: Client, devices: usize) -> Outcome<Self> {
         let (load, name) = match client {
-            Client::Nbd => ("modprobe nbd nbds_max=1", "nbd"),
-            Client::Rnbd => ("insmod /rnbd/rnbd.ko nbds_max=1", "rnbd"),
+            Client::Nbd => ("modprobe nbd", "nbd"),
+            Client::Rnbd => ("insmod /rnbd/rnbd.ko", "rnbd"),
             Client::Fio | Client::Raw => return Err("that is no driver".into()),
         };
-        sh(load)?;
+        sh(&format!("{load} nbds_max={devices}"))?;
         Ok(Self(name))
     }
 }
