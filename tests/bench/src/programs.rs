@@ -29,6 +29,14 @@ pub fn sh(script: &str) -> Outcome<String> {
     Ok(String::from_utf8(output.stdout)?)
 }
 
+/// The first number of the line that `rest_of` finds.
+pub fn number(path: &str, rest_of: impl Fn(&str) -> Option<&str>) -> Outcome<f64> {
+    let text = fs::read_to_string(path)?;
+    let rest = text.lines().find_map(rest_of);
+    let number = rest.and_then(|rest| rest.split_whitespace().next()?.parse().ok());
+    number.ok_or_else(|| format!("{path} is not as expected").into())
+}
+
 fn wait_for(what: &str, mut there: impl FnMut() -> bool) -> Outcome<()> {
     let deadline = Instant::now() + Duration::from_secs(20);
     while !there() {
@@ -112,6 +120,12 @@ impl Server {
             sum += run_time_us(&task?.path()).unwrap_or(0.0);
         }
         Ok(sum)
+    }
+
+    /// What is resident of it.
+    pub fn memory_kib(&self) -> Outcome<f64> {
+        let path = format!("/proc/{}/status", self.0.id());
+        number(&path, |line| line.strip_prefix("VmRSS:"))
     }
 }
 

@@ -34,13 +34,15 @@ pub struct Row {
     pub setting: String,
     pub cell: String,
     pub clients: BTreeMap<Client, Figures>,
+    /// See [`Row::relative`].
+    relative: BTreeMap<Client, f64>,
 }
 
 impl Row {
-    /// What an I/O takes, in parts of what it takes with nbd.ko.
+    /// What an I/O takes, in parts of what it takes with nbd.ko: median of the rounds, since what
+    /// disturbs one of them mostly disturbs all who were measured in it.
     pub fn relative(&self, client: Client) -> Option<f64> {
-        let of = |client| Some(self.clients.get(&client)?.ns_per_io);
-        Some(of(client)? / of(Client::Nbd)?)
+        self.relative.get(&client).copied()
     }
 }
 
@@ -110,9 +112,18 @@ fn rows(samples: &[&Sample]) -> Vec<Row> {
                 by_client.entry(other.client).or_default().push(other);
             }
         }
+        let relative = |client: &Client| {
+            let parts = by_client[client].iter().filter_map(|sample| {
+                let nbd = by_client.get(&Client::Nbd)?;
+                let same_round = nbd.iter().find(|other| other.round == sample.round)?;
+                Some(sample.ns_per_io / same_round.ns_per_io)
+            });
+            Some((*client, median(parts)?))
+        };
         rows.push(Row {
             setting: sample.setting.clone(),
             cell: sample.cell.clone(),
+            relative: by_client.keys().filter_map(relative).collect(),
             clients: by_client
                 .into_iter()
                 .map(|(client, samples)| (client, figures(&samples)))

@@ -9,12 +9,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::Outcome;
 use crate::matrix::Setting;
-use crate::programs::{Module, PORT, Server, is_kernel_thread, sh};
+use crate::programs::{Module, PORT, Server, is_kernel_thread, number, sh};
 use crate::sample::Client;
 
 const DEVICES: usize = 64;
-/// I/Os that each device does, one every so often.
-const IOS: usize = 40;
+/// I/Os that each device does, one every so often: so many, and so many more. What the latter take
+/// counts, since fio itself takes some time to come and go.
+const FEW_IOS: usize = 10;
+const MORE_IOS: usize = 200;
 const IOS_PER_SECOND: usize = 20;
 
 /// One run with one driver.
@@ -44,20 +46,20 @@ pub fn run(rounds: &str) -> Outcome<()> {
 
 fn measure(client: Client) -> Outcome<Sample> {
     let setting = Setting {
-        instant: false,
+        instant: true,
         unix: false,
         connections: 1,
     };
     let server = Server::start(setting)?;
-    let before = State::now()?;
+    let before = State::now(&server)?;
     let module = Module::load_with(client, DEVICES)?;
     for index in 0..DEVICES {
         sh(&format!("nbd-client 127.0.0.1 {PORT} /dev/nbd{index}"))?;
     }
-    let connected = State::now()?;
-    let (began, ios) = (Spent::now()?, DEVICES * IOS);
-    load()?;
-    let spent = Spent::now()?;
+    let connected = State::now(&server)?;
+    let few = load(FEW_IOS)?;
+    let many = load(FEW_IOS + MORE_IOS)?;
+    let ios = (DEVICES * MORE_IOS) as f64;
     for index in 0..DEVICES {
         sh(&format!("nbd-client -d /dev/nbd{index}"))?;
     }
@@ -65,35 +67,42 @@ fn measure(client: Client) -> Outcome<Sample> {
     Ok(Sample {
         client,
         devices: DEVICES,
-        instructions_per_io: (spent.run_ns - began.run_ns) / ios as f64 / 2e3,
-        switches_per_io: (spent.switches - began.switches) / ios as f64,
+        instructions_per_io: (many.run_ns - few.run_ns) / ios / 2e3,
+        switches_per_io: (many.switches - few.switches) / ios,
         kernel_threads: connected.threads - before.threads,
         kernel_workers: connected.workers.saturating_sub(before.workers),
-        kib_per_device: (before.free_kib - connected.free_kib) / DEVICES as f64,
+        kib_per_device: (before.others_kib - connected.others_kib) / DEVICES as f64,
     })
 }
 
-/// The same few reads on every device, at the same time.
-fn load() -> Outcome<()> {
+/// So many reads on every device, at the same time.
+fn load(ios: usize) -> Outcome<Spent> {
+    let began = Spent::now()?;
     let mut job = String::from("[global]\n");
     job += "rw=randread\nbs=4k\ndirect=1\nioengine=psync\nthread\n";
-    job += &format!("rate_iops={IOS_PER_SECOND}\nnumber_ios={IOS}\nsize=32M\n");
+    job += &format!("rate_iops={IOS_PER_SECOND}\nnumber_ios={ios}\nsize=32M\n");
     for index in 0..DEVICES {
         job += &format!("[d{index}]\nfilename=/dev/nbd{index}\n");
     }
     fs::write("/tmp/scale.fio", job)?;
-    sh("fio --output-format=json /tmp/scale.fio").map(drop)
+    sh("fio --output-format=json /tmp/scale.fio")?;
+    let now = Spent::now()?;
+    Ok(Spent {
+        run_ns: now.run_ns - began.run_ns,
+        switches: now.switches - began.switches,
+    })
 }
 
 /// What there is, when nothing happens.
 struct State {
     threads: usize,
     workers: usize,
-    free_kib: f64,
+    /// Free memory, and what the server has.
+    others_kib: f64,
 }
 
 impl State {
-    fn now() -> Outcome<Self> {
+    fn now(server: &Server) -> Outcome<Self> {
         sh("sync && echo 3 > /proc/sys/vm/drop_caches && sleep 2")?;
         let (mut threads, mut workers) = (0, 0);
         for entry in fs::read_dir("/proc")? {
@@ -111,18 +120,19 @@ impl State {
         Ok(Self {
             threads,
             workers,
-            free_kib: free,
+            others_kib: free + server.memory_kib()?,
         })
     }
 }
 
-/// What has been spent so far.
+/// What is spent.
 struct Spent {
     run_ns: f64,
     switches: f64,
 }
 
 impl Spent {
+    /// Since the machine came up.
     fn now() -> Outcome<Self> {
         // The seventh number of a processor: for how long tasks have run on it.
         let schedstat = fs::read_to_string("/proc/schedstat")?;
@@ -134,14 +144,6 @@ impl Spent {
         let switches = number("/proc/stat", |line| line.strip_prefix("ctxt "))?;
         Ok(Self { run_ns, switches })
     }
-}
-
-/// The first number of the line that `rest_of` finds.
-fn number(path: &str, rest_of: impl Fn(&str) -> Option<&str>) -> Outcome<f64> {
-    let text = fs::read_to_string(path)?;
-    let rest = text.lines().find_map(rest_of);
-    let number = rest.and_then(|rest| rest.split_whitespace().next()?.parse().ok());
-    number.ok_or_else(|| format!("{path} is not as expected").into())
 }
 
 /// On the host: prints what `path` has.
