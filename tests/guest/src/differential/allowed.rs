@@ -5,7 +5,7 @@
 
 use crate::netlink;
 
-use super::operations::{Attribute, Dev, Manner, Op, Request};
+use super::operations::{Attribute, DEVICES, Dev, Manner, Op, Request};
 use super::stage::{Step, Transcript};
 
 /// What is seen, with nbd.ko and with rnbd.
@@ -128,7 +128,12 @@ impl Past {
             } => {
                 match device {
                     Some(device) => self.started[*device as usize] = true,
-                    None => self.started = [true; 3],
+                    // One that nobody has opened.
+                    None => {
+                        for device in DEVICES {
+                            self.started[device as usize] |= !self.files.contains(&Some(device));
+                        }
+                    }
                 }
                 let long = |a: &Attribute| matches!(a, Attribute::Timeout(s) if is_long(*s));
                 self.long_timeout |= attributes.iter().any(long);

@@ -18,6 +18,7 @@ use crate::netlink::{
     CONNECT, DISCONNECT, INDEX, Link, Netlink, RECONFIGURE, SIZE_BYTES, SOCK_FD, SOCK_ITEM,
     SOCKETS, STATUS, Setup, attr, descriptor, nested,
 };
+use crate::programs::sh;
 use crate::proto::{self, CAN_MULTI_CONN, Command, READ_ONLY};
 use crate::server::{Server, Transport};
 use crate::sys::ioctl_number;
@@ -26,6 +27,7 @@ use crate::test;
 pub fn tests() -> Vec<Test> {
     vec![
         test!(family_and_group),
+        test!(genl_ctrl_list_sees_the_family),
         test!(connect_at_an_index),
         test!(connect_at_the_first_free_index),
         test!(connected_devices_carry_data),
@@ -44,7 +46,7 @@ pub fn tests() -> Vec<Test> {
     ]
 }
 
-/// What genl-ctrl-list shows.
+/// What the family of families tells of it.
 fn family_and_group(_: &Guest) {
     /// GENL_CMD_CAP_DO, GENL_CMD_CAP_HASPOL
     const DO: u32 = 0x02;
@@ -58,6 +60,13 @@ fn family_and_group(_: &Guest) {
     assert_eq!(family.ops, commands);
     assert_eq!(family.groups.len(), 1);
     assert_eq!(family.groups[0].0, "nbd_mc_group");
+}
+
+/// Another library's idea of generic netlink.
+fn genl_ctrl_list_sees_the_family(_: &Guest) {
+    let said = sh("genl-ctrl-list");
+    let ours = |line: &&str| line.trim().ends_with(" nbd version 1");
+    assert_eq!(said.lines().filter(ours).count(), 1, "{said}");
 }
 
 fn connect_at_an_index(_: &Guest) {
