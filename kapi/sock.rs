@@ -107,18 +107,24 @@ impl Socket {
     ///
     /// # Errors
     ///
-    /// `EAGAIN` where nothing fits; anything else means that the connection is gone.
+    /// `EAGAIN` where nothing fits, or for want of memory; anything else means that the connection is
+    /// gone.
     pub(crate) fn send(&self, data: Iov<'_>, more: bool) -> Result<usize> {
         let mut flags = bindings::MSG_DONTWAIT | bindings::MSG_NOSIGNAL;
         if more {
             flags |= bindings::MSG_MORE;
         }
-        self.transfer(data, bindings::ITER_SOURCE, |socket, msg| {
+        let sent = self.transfer(data, bindings::ITER_SOURCE, |socket, msg| {
             // SAFETY: The socket is valid; `msg` describes memory that lives during the call.
             unsafe {
                 (*msg).msg_flags = flags;
                 bindings::sock_sendmsg(socket, msg)
             }
+        });
+        // TCP says EAGAIN, too. A UNIX socket says what it is, and has taken nothing.
+        sent.map_err(|e| match e {
+            ENOBUFS | ENOMEM => EAGAIN,
+            e => e,
         })
     }
 
