@@ -58,7 +58,10 @@ impl kernel::Module for Rnbd {
     fn init(_module: &'static ThisModule) -> Result<Self> {
         let layout = layout()?;
         let count = device_count(layout)?;
-        let major = Major::register(rnbd_dev::MAJOR, c"nbd").map_err(|_| {
+        let major = Major::register(rnbd_dev::MAJOR, c"nbd").map_err(|e| {
+            if e != EBUSY {
+                return e;
+            }
             pr_err!("cannot have major {}: is nbd.ko loaded?\n", rnbd_dev::MAJOR);
             EIO
         })?;
