@@ -130,6 +130,15 @@ impl<P: Parking> Slot<P> {
         }
     }
 
+    /// Undoes a claim: the command is in flight as before. For whoever has won the claim, while nobody
+    /// clears the command's connection away, who would look for it only once.
+    pub(crate) fn put_back(&self, other_side: P::Item) {
+        let seen = Word(self.word.load());
+        drop(self.parked.put(other_side));
+        self.word
+            .store(Word::new(seen.generation(), seen.connection(), OPEN).0);
+    }
+
     /// Claims whatever command is in flight on `connection`, if one is.
     pub(crate) fn reclaim(&self, connection: u16) -> Option<P::Item> {
         let seen = Word(self.word.load());

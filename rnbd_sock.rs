@@ -587,7 +587,7 @@ impl Connection {
                     receive.current = Some(payload);
                     return Ok(());
                 }
-                payload.decide(Verdict::Complete(Status::OK));
+                self.complete(payload.into_request(), Status::OK);
             }
             let Some(header) = receive.next_header()? else {
                 return Ok(());
@@ -623,15 +623,24 @@ impl Connection {
         if let Some(error) = ServerError::from_wire(reply.error) {
             self.complain_of_error(&request, reply.error);
             let op = request.extent().op;
-            request.decide(Verdict::Complete(status_of(error, op)));
+            self.complete(request, status_of(error, op));
             return Ok(None);
         }
         let payload = Payload::new(request, Op::Read);
         if payload.left_bytes() > 0 {
             return Ok(Some(payload));
         }
-        payload.decide(Verdict::Complete(Status::OK));
+        self.complete(payload.into_request(), Status::OK);
         Ok(None)
+    }
+
+    /// Ends a command that was answered. The receive lock is held, so nobody clears the connection away.
+    fn complete(&self, request: Request, status: Status) {
+        if request.forgets_reply() {
+            self.table.forget_reply(request);
+        } else {
+            request.decide(Verdict::Complete(status));
+        }
     }
 
     fn complain(&self, what: core::fmt::Arguments<'_>) {

@@ -123,6 +123,15 @@ impl Table {
         }
     }
 
+    /// Does as if a command that was claimed had not been answered. Not while its connection is cleared
+    /// away.
+    pub(crate) fn forget_reply(&self, request: Request) {
+        let (hw_queue, tag) = request.tag();
+        if let Some(slot) = self.slot(hw_queue, tag) {
+            slot.put_back(request);
+        }
+    }
+
     /// What becomes of a command whose connection is lost.
     pub(crate) fn verdict_of_lost(&self) -> Verdict {
         if self.is_disconnected() {

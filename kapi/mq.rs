@@ -198,6 +198,36 @@ impl Request {
         unsafe { pdu(self.rq) }.verdict.store(value, Relaxed);
     }
 
+    /// Whether its reply is to be forgotten, since somebody tests what happens then
+    /// (`blk_should_fake_timeout()`).
+    #[cfg(CONFIG_FAIL_IO_TIMEOUT)]
+    pub(crate) fn forgets_reply(&self) -> bool {
+        // SAFETY: By the type invariant the request is in flight, so its queue is valid; its flags are
+        // looked at without a lock in C too.
+        unsafe {
+            let queue = (*self.rq.as_ptr()).q;
+            let flags = (&raw const (*queue).queue_flags).read_volatile();
+            flags & (1 << bindings::QUEUE_FLAG_FAIL_IO) != 0
+                && bindings::__blk_should_fake_timeout(queue)
+        }
+    }
+
+    /// This kernel cannot do that.
+    #[cfg(not(CONFIG_FAIL_IO_TIMEOUT))]
+    pub(crate) fn forgets_reply(&self) -> bool {
+        false
+    }
+
+    /// Its hardware queue and its tag.
+    pub(crate) fn tag(&self) -> (u32, u32) {
+        // SAFETY: By the type invariant the request is in flight while this handle lives; the hardware
+        // context lives as long as the queue has requests.
+        unsafe {
+            let rq = self.rq.as_ptr();
+            ((*(*rq).mq_hctx).queue_num, (*rq).tag as u32)
+        }
+    }
+
     pub(super) fn as_ptr(&self) -> *mut bindings::request {
         self.rq.as_ptr()
     }

@@ -128,6 +128,11 @@ impl Payload {
         self.request.decide(verdict);
     }
 
+    /// The request's handle.
+    pub(crate) fn into_request(self) -> Request {
+        self.request
+    }
+
     /// Moves on by `bytes`, at most to the end.
     pub(crate) fn advance(&mut self, mut bytes: usize) {
         while bytes > 0 {

@@ -23,6 +23,7 @@ pub(crate) trait Commands: Send + Sync + 'static {
     fn start(&self, connection: u16, other: Request) -> u32;
     fn claim(&self, generation: u32, connection: u16) -> Option<Request>;
     fn reclaim(&self, connection: u16) -> Option<Request>;
+    fn put_back(&self, other: Request);
 }
 
 /// Implements [`Commands`] for the `Slot` of a module like `rnbd_cmd`.
@@ -55,6 +56,10 @@ macro_rules! commands {
 
             fn reclaim(&self, connection: u16) -> Option<crate::blk_mq::Request> {
                 self.reclaim(connection)
+            }
+
+            fn put_back(&self, other: crate::blk_mq::Request) {
+                self.put_back(other)
             }
         }
     };
@@ -184,6 +189,23 @@ fn reply_or_death<S: Commands>() {
     assert_eq!(shared.tag.history(), [verdict]);
 }
 
+/// A reply that fault injection has the receiver forget leaves the command where it was: nobody else
+/// gets it, and it goes with its connection, which the receiver itself clears away.
+fn forgotten_reply<S: Commands>() {
+    let shared = Shared::<S>::new();
+    let (transmit, generation) = shared.start(0);
+    let receiver = shared.spawn(move |slot| {
+        slot.put_back(slot.claim(generation, 0).expect("a good reply was refused"));
+        let reclaimed = slot.reclaim(0).expect("a forgotten command is lost");
+        reclaimed.decide(Verdict::Requeue);
+    });
+    let other_death = shared.reap(1);
+    send(transmit);
+    receiver.join().unwrap();
+    assert!(!other_death.join().unwrap(), "another connection's command");
+    assert_eq!(shared.tag.history(), [Verdict::Requeue]);
+}
+
 /// Of two equal replies, even at once, one is accepted; a third one is not.
 fn repeated_reply<S: Commands>() {
     let shared = Shared::<S>::new();
@@ -279,6 +301,7 @@ models! {
     write_is_answered_while_it_is_sent,
     read_is_answered_while_it_is_sent,
     reply_or_death,
+    forgotten_reply,
     repeated_reply,
     reply_to_a_command_that_is_being_started,
     reply_and_death_of_another_connection,
