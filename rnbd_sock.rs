@@ -580,20 +580,10 @@ impl Connection {
 
     /// Works through what was received.
     fn understand(&self, receive: &mut Receive) -> Result {
-        loop {
-            if let Some(mut payload) = receive.current.take() {
-                receive.move_to(&mut payload)?;
-                if payload.left_bytes() > 0 {
-                    receive.current = Some(payload);
-                    return Ok(());
-                }
-                self.complete(payload.into_request(), Status::OK);
-            }
-            let Some(header) = receive.next_header()? else {
-                return Ok(());
-            };
-            receive.current = self.handle_reply(&header)?;
-        }
+        receive.understand(
+            |header| self.handle_reply(header),
+            |payload| self.complete(payload.into_request(), Status::OK),
+        )
     }
 
     /// nbd.c's `nbd_handle_reply()`: finds and claims the command. Returns it where data follows.

@@ -216,8 +216,36 @@ impl Receive {
         Ok(before - segment.left_bytes())
     }
 
+    /// Works through what was received: data goes to the command that waits for it, which is given to
+    /// `complete` when all is there, and each header to `handle`, which answers with the command whose
+    /// data follows it.
+    ///
+    /// # Errors
+    ///
+    /// Those of `handle`. Nothing of the stream can be understood any more.
+    pub(crate) fn understand(
+        &mut self,
+        handle: impl Fn(&[u8; REPLY_BYTES]) -> Result<Option<Payload>>,
+        complete: impl Fn(Payload),
+    ) -> Result {
+        loop {
+            if let Some(mut payload) = self.current.take() {
+                self.move_to(&mut payload)?;
+                if payload.left_bytes() > 0 {
+                    self.current = Some(payload);
+                    return Ok(());
+                }
+                complete(payload);
+            }
+            let Some(header) = self.next_header()? else {
+                return Ok(());
+            };
+            self.current = handle(&header)?;
+        }
+    }
+
     /// Copies what was received ahead to where it belongs.
-    pub(crate) fn move_to(&mut self, payload: &mut Payload) -> Result {
+    fn move_to(&mut self, payload: &mut Payload) -> Result {
         let ahead = self.end - self.start;
         if ahead > 0 && payload.left_bytes() > 0 {
             self.start += self.buffer.copy_to(self.start, ahead, payload)?;
@@ -227,7 +255,7 @@ impl Receive {
     }
 
     /// The next reply's header, if it is all there.
-    pub(crate) fn next_header(&mut self) -> Result<Option<[u8; REPLY_BYTES]>> {
+    fn next_header(&mut self) -> Result<Option<[u8; REPLY_BYTES]>> {
         let mut header = [0; REPLY_BYTES];
         let there = (self.end - self.start).min(REPLY_BYTES);
         let (have, _) = header.split_at_mut(there);
