@@ -14,6 +14,8 @@
 ##   make check              run all tests, or those that match T=pattern
 ##   make check-debug        the tests in the virtual machine on a kernel that looks for faults: KASAN,
 ##                           lockdep, kmemleak and others; the first run builds it, in half an hour
+##   make fuzz               look for byte streams that the driver's parser takes wrongly, for SECONDS=60;
+##                           the first run makes a build root with clang
 ##   make shell              a shell in the virtual machine, the driver loaded
 ##   make stock              build/rnbd.ko for the stock kernel
 ##   make bench              rnbd.ko and nbd.ko side by side: cost and speed (QUICK=1: minutes)
@@ -30,6 +32,7 @@
 ##   SEED=number             check: what the random tests of an earlier run began with
 ##   QUICK=1 ROUNDS=n        bench: measure less; so many rounds
 ##   MODES="cost wall scale" bench: or fewer: instructions for an I/O, speed, many devices
+##   SECONDS=n               fuzz: so long
 ##   V=1                     show the commands of the build
 
 ifdef RNBD_INSIDE
@@ -95,6 +98,10 @@ check-debug: export KERNEL := debug
 check-debug:
 	$(workbench) tools/check
 
+fuzz: export KERNEL := debug
+fuzz:
+	$(workbench) tools/fuzz -max_total_time=$(or $(SECONDS),60)
+
 bench:
 	$(workbench) tools/bench
 
@@ -116,5 +123,5 @@ help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 .DEFAULT_GOAL := modules
-.PHONY: modules modules_install check-kdir stock demo shell check check-debug bench lint \
+.PHONY: modules modules_install check-kdir stock demo shell check check-debug fuzz bench lint \
 	rustfmt rustfmtcheck clippy rustdoc shellcheck unsafecheck clean distclean help

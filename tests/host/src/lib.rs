@@ -3,6 +3,7 @@
 //!
 //! - `wire`: what goes over the wire, against bytes written by hand from the protocol's text
 //! - `ring`: the queue, against one that is known to work
+//! - `stream`: what a server sends, in whatever pieces: what `make fuzz` has found, once more
 //! - `ownership`: who ends a command, in all interleavings that the memory model allows ([loom])
 //! - `session`: the same for a command that is handed to connections which die meanwhile
 //! - `receiving`: the lock that nobody waits for, between a socket's callback and a work item
@@ -44,4 +45,5 @@ mod ownership;
 mod receiving;
 mod ring;
 mod session;
+mod stream;
 mod wire;

@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What happens, read from bytes that mean something whatever they are.
+
+use crate::kapi::mq::Op;
+
+/// Places of the table.
+pub(crate) const SLOTS: usize = 8;
+
+/// A script's data is never longer than this in all.
+const LONGEST: usize = 256 << 10;
+
+pub(crate) enum Step {
+    /// A command is started, unless its slot is busy.
+    Start {
+        slot: usize,
+        op: Op,
+        len_bytes: u32,
+        /// How large the pieces of its memory are.
+        piece_bytes: usize,
+        /// Or on another connection.
+        ours: bool,
+    },
+    /// The server sends something.
+    Serve(Vec<u8>),
+    /// At most so much comes in with the callback.
+    Arrive { limit: usize },
+    /// At most so much is fetched by the work item.
+    Fill { limit: usize },
+    /// At most so much is sent.
+    Send { limit: usize },
+}
+
+const OPS: [Op; 5] = [Op::Read, Op::Write, Op::Flush, Op::Discard, Op::WriteZeroes];
+const LENGTHS: [u32; 8] = [512, 512, 1024, 4096, 8192, 33280, 65536, 131_072];
+const PIECES: [usize; 4] = [512, 4096, 4096, 65536];
+const ERRORS: [u32; 8] = [1, 5, 12, 22, 28, 75, 95, 108];
+
+pub(crate) struct Script<'a> {
+    left: &'a [u8],
+    served: usize,
+    started: usize,
+}
+
+impl<'a> Script<'a> {
+    pub(crate) fn new(bytes: &'a [u8]) -> Self {
+        Script {
+            left: bytes,
+            served: 0,
+            started: 0,
+        }
+    }
+
+    fn byte(&mut self) -> Option<u8> {
+        let (first, left) = self.left.split_first()?;
+        self.left = left;
+        Some(*first)
+    }
+
+    fn number(&mut self) -> Option<usize> {
+        Some((usize::from(self.byte()?) << 8) | usize::from(self.byte()?))
+    }
+
+    /// The next step, which may refer to these cookies.
+    pub(crate) fn next_step(&mut self, cookies: &[u64]) -> Option<Step> {
+        let kind = self.byte()?;
+        Some(match kind % 8 {
+            0 | 1 => self.start()?,
+            2 => self.serve(Self::raw)?,
+            3 | 4 => {
+                let reply = self.reply(cookies)?;
+                self.serve(|_| Some(reply))?
+            }
+            5 => Step::Arrive {
+                limit: self.number()?,
+            },
+            6 => Step::Fill {
+                limit: self.number()?,
+            },
+            _ => Step::Send {
+                limit: self.number()?,
+            },
+        })
+    }
+
+    fn start(&mut self) -> Option<Step> {
+        let (what, size) = (self.byte()?, self.byte()?);
+        let len_bytes = LENGTHS[usize::from(size % 8)];
+        self.started += len_bytes as usize;
+        if self.started > LONGEST {
+            return None;
+        }
+        Some(Step::Start {
+            slot: usize::from(what) % SLOTS,
+            op: OPS[usize::from(what / 8) % OPS.len()],
+            len_bytes,
+            piece_bytes: PIECES[usize::from(size / 8) % PIECES.len()],
+            ours: size < 0xf0,
+        })
+    }
+
+    fn serve(&mut self, bytes: impl FnOnce(&mut Self) -> Option<Vec<u8>>) -> Option<Step> {
+        let bytes = bytes(self)?;
+        self.served += bytes.len();
+        (self.served <= LONGEST).then_some(Step::Serve(bytes))
+    }
+
+    /// Bytes as they are in the script.
+    fn raw(&mut self) -> Option<Vec<u8>> {
+        let len = usize::from(self.byte()?).min(self.left.len());
+        let (bytes, left) = self.left.split_at(len);
+        self.left = left;
+        Some(bytes.to_vec())
+    }
+
+    /// A reply, mostly to one of the commands, and data, mostly as much as some read wants.
+    fn reply(&mut self, cookies: &[u64]) -> Option<Vec<u8>> {
+        let (which, how, size) = (self.byte()?, self.byte()?, self.byte()?);
+        let cookie = cookies.get(usize::from(which) % cookies.len().max(1));
+        let mut cookie = cookie.copied().unwrap_or(0);
+        let mut magic = 0x6744_6698_u32;
+        let mut error = 0;
+        match how % 16 {
+            0 => cookie ^= 1 << (size % 64),
+            1 => cookie = cookie.wrapping_add(1 << 32),
+            2 => cookie = cookie.wrapping_sub(1 << 32),
+            3 => magic ^= 1 << (size % 32),
+            4 => magic = 0x668e_33ef,
+            5 | 6 => error = ERRORS[usize::from(size) % 8],
+            7 => error = u32::from(size) << (how / 16 * 2),
+            _ => {}
+        }
+        let mut reply = magic.to_be_bytes().to_vec();
+        reply.extend(error.to_be_bytes());
+        reply.extend(cookie.to_be_bytes());
+        let data = match how / 32 {
+            0..4 => 0,
+            4 | 5 => LENGTHS[usize::from(size % 8)] as usize,
+            6 => usize::from(size),
+            _ => LENGTHS[usize::from(size % 8)] as usize - usize::from(size / 8),
+        };
+        reply.extend((0..data).map(|at| (at ^ (at >> 8)) as u8 ^ which));
+        Some(reply)
+    }
+}
