@@ -20,7 +20,7 @@ double.free|slab-out-of-bounds|KFENCE|KCSAN|kmemleak
 scheduling while atomic|sleeping function called
 unable to handle|bad unlock balance|held lock freed
 page allocation failure
-(EXT4-fs|XFS|BTRFS).*([Cc]orrupt|bad )
+(EXT4-fs|XFS|BTRFS).*([Cc]orrupt($|[^ ]| [^0])|bad )
 ";
 
 static BAD: LazyLock<Regex> = LazyLock::new(|| {

@@ -20,6 +20,7 @@
 //!
 //! - `harness` runs a test, `klog` reads the kernel's log, `stacks` shows what hangs
 //! - `server` is an NBD server that can be told to misbehave; `proto` has the numbers
+//! - `volatile` is a server that loses what was not flushed; `ledger` knows what must be there
 //! - `device` connects a device to it; `driver` loads modules; `programs` runs real programs
 //! - `negotiate` dials real servers
 //! - `debug_kernel` knows what is different on the kernel of `make check-debug`
@@ -34,6 +35,7 @@ mod driver;
 mod harness;
 mod helper;
 mod klog;
+mod ledger;
 mod negotiate;
 mod netlink;
 mod programs;
@@ -44,6 +46,7 @@ mod sys;
 mod tests;
 mod tree;
 mod uevents;
+mod volatile;
 
 use std::fs::File;
 use std::io::{Read, Write};

@@ -182,6 +182,15 @@ impl Server {
         self.state.kill();
     }
 
+    /// Ends every connection as a machine does that has crashed and is back: TCP sends a reset.
+    pub fn abort(&self) {
+        for socket in self.state.sockets.lock().unwrap().iter() {
+            // Other kinds of sockets know no reset.
+            let _ = rustix::net::connect_unspec(socket);
+        }
+        self.kill();
+    }
+
     /// Ends one connection, if there is such a one.
     pub fn kill_connection(&self, index: usize) {
         if let Some(socket) = self.state.sockets.lock().unwrap().get(index) {

@@ -7,13 +7,16 @@ mod do_it;
 mod endings;
 mod errors;
 mod geometry;
+mod integrity;
 mod io;
 mod ioctl;
+mod journals;
 mod limits;
 mod long;
 mod module;
 mod multi;
 mod netlink;
+mod network;
 mod outages;
 mod races;
 mod replies;
@@ -42,6 +45,9 @@ pub fn all() -> Vec<Test> {
         user_space::tests(),
         differential::tests(),
         outages::tests(),
+        integrity::tests(),
+        journals::tests(),
+        network::tests(),
         long::tests(),
     ]
     .into_iter()

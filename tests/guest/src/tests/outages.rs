@@ -193,13 +193,13 @@ fn servers_of_single_connections_die(_: &Guest) {
 }
 
 /// A host of its own, as far as the network is concerned.
-struct Namespace(&'static str);
+pub struct Namespace(pub &'static str);
 
 impl Namespace {
-    const PORT: u16 = 10809;
+    pub const PORT: u16 = 10809;
 
     /// `number` is part of its address.
-    fn new(name: &'static str, number: u8) -> Self {
+    pub fn new(name: &'static str, number: u8) -> Self {
         let namespace = Self(name);
         sh(&format!(
             "ip netns add {name}
@@ -223,7 +223,7 @@ impl Namespace {
         })
     }
 
-    fn link(&self, state: &str) {
+    pub fn link(&self, state: &str) {
         sh(&format!("ip -n {} link set eth0 {state}", self.0));
     }
 }
