@@ -16,6 +16,7 @@
 ##                           lockdep, kmemleak and others; the first run builds it, in half an hour
 ##   make fuzz               look for byte streams that the driver's parser takes wrongly, for SECONDS=60;
 ##                           the first run makes a build root with clang
+##   make soak HOURS=h       everything at once for so long, with faults at random (fractions will do)
 ##   make shell              a shell in the virtual machine, the driver loaded
 ##   make stock              build/rnbd.ko for the stock kernel
 ##   make bench              rnbd.ko and nbd.ko side by side: cost and speed (QUICK=1: minutes)
@@ -26,10 +27,10 @@
 ##
 ## Variables
 ##   KDIR=dir                the kernel build tree for "make"
-##   DRIVER=nbd              demo, check and shell: use the kernel's own driver instead
-##   KERNEL=debug            demo, check and shell: use the kernel of check-debug
+##   DRIVER=nbd              demo, check, soak and shell: use the kernel's own driver instead
+##   KERNEL=debug            demo, check, soak and shell: use the kernel of check-debug
 ##   T=pattern               check: only tests whose names contain it
-##   SEED=number             check: what the random tests of an earlier run began with
+##   SEED=number             check, soak: what the random tests of an earlier run began with
 ##   QUICK=1 ROUNDS=n        bench: measure less; so many rounds
 ##   MODES="cost wall scale" bench: or fewer: instructions for an I/O, speed, many devices
 ##   SECONDS=n               fuzz: so long
@@ -45,7 +46,7 @@ endif
 
 DRIVER ?= rnbd
 KERNEL ?= stock
-export DRIVER KERNEL T SEED V QUICK MODES ROUNDS
+export DRIVER KERNEL T SEED HOURS V QUICK MODES ROUNDS
 
 builds := $(CURDIR)/build
 out := $(builds)$(if $(filter debug,$(KERNEL)),/debug)
@@ -102,6 +103,9 @@ fuzz: export KERNEL := debug
 fuzz:
 	$(workbench) tools/fuzz -max_total_time=$(or $(SECONDS),60)
 
+soak:
+	$(workbench) tools/soak
+
 bench:
 	$(workbench) tools/bench
 
@@ -123,5 +127,5 @@ help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 .DEFAULT_GOAL := modules
-.PHONY: modules modules_install check-kdir stock demo shell check check-debug fuzz bench lint \
+.PHONY: modules modules_install check-kdir stock demo shell check check-debug fuzz soak bench lint \
 	rustfmt rustfmtcheck clippy rustdoc shellcheck unsafecheck clean distclean help

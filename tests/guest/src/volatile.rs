@@ -256,6 +256,11 @@ impl Host {
         self.server.living()
     }
 
+    /// Lets a server that has run for long forget what it has been asked.
+    pub fn forget_requests(&self) {
+        self.server.forget_requests();
+    }
+
     /// Ends every connection; the server lives on and has lost nothing.
     pub fn reset(&self) {
         let made = self.connections.load(Ordering::SeqCst);

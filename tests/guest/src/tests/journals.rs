@@ -267,6 +267,11 @@ impl Mounted {
         try_sh(&format!("mount /dev/nbd0 {MOUNTED}")).map(drop)
     }
 
+    /// Lets the server forget what it has been asked.
+    pub fn forget_requests(&self) {
+        self.host.forget_requests();
+    }
+
     pub fn end(self) {
         // It is not mounted where mounting failed.
         let _ = try_sh(&format!("umount {MOUNTED}"));

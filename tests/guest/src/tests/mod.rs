@@ -21,6 +21,7 @@ mod outages;
 mod races;
 mod replies;
 mod signals;
+mod soak;
 mod timeouts;
 mod user_space;
 
@@ -49,6 +50,7 @@ pub fn all() -> Vec<Test> {
         journals::tests(),
         network::tests(),
         long::tests(),
+        soak::tests(),
     ]
     .into_iter()
     .flatten()
