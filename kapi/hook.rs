@@ -24,6 +24,30 @@ pub(crate) trait Events: Send + Sync + 'static {
     fn writable(this: ArcBorrow<'_, Self>) -> bool;
 }
 
+/// Whether the socket is a connection, or was one until it was ended. One that listens, or might, gives
+/// its callbacks to all that connect to it, and those are not ours.
+///
+/// # Safety
+///
+/// `sk` must be a socket, valid and locked.
+unsafe fn was_connected(sk: *mut bindings::sock) -> bool {
+    // SAFETY: The caller promises so.
+    let (state, shutdown) = unsafe { ((*sk).__sk_common.skc_state, (*sk).sk_shutdown) };
+    match state {
+        bindings::TCP_LISTEN => false,
+        bindings::TCP_CLOSE => shutdown != 0,
+        _ => true,
+    }
+}
+
+/// What `sk_user_data` is for this hook: a pointer that connections to the socket do not inherit.
+fn tagged<T: Events>(hook: &KBox<Hook<T>>) -> *mut core::ffi::c_void {
+    let hook: *const Hook<T> = &raw const **hook;
+    hook.wrapping_byte_add(bindings::SK_USER_DATA_NOCOPY)
+        .cast_mut()
+        .cast()
+}
+
 type Callback = Option<unsafe extern "C" fn(*mut bindings::sock)>;
 
 /// What `sk_user_data` points to while a socket is hooked.
@@ -53,36 +77,61 @@ impl Socket {
             },
             GFP_KERNEL,
         )?;
-        // SAFETY: By the type invariant `sk` is valid; the lock protects what is changed here.
-        unsafe {
+        // SAFETY: By the type invariant `sk` is valid; the lock protects what is changed here. The
+        // socket is locked, so that it does not begin to listen meanwhile.
+        let stopped = unsafe {
+            bindings::lock_sock_nested(sk.cast(), 0);
             bindings::_raw_write_lock_bh(&raw mut (*sk).sk_callback_lock);
             let free = (*sk).sk_user_data.is_null();
+            let connected = was_connected(sk);
             if free {
                 hook.state_change = (*sk).sk_state_change;
                 hook.error_report = (*sk).sk_error_report;
                 hook.data_ready = (*sk).sk_data_ready;
                 hook.write_space = (*sk).sk_write_space;
-                (*sk).sk_user_data = (&raw const *hook).cast_mut().cast();
+                (*sk).sk_user_data = tagged(&hook);
+            }
+            if free && connected {
                 (*sk).sk_state_change = Some(state_change::<T>);
                 (*sk).sk_error_report = Some(error_report::<T>);
                 (*sk).sk_data_ready = Some(data_ready::<T>);
                 (*sk).sk_write_space = Some(write_space::<T>);
             }
             bindings::_raw_write_unlock_bh(&raw mut (*sk).sk_callback_lock);
+            bindings::release_sock(sk.cast());
             if !free {
                 return Err(EBUSY);
             }
-        }
+            !connected
+        };
         self.prepare_for_reclaim();
         // SAFETY: By the type invariant `sk` is valid.
         let lock_class = unsafe { LockClass::give(sk) };
-        // INVARIANT: It was installed above.
+        // INVARIANT: It was installed above, and so were the callbacks unless `stopped`.
         Ok(Hooked {
             socket: self.clone(),
             hook,
-            stopped: false,
+            stopped,
             lock_class,
         })
+    }
+}
+
+impl<T: Events> Hook<T> {
+    /// Gives the socket its own callbacks back.
+    ///
+    /// # Safety
+    ///
+    /// `sk` must be the socket that this is the hook of, with `sk_callback_lock` held: for writing, or for
+    /// reading by one of our callbacks, all of which store the same.
+    unsafe fn put_back(&self, sk: *mut bindings::sock) {
+        // SAFETY: The caller promises so. The pointers are read without the lock.
+        unsafe {
+            (&raw mut (*sk).sk_state_change).write_volatile(self.state_change);
+            (&raw mut (*sk).sk_error_report).write_volatile(self.error_report);
+            (&raw mut (*sk).sk_data_ready).write_volatile(self.data_ready);
+            (&raw mut (*sk).sk_write_space).write_volatile(self.write_space);
+        }
     }
 }
 
@@ -91,7 +140,8 @@ impl Socket {
 ///
 /// # Invariants
 ///
-/// `hook` is the socket's `sk_user_data`. Unless `stopped`, the callbacks are ours for `T`.
+/// `hook`, tagged, is the socket's `sk_user_data`. Unless `stopped`, the callbacks are ours for `T`, or
+/// those that it had, where it was closed.
 pub(crate) struct Hooked<T: Events> {
     socket: Socket,
     hook: KBox<Hook<T>>,
@@ -110,10 +160,7 @@ impl<T: Events> Hooked<T> {
         // reading, so when the lock for writing is released none runs and none will.
         unsafe {
             bindings::_raw_write_lock_bh(&raw mut (*sk).sk_callback_lock);
-            (*sk).sk_state_change = self.hook.state_change;
-            (*sk).sk_error_report = self.hook.error_report;
-            (*sk).sk_data_ready = self.hook.data_ready;
-            (*sk).sk_write_space = self.hook.write_space;
+            self.hook.put_back(sk);
             bindings::_raw_write_unlock_bh(&raw mut (*sk).sk_callback_lock);
         }
         self.stopped = true;
@@ -226,12 +273,12 @@ impl LockClass {
 /// To be called by a callback that was installed for `T`, with its `sk`.
 unsafe fn with_hook<T: Events>(sk: *mut bindings::sock, f: impl FnOnce(&Hook<T>)) {
     // SAFETY: `sk` is valid during its callback. What `sk_user_data` points to stays while the lock is
-    // held; it is null or a `Hook<T>`, because the callback is replaced together with it.
+    // held; it is null or a tagged `Hook<T>`, because the callback is replaced together with it.
     unsafe {
         bindings::_raw_read_lock_bh(&raw mut (*sk).sk_callback_lock);
         let hook = (*sk).sk_user_data.cast::<Hook<T>>();
-        if let Some(hook) = hook.as_ref() {
-            f(hook);
+        if !hook.is_null() {
+            f(&*hook.wrapping_byte_sub(bindings::SK_USER_DATA_NOCOPY));
         }
         bindings::_raw_read_unlock_bh(&raw mut (*sk).sk_callback_lock);
     }
@@ -293,10 +340,14 @@ unsafe extern "C" fn state_change<T: Events>(sk: *mut bindings::sock) {
 ///
 /// As for [`data_ready()`].
 unsafe extern "C" fn error_report<T: Events>(sk: *mut bindings::sock) {
-    // SAFETY: As above.
+    // SAFETY: As above. `with_hook()` holds the lock for reading.
     unsafe {
         with_hook::<T>(sk, |hook| {
             T::readable(hook.owner.as_arc_borrow());
+            // Whoever has the descriptor too can have it listen now: see `was_connected()`.
+            if (*sk).__sk_common.skc_state == bindings::TCP_CLOSE {
+                hook.put_back(sk);
+            }
             if let Some(saved) = hook.error_report {
                 saved(sk);
             }
