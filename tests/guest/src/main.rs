@@ -23,6 +23,7 @@
 //! - `volatile` is a server that loses what was not flushed; `ledger` knows what must be there
 //! - `device` connects a device to it; `driver` loads modules; `programs` runs real programs
 //! - `negotiate` dials real servers
+//! - `injection` has the kernel inject faults
 //! - `debug_kernel` knows what is different on the kernel of `make check-debug`
 //! - `tree` compares directory trees; `uevents` hears what udev hears
 //! - `tests` has the tests
@@ -34,6 +35,7 @@ mod differential;
 mod driver;
 mod harness;
 mod helper;
+mod injection;
 mod klog;
 mod ledger;
 mod negotiate;

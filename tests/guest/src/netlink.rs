@@ -321,7 +321,7 @@ impl Setup {
         Self::default().index(index)
     }
 
-    fn attrs(&self) -> Vec<Attr> {
+    pub fn attrs(&self) -> Vec<Attr> {
         self.attrs.clone()
     }
 
@@ -405,7 +405,8 @@ impl Setup {
         self.try_attach_over(&[Transport::Unix])
     }
 
-    fn try_attach_over(&self, transports: &[Transport]) -> SysResult<Link> {
+    /// As [`Self::attach_over`], where it may fail.
+    pub fn try_attach_over(&self, transports: &[Transport]) -> SysResult<Link> {
         let server = Server::new();
         let sockets = transports
             .iter()

@@ -388,6 +388,12 @@ impl Conn {
         Err(io::ErrorKind::ConnectionAborted.into())
     }
 
+    /// Whether the other side, or somebody from outside, has ended it.
+    pub fn is_ended(&self) -> bool {
+        self.wait(PollFlags::RDHUP, Some(Duration::ZERO))
+            .unwrap_or(true)
+    }
+
     /// Ends the connection here.
     pub fn close(&mut self) -> io::Result<()> {
         Err(io::ErrorKind::ConnectionAborted.into())

@@ -6,6 +6,7 @@ mod differential;
 mod do_it;
 mod endings;
 mod errors;
+mod faults;
 mod geometry;
 mod integrity;
 mod io;
@@ -43,6 +44,7 @@ pub fn all() -> Vec<Test> {
         signals::tests(),
         netlink::tests(),
         races::tests(),
+        faults::tests(),
         user_space::tests(),
         differential::tests(),
         outages::tests(),
