@@ -21,6 +21,7 @@
 //! - `harness` runs a test, `klog` reads the kernel's log, `stacks` shows what hangs
 //! - `server` is an NBD server that can be told to misbehave; `proto` has the numbers
 //! - `volatile` is a server that loses what was not flushed; `ledger` knows what must be there
+//! - `liar` is a server that does so at random
 //! - `device` connects a device to it; `driver` loads modules; `programs` runs real programs
 //! - `negotiate` dials real servers
 //! - `injection` has the kernel inject faults
@@ -38,6 +39,7 @@ mod helper;
 mod injection;
 mod klog;
 mod ledger;
+mod liar;
 mod negotiate;
 mod netlink;
 mod programs;

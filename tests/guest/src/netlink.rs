@@ -56,6 +56,9 @@ const DEVICE_CONNECTED: u16 = 2;
 pub const DESTROY_ON_DISCONNECT: u64 = 1 << 0;
 pub const DISCONNECT_ON_CLOSE: u64 = 1 << 1;
 
+/// What the kernel says yes and no with (linux/netlink.h).
+const NLMSG_ERROR: u16 = 2;
+
 /// The family of families (linux/genetlink.h).
 const CTRL: u16 = 0x10;
 const CTRL_GETFAMILY: u8 = 3;
@@ -223,6 +226,24 @@ impl Netlink {
                 other => panic!("the kernel said {other:?}"),
             }
         }
+    }
+
+    /// Sends whatever bytes, and answers with the errnos that the kernel has said to them; 0 is yes. It
+    /// says nothing to what it does not take for a message.
+    pub fn send_bytes(&self, bytes: &[u8]) -> Vec<i32> {
+        let mut errnos = Vec::new();
+        // What is no message at all may be refused here.
+        let sent = self.socket.send(bytes, Msg::empty());
+        errnos.extend(sent.err().and_then(|error| error.raw_os_error()));
+        let mut answer = vec![0; 64 << 10];
+        while let Ok((len, _)) = self.socket.recv(&mut answer, Msg::DONTWAIT) {
+            let number = |at: usize| i32::from_ne_bytes(answer[at..at + 4].try_into().unwrap());
+            // struct nlmsghdr and, in NLMSG_ERROR, the errno.
+            if len >= 20 && answer[4..6] == NLMSG_ERROR.to_ne_bytes() {
+                errnos.push(-number(16));
+            }
+        }
+        errnos
     }
 
     /// The next message that is there.

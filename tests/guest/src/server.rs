@@ -405,7 +405,12 @@ impl Conn {
         self.close()
     }
 
-    fn readable_within(&self, timeout: Duration) -> io::Result<bool> {
+    /// Sends nothing more, but goes on to read.
+    pub fn half_close(&mut self) -> io::Result<()> {
+        self.socket.shutdown(std::net::Shutdown::Write)
+    }
+
+    pub fn readable_within(&self, timeout: Duration) -> io::Result<bool> {
         self.wait(PollFlags::IN, Some(timeout))
     }
 

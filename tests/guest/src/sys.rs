@@ -88,6 +88,25 @@ pub fn ioctl_compat(fd: impl AsFd, request: u32, argument: u32) -> SysResult {
     }
 }
 
+/// `setsockopt()` with a value of bytes, for options that no crate knows.
+pub fn set_socket_option(fd: impl AsFd, level: i32, name: i32, value: &[u8]) -> SysResult {
+    // SAFETY: the borrow lasts for the call, and the callers set no option whose value has pointers.
+    let answer = unsafe {
+        libc::setsockopt(
+            fd.as_fd().as_raw_fd(),
+            level,
+            name,
+            value.as_ptr().cast(),
+            value.len() as libc::socklen_t,
+        )
+    };
+    if answer < 0 {
+        Err(last_errno())
+    } else {
+        Ok(answer)
+    }
+}
+
 /// Takes over a descriptor that this process was started with.
 pub fn take_fd(number: RawFd) -> OwnedFd {
     // SAFETY: the parent left it open for this purpose, and nobody else here knows it.

@@ -8,6 +8,8 @@ mod endings;
 mod errors;
 mod faults;
 mod geometry;
+mod hostile;
+mod hostile_user;
 mod integrity;
 mod io;
 mod ioctl;
@@ -39,6 +41,8 @@ pub fn all() -> Vec<Test> {
         multi::tests(),
         errors::tests(),
         replies::tests(),
+        hostile::tests(),
+        hostile_user::tests(),
         timeouts::tests(),
         endings::tests(),
         signals::tests(),
