@@ -248,8 +248,7 @@ fn sweep_some(
     mut attempt: impl FnMut(&mut Nth),
 ) -> Swept {
     let mut answers = BTreeMap::new();
-    let mut failed = 0;
-    for n in places {
+    for (failed, n) in (0..).zip(places) {
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -266,7 +265,6 @@ fn sweep_some(
             say(&format!("{what}: {failed} allocations failed: {answers:?}"));
             return Swept { failed, answers };
         }
-        failed += 1;
     }
     panic!("{what} does not end");
 }
