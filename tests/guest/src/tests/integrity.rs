@@ -365,6 +365,13 @@ impl Bench {
     }
 }
 
+impl Drop for Bench {
+    fn drop(&mut self) {
+        // Also where a test panics: who follows wants the device.
+        let _ = self.netlink.disconnect(0);
+    }
+}
+
 pub fn setup(size: u64, connections: usize) -> Setup {
     let several = if connections > 1 { CAN_MULTI_CONN } else { 0 };
     Setup::new(size)

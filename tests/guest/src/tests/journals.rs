@@ -44,7 +44,7 @@ pub const EXT4: Kind = Kind {
 
 pub const XFS: Kind = Kind {
     // It wants more, and a longer log, but for tests.
-    make: "mkfs.xfs -q -f -K --unsupported -l size=8m",
+    make: "mkfs.xfs -q -f -K --unsupported -l size=16m",
     check: "xfs_repair -n",
     size: 128 << 20,
 };
@@ -210,10 +210,14 @@ impl Mounted {
     pub fn new(kind: Kind, random: &mut Rng) -> Self {
         let (host, netlink) = (Host::new(kind.size, Honesty::Honest), Netlink::open());
         connect(&netlink, &host);
-        sh(&format!(
+        let made = try_sh(&format!(
             "{} /dev/nbd0 && mkdir -p {MOUNTED} && mount /dev/nbd0 {MOUNTED}",
             kind.make
         ));
+        made.unwrap_or_else(|what| {
+            let _ = netlink.disconnect(0);
+            panic!("{what}");
+        });
         let versions = Path::new(MOUNTED).join("versions");
         fs::write(&versions, vec![0; SECTORS * SECTOR]).unwrap();
         let churn = Churn::new("churn");
@@ -277,6 +281,14 @@ impl Mounted {
         let _ = try_sh(&format!("umount {MOUNTED}"));
         let _ = self.netlink.disconnect(0);
         wait_free(&self.netlink, 0);
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        // Also where a test panics: who follows wants the device.
+        let _ = try_sh(&format!("umount {MOUNTED}"));
+        let _ = self.netlink.disconnect(0);
     }
 }
 
