@@ -171,7 +171,8 @@ impl Socket {
     }
 
     /// Whether there is something to receive: data, the end of the stream, or an error. May be wrong
-    /// about what happens at the same time; that is announced by [`Events::readable`].
+    /// about what happens at the same time; that is announced by
+    /// [`Events::readable`](super::hook::Events::readable).
     pub(crate) fn has_input(&self) -> bool {
         let sk = self.sk();
         // SAFETY: By the type invariant `sk` is valid; these are looked at as `tcp_poll()` does.
