@@ -3,6 +3,7 @@
 //! What is different on the debug kernel (`make check-debug`): it is slow, and it knows of leaks.
 
 use std::fs;
+use std::io;
 use std::path::Path;
 use std::sync::LazyLock;
 use std::thread;
@@ -32,40 +33,55 @@ pub fn patient(limit: Duration) -> Duration {
     limit * *SLOWNESS
 }
 
+/// How much of something there is to do: less on a slow kernel, where each of it does for many.
+pub fn enough<T>(stock: T, debug: T) -> T {
+    if runs() { debug } else { stock }
+}
+
 /// Where the module lies: once it is unloaded, kmemleak has only addresses for its functions.
 pub fn text_of(module: &str) -> Option<String> {
     let text = fs::read_to_string(format!("/sys/module/{module}/sections/.text")).ok()?;
     runs().then(|| format!("{module}'s code lies at {}", text.trim()))
 }
 
-/// Allocations that nothing points to any more, except young ones. Each is told once.
-pub fn leaks() -> Vec<String> {
+/// An allocation that nothing points to any more.
+pub struct Leak {
+    /// When it was allocated, since the machine was started.
+    pub at: Duration,
+    /// What kmemleak says of it.
+    pub report: String,
+}
+
+/// All leaks so far. Each is told once. A scan takes many seconds.
+pub fn leaks() -> io::Result<Vec<Leak>> {
     if !runs() {
-        return Vec::new();
+        return Ok(Vec::new());
     }
-    match scan() {
-        Ok(report) => report.lines().map(str::to_owned).collect(),
-        Err(error) => vec![format!("{KMEMLEAK}: {error}")],
-    }
-}
-
-/// As [`leaks()`], but nothing is too young.
-pub fn old_and_young_leaks() -> Vec<String> {
-    if runs() {
-        thread::sleep(YOUNG);
-    }
-    leaks()
-}
-
-/// What changed its contents since the last scan is left for the next: hence two.
-fn scan() -> std::io::Result<String> {
+    thread::sleep(YOUNG);
+    // What changed its contents since the last scan is left for the next: hence two.
     fs::write(KMEMLEAK, "scan")?;
     fs::write(KMEMLEAK, "scan")?;
     let report = fs::read_to_string(KMEMLEAK)?;
-    if !report.is_empty() {
-        fs::write(KMEMLEAK, "clear")?;
-    }
-    Ok(report)
+    fs::write(KMEMLEAK, "clear")?;
+    let objects = report.split(OBJECT).skip(1);
+    let leak = |object| Leak {
+        at: allocated(object),
+        report: format!("{OBJECT}{object}"),
+    };
+    Ok(objects.map(leak).collect())
+}
+
+/// How a report begins.
+const OBJECT: &str = "unreferenced object";
+
+/// `..., jiffies 4294937294` → 180 s. The kernel's count begins five minutes before it overflows 32 bits.
+fn allocated(report: &str) -> Duration {
+    const HZ: u64 = 250; // tools/debug.config
+    let first = (1 << 32) - 300 * HZ;
+    let digits = report.split("jiffies ").nth(1).unwrap_or_default();
+    let digits = digits.split_whitespace().next().unwrap_or_default();
+    let jiffies = digits.parse::<u64>().unwrap_or(first);
+    Duration::from_millis(jiffies.saturating_sub(first) * 1000 / HZ)
 }
 
 /// Whether lockdep has given up: it does so after its first report, and where its tables are full.

@@ -11,8 +11,9 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use libtest_mimic::{Completion, Failed, Trial};
+use rustix::time::{ClockId, clock_gettime};
 
-use crate::debug_kernel::{self, patient};
+use crate::debug_kernel::{self, Leak, patient};
 use crate::driver::{Driver, devices};
 use crate::klog::{self, Klog};
 use crate::{differences, server, stacks};
@@ -28,7 +29,6 @@ pub struct Test {
     parameters: Option<&'static str>,
     limit: Duration,
     on_request: bool,
-    last_of_group: bool,
 }
 
 impl Test {
@@ -40,7 +40,6 @@ impl Test {
             parameters: Some(PARAMETERS),
             limit: Duration::from_secs(120),
             on_request: false,
-            last_of_group: false,
         }
     }
 
@@ -84,11 +83,6 @@ impl Test {
         &self.name
     }
 
-    /// Those of one module are a group.
-    fn group(&self) -> &str {
-        self.name.split("::").next().unwrap_or_default()
-    }
-
     pub fn into_trial(self, driver: Driver) -> Trial {
         let name = self.name.clone();
         Trial::ignorable_test(name, move || self.start(driver))
@@ -106,13 +100,10 @@ impl Test {
         COMPLAINTS.lock().unwrap().clear();
         let began = Instant::now();
         let guest = Arc::new(Guest::new(driver, &name));
-        let last_of_group = self.last_of_group;
-        let mut outcome = self.run_watched(&guest, limit);
+        BEGINNINGS.lock().unwrap().push((uptime(), name.clone()));
+        let outcome = self.run_watched(&guest, limit);
         let took = began.elapsed();
         TIMES.lock().unwrap().push((took, name.clone()));
-        if last_of_group {
-            outcome = outcome.and_then(|completion| no_leaks().map(|()| completion));
-        }
         let failure = match outcome {
             Ok(completion) => return Ok(completion),
             Err(failure) => failure,
@@ -196,26 +187,6 @@ impl Test {
     }
 }
 
-/// Marks the last test of each group: looking for leaks takes too long to do it after each.
-pub fn in_groups(mut tests: Vec<Test>) -> Vec<Test> {
-    for index in 0..tests.len() {
-        let next = tests.get(index + 1).map(Test::group);
-        tests[index].last_of_group = next != Some(tests[index].group());
-    }
-    tests
-}
-
-fn no_leaks() -> Result<(), String> {
-    let leaks = debug_kernel::leaks();
-    if leaks.is_empty() {
-        return Ok(());
-    }
-    Err(format!(
-        "lost in this group of tests:\n{}",
-        leaks.join("\n")
-    ))
-}
-
 /// Makes a [`Test`] of a function, named after it and its module.
 #[macro_export]
 macro_rules! test {
@@ -235,6 +206,14 @@ static COMPLAINTS: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 /// How long each test took.
 pub static TIMES: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
+
+/// When each test began, since the machine was started.
+static BEGINNINGS: Mutex<Vec<(Duration, String)>> = Mutex::new(Vec::new());
+
+fn uptime() -> Duration {
+    let now = clock_gettime(ClockId::Boottime);
+    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
+}
 
 /// Fails the running test, at its end.
 pub fn complain(what: String) {
@@ -449,11 +428,21 @@ fn sockets() -> Vec<(String, usize)> {
 
 /// What only the debug kernel tells, and that only some time after it happened.
 pub fn last_faults() -> Vec<String> {
-    let mut faults = debug_kernel::old_and_young_leaks();
+    let mut faults = match debug_kernel::leaks() {
+        Ok(leaks) => leaks.iter().map(whose).collect(),
+        Err(error) => vec![format!("kmemleak: {error}")],
+    };
     if debug_kernel::lockdep_is_off() {
         faults.push("lockdep has turned itself off".into());
     }
     faults
+}
+
+fn whose(leak: &Leak) -> String {
+    let tests = BEGINNINGS.lock().unwrap();
+    let test = tests.iter().rev().find(|(began, _)| *began <= leak.at);
+    let test = test.map_or("no test", |(_, name)| name);
+    format!("lost in {test}:\n{}", leak.report)
 }
 
 /// Prints what took longest.

@@ -124,11 +124,9 @@ fn run_tests(status_fd: &str) -> i32 {
     let filter = arguments.filter.clone();
     // The harness knows no commas.
     arguments.filter.take_if(|filter| filter.contains(','));
-    let selected = tests
+    let trials = tests
         .into_iter()
-        .filter(|test| arguments.list || selected(test, filter.as_deref()));
-    let trials = harness::in_groups(selected.collect())
-        .into_iter()
+        .filter(|test| arguments.list || selected(test, filter.as_deref()))
         .map(|test| test.into_trial(driver))
         .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
