@@ -64,6 +64,12 @@ modules: check-kdir
 	@cp $(out)/module/rnbd.ko $(out)/rnbd.ko
 	@echo "$(out:$(CURDIR)/%=%)/rnbd.ko is for $$(modinfo -F vermagic $(out)/rnbd.ko)"
 
+# What the debug kernel has to find (tools/check).
+faults: check-kdir
+	@mkdir -p $(out)
+	+$(MAKE) --no-print-directory -C $(KDIR) $(KARGS) M=$(CURDIR)/tests/faults MO=$(out)/faults modules
+	@cp $(out)/faults/faults.ko $(out)/faults.ko
+
 modules_install: modules
 	+$(kbuild) MO=$(out)/module modules_install
 
@@ -127,5 +133,5 @@ help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 .DEFAULT_GOAL := modules
-.PHONY: modules modules_install check-kdir stock demo shell check check-debug fuzz soak bench lint \
+.PHONY: modules faults modules_install check-kdir stock demo shell check check-debug fuzz soak bench lint \
 	rustfmt rustfmtcheck clippy rustdoc shellcheck unsafecheck clean distclean help

@@ -26,9 +26,11 @@
 //! - `negotiate` dials real servers
 //! - `injection` has the kernel inject faults
 //! - `debug_kernel` knows what is different on the kernel of `make check-debug`
+//! - `checkers` sees whether that kernel finds faults that are put in
 //! - `tree` compares directory trees; `uevents` hears what udev hears
 //! - `tests` has the tests
 
+mod checkers;
 mod debug_kernel;
 mod device;
 mod differences;
@@ -67,6 +69,9 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if arguments.first().is_some_and(|first| first == "helper") {
         return helper::main(&arguments[1..]);
+    }
+    if arguments.first().is_some_and(|first| first == "checkers") {
+        exit(checkers::main());
     }
     if arguments
         .first()
