@@ -138,6 +138,9 @@ impl Test {
                     text += "\nkilling its servers did not end it";
                     let _ = ABORTED.set(format!("{name} hangs"));
                 }
+                for complaint in &*COMPLAINTS.lock().unwrap() {
+                    text += &format!("\ncomplaint: {complaint}");
+                }
                 text += &guest.log_tail();
                 Err(text)
             }

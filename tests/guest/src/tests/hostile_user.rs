@@ -482,6 +482,15 @@ fn assert_can_be_connected(index: u32) {
     assert_usable(index);
 }
 
+/// One less when it goes, also after a panic.
+struct Working<'a>(&'a AtomicUsize);
+
+impl Drop for Working<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 struct Asking {
     ends: Instant,
     /// Threads that have not ended yet.
@@ -496,8 +505,8 @@ impl Asking {
     }
 
     fn work(&self, work: impl FnOnce(&Self)) {
+        let _working = Working(&self.working);
         work(self);
-        self.working.fetch_sub(1, Ordering::Relaxed);
     }
 
     fn make_ioctls(&self, mut random: Rng) {
@@ -525,7 +534,7 @@ impl Asking {
                 _ => random.u8(1..6),
             };
             let mut message = any_message(netlink.family.id, command, &self.pool, &mut random);
-            if random.u8(..4) == 0 {
+            if message.len() > 16 && random.u8(..4) == 0 {
                 // Not in the header: another family is another test.
                 let at = random.usize(16..message.len());
                 message[at] ^= 1 << random.u8(..8);
