@@ -19,7 +19,7 @@ use super::{Load, MIB, move_data, try_move_data};
 use crate::device::{self, Plan, SOON, USUAL_FLAGS, assert_pattern, assert_usable, errno, pattern};
 use crate::driver::{Driver, devices};
 use crate::harness::{Guest, Test, say, seed, wait_until};
-use crate::injection::{self, Allocations, Nth, sample, sweep};
+use crate::injection::{self, Allocations, Knobs, Nth, sample, sweep};
 use crate::netlink::{self, DESTROY_ON_DISCONNECT, Link, Netlink, Setup};
 use crate::proto::{self, CAN_MULTI_CONN};
 use crate::server::{Server, Transport};
@@ -84,6 +84,8 @@ fn of_loading(guest: &Guest) {
 }
 
 fn of_unloading(guest: &Guest) {
+    // The driver's place is not known before it is loaded; whether the kernel can do this is.
+    drop(Knobs::of("failslab"));
     let swept = sweep("unloading", |nth| {
         guest.driver.load("nbds_max=1").expect("to load");
         let _allocations = of_driver(guest);
