@@ -16,7 +16,7 @@ const DEVICES: usize = 64;
 /// I/Os that each device does, one every so often: so many, and so many more. What the latter take
 /// counts, since fio itself takes some time to come and go.
 const FEW_IOS: usize = 10;
-const MORE_IOS: usize = 200;
+const MORE_IOS: usize = 80;
 const IOS_PER_SECOND: usize = 20;
 
 /// One run with one driver.
