@@ -6,6 +6,8 @@
 
 use super::{bindings, iov::IoPage, payload::Payload, sock::Socket};
 use core::{marker::PhantomData, mem::MaybeUninit};
+#[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
+use kernel::sync::{atomic::Full, barrier::smp_mb};
 use kernel::{
     error::to_result,
     prelude::*,
@@ -217,6 +219,7 @@ impl LockClass {
             let map = &raw mut (*sk).sk_lock.dep_map;
             bindings::lock_sock_nested(sk.cast(), 0);
             let saved = map.read();
+            Self::hide(map);
             bindings::lockdep_init_map_type(
                 map,
                 name.as_char_ptr(),
@@ -241,9 +244,31 @@ impl LockClass {
         // back to where it was read.
         unsafe {
             bindings::lock_sock_nested(sk.cast(), 0);
-            core::ptr::copy_nonoverlapping(&self.saved, &raw mut (*sk).sk_lock.dep_map, 1);
+            let map = &raw mut (*sk).sk_lock.dep_map;
+            Self::hide(map);
+            let mut hidden = (&raw const self.saved).read();
+            hidden.key = (&raw mut bindings::__lockdep_no_validate__).cast();
+            map.write(hidden);
+            smp_mb(Full);
+            (&raw mut (*map).key).write_volatile(self.saved.key);
             bindings::release_sock(sk.cast());
         }
+    }
+
+    /// Has lockdep look away from a lock while its class changes: whoever has the descriptor too may want
+    /// the lock just then, and lockdep looks at it before the socket is locked. It warns of a name that
+    /// does not go with its key.
+    ///
+    /// # Safety
+    ///
+    /// `map` must be that of a lock, valid during the call.
+    unsafe fn hide(map: *mut bindings::lockdep_map) {
+        // SAFETY: The caller promises that `map` is valid; only the address of the key is taken.
+        unsafe {
+            (&raw mut (*map).key)
+                .write_volatile((&raw mut bindings::__lockdep_no_validate__).cast());
+        }
+        smp_mb(Full);
     }
 }
 
