@@ -23,10 +23,10 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketType, connect_unspec, socket};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
-use crate::debug_kernel::patient;
+use crate::debug_kernel::{self, patient};
 use crate::device::{self, Plan, assert_pattern, assert_usable, pattern};
 use crate::driver::devices;
-use crate::harness::{Guest, Test, complain, say, seed, wait_until};
+use crate::harness::{Guest, Test, complain, say, seed, skip, wait_until};
 use crate::netlink::{self, Link, Netlink, Setup};
 use crate::proto::{CAN_MULTI_CONN, DO_IT, SET_SIZE, SET_SOCK};
 use crate::server::{Server, Transport};
@@ -724,6 +724,10 @@ fn assert_receives(mut socket: TcpStream) {
 
 /// One who keeps the descriptor of a socket can do to it what he likes.
 fn meddling_with_the_socket(_: &Guest) {
+    if debug_kernel::runs() {
+        // Its calls look at user's memory with the socket locked; lockdep is right, and then off.
+        skip("who uses a device's socket can wait for memory that the device must write out");
+    }
     let mut random = Rng::with_seed(seed());
     for round in 0..9 {
         let kind = [Transport::Tcp4, Transport::Tcp6, Transport::Unix][round % 3];
