@@ -21,7 +21,11 @@ pub fn tests() -> Vec<Test> {
     vec![
         test!(processors_go_and_come_back).limit_seconds(160),
         test!(processors_go_and_come_back_with_4_connections).limit_seconds(160),
-        test!(dirty_file_system_in_little_memory).limit_seconds(300),
+        // While the server is away nothing can be written out, and the kernel may kill the writer for want
+        // of memory: that depends on how fast it is.
+        test!(dirty_file_system_in_little_memory)
+            .limit_seconds(300)
+            .on_request(),
         test!(server_is_frozen),
         test!(submitters_are_frozen),
         test!(client_is_frozen),
