@@ -12,6 +12,8 @@
 
 // What the module calls `kernel::` is the shim's here.
 extern crate self as kernel;
+#[path = "../../host/src/memory.rs"]
+mod memory;
 mod shim;
 use shim::{alloc, fmt, kapi, prelude, sync};
 

@@ -244,8 +244,17 @@ pub fn skip(reason: &str) -> ! {
 }
 
 /// Looks every 10 ms whether something has become true. On a slow kernel it waits longer.
-pub fn wait_until(limit: Duration, mut is_true: impl FnMut() -> bool) -> Result<(), ()> {
-    let deadline = Instant::now() + patient(limit);
+pub fn wait_until(limit: Duration, is_true: impl FnMut() -> bool) -> Result<(), ()> {
+    look_every(Duration::from_millis(10), patient(limit), is_true)
+}
+
+/// Looks every `pause` whether something has become true.
+pub fn look_every(
+    pause: Duration,
+    limit: Duration,
+    mut is_true: impl FnMut() -> bool,
+) -> Result<(), ()> {
+    let deadline = Instant::now() + limit;
     loop {
         if is_true() {
             return Ok(());
@@ -253,7 +262,7 @@ pub fn wait_until(limit: Duration, mut is_true: impl FnMut() -> bool) -> Result<
         if Instant::now() > deadline {
             return Err(());
         }
-        thread::sleep(Duration::from_millis(10));
+        thread::sleep(pause);
     }
 }
 

@@ -14,6 +14,7 @@
 
 // What the module calls `kernel::` is the shim's here.
 extern crate self as kernel;
+mod memory;
 mod shim;
 use shim::{alloc, prelude, sync};
 

@@ -1,8 +1,15 @@
 // SPDX-License-Identifier: GPL-2.0
 
 //! Carries out one sequence on whichever driver is loaded, and writes down all that can be seen.
+//!
+//! - `actors` are the tasks that do it
+//! - `calls` has the ioctls
+//! - `sight` has what can be seen of a device
 
-use std::cell::OnceCell;
+mod actors;
+mod calls;
+mod sight;
+
 use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions};
 use std::net::{TcpListener, UdpSocket};
@@ -10,21 +17,23 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::sync::Arc;
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
-use std::thread;
+use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
 
-use rustix::io::Errno;
-use rustix::thread::{CapabilitySet, Pid, capabilities, gettid, set_capabilities};
+use rustix::thread::Pid;
 
 use super::operations::{Attribute, DEVICES, Dev, How, Manner, Op, Request, Sequence, Socket, Who};
 use crate::device::{errno, pattern};
+use crate::harness::look_every;
 use crate::netlink::{self, Attr, Netlink, attr, nested};
-use crate::proto::Command;
 use crate::server::{Server, Transport};
-use crate::sys::{self, Buffer, SysResult, ioctl_number, ioctl_pointer};
+use crate::sys::{self, Buffer, ioctl_number};
 use crate::uevents::Uevents;
 use crate::{proto, stacks};
+
+use actors::{Actor, Answer, Job, Opened, Waiting, with_netlink};
+use calls::{answered, call};
+use sight::{checksum, describe, joined, name};
 
 /// How many devices a sequence needs that are there from the start: its own, and one that is found
 /// when netlink is to choose and the others are in use.
@@ -48,16 +57,6 @@ pub type Step = Vec<(String, String)>;
 /// What was seen of a sequence: a step for each operation, and two for the end.
 pub type Transcript = Vec<Step>;
 
-/// linux/fs.h
-const BLKROSET: u32 = 0x125d;
-const BLKROGET: u32 = 0x125e;
-const BLKRRPART: u32 = 0x125f;
-const BLKFLSBUF: u32 = 0x1261;
-const BLKSSZGET: u32 = 0x1268;
-const BLKDISCARD: u32 = 0x1277;
-const BLKZEROOUT: u32 = 0x127f;
-const BLKGETSIZE64: u32 = 0x8008_1272;
-
 /// Carries out `sequence` on the devices from `base` on, and `new`, none of which has been used.
 /// The descriptors in the answer keep its devices from being chosen by later sequences.
 pub fn play(sequence: &Sequence, base: u32, new: u32) -> Result<(Transcript, Vec<File>), String> {
@@ -65,90 +64,6 @@ pub fn play(sequence: &Sequence, base: u32, new: u32) -> Result<(Transcript, Vec
     let mut transcript: Transcript = sequence.iter().map(|op| stage.step(op)).collect();
     transcript.extend(stage.end()?);
     Ok((transcript, stage.hold()))
-}
-
-type Job = Box<dyn FnOnce() -> Answer + Send>;
-
-/// What an operation answered, and the file that it opened.
-#[derive(Default)]
-struct Answer {
-    text: String,
-    opened: Option<(usize, Opened)>,
-}
-
-impl From<String> for Answer {
-    fn from(text: String) -> Self {
-        Self { text, opened: None }
-    }
-}
-
-#[derive(Clone)]
-struct Opened {
-    device: Dev,
-    file: Arc<File>,
-}
-
-thread_local! {
-    static NETLINK: OnceCell<Netlink> = const { OnceCell::new() };
-}
-
-fn with_netlink<T>(f: impl FnOnce(&Netlink) -> T) -> T {
-    NETLINK.with(|netlink| f(netlink.get_or_init(Netlink::open)))
-}
-
-/// A task that does what it is told, one thing after the other.
-struct Actor {
-    tid: Pid,
-    jobs: Sender<Job>,
-    answers: Receiver<Answer>,
-}
-
-impl Actor {
-    fn new(who: Who) -> Self {
-        let (jobs, to_do) = mpsc::channel::<Job>();
-        let (tell, answers) = mpsc::channel();
-        let (tell_tid, tid) = mpsc::channel();
-        let life = move || {
-            if who == Who::Nobody {
-                let mut sets = capabilities(None).expect("capabilities");
-                sets.effective.remove(CapabilitySet::SYS_ADMIN);
-                set_capabilities(None, sets).expect("to lose a capability");
-            }
-            let _ = tell_tid.send(gettid());
-            for job in to_do {
-                let _ = tell.send(job());
-            }
-        };
-        let thread = thread::Builder::new().name(format!("{who:?}")).spawn(life);
-        thread.expect("a thread");
-        Self {
-            tid: tid.recv().expect("a thread"),
-            jobs,
-            answers,
-        }
-    }
-}
-
-/// An operation that has not come back yet.
-struct Waiting {
-    step: usize,
-    actor: Actor,
-    /// The device, if it is NBD_DO_IT.
-    runs: Option<Dev>,
-    answer: Option<Answer>,
-}
-
-impl Waiting {
-    fn look_for_answer(&mut self) {
-        if self.answer.is_none() {
-            self.answer = self.actor.answers.try_recv().ok();
-        }
-    }
-
-    fn take_answer(&mut self) -> Option<Answer> {
-        self.look_for_answer();
-        self.answer.take()
-    }
 }
 
 struct Stage {
@@ -541,14 +456,6 @@ impl Stage {
         attributes: &[Attribute],
         f: impl FnOnce(&Netlink, Vec<Attr>) -> String + Send + 'static,
     ) -> String {
-        if let Some(flags) = attributes.iter().rev().find_map(Attribute::client_flags) {
-            let addressed = |d: &Dev| device.is_none_or(|device| device == *d);
-            self.unwanted.retain(|d| !addressed(d));
-            if flags & netlink::DESTROY_ON_DISCONNECT != 0 {
-                let devices = self.devices.iter().copied();
-                self.unwanted.extend(devices.filter(addressed));
-            }
-        }
         let mut sockets = Vec::new();
         let mut message: Vec<Attr> = device
             .map(|device| attr(netlink::INDEX, self.index(device)))
@@ -562,7 +469,25 @@ impl Stage {
             drop(sockets);
             text.into()
         };
-        self.told(who, None, Box::new(job))
+        let answer = self.told(who, None, Box::new(job));
+        if let Some(flags) = attributes.iter().rev().find_map(Attribute::client_flags) {
+            self.note_wishes(device, flags, &answer);
+        }
+        answer
+    }
+
+    /// Which devices are to go when nobody uses them. What was refused may have had an effect all
+    /// the same where it asks for that, but takes nothing back.
+    fn note_wishes(&mut self, device: Option<Dev>, flags: u64, answer: &str) {
+        if flags & netlink::DESTROY_ON_DISCONNECT != 0 {
+            let addressed = |d: &Dev| device.is_none_or(|device| device == *d);
+            let devices = self.devices.iter().copied();
+            self.unwanted.extend(devices.filter(addressed));
+        } else if answer.starts_with("Ok") {
+            let chosen = |d: Dev| answer == format!("Ok({:?})", format!("{d:?}"));
+            let spared = |d: Dev| device.map_or_else(|| chosen(d), |device| device == d);
+            self.unwanted.retain(|d| !spared(*d));
+        }
     }
 
     fn attribute(&self, device: Dev, attribute: &Attribute, open: &mut Vec<Given>) -> Attr {
@@ -616,75 +541,6 @@ impl Stage {
             Manner::Close => server.script(|conn, _| conn.close()),
         }
         String::new()
-    }
-
-    // --- What can be seen -----------------------------------------------------
-
-    fn sysfs(&self, device: Dev, name: &str) -> String {
-        self.read(&format!("/sys/block/nbd{}/{name}", self.index(device)))
-    }
-
-    fn debugfs(&self, device: Dev, name: &str) -> String {
-        let index = self.index(device);
-        self.read(&format!("/sys/kernel/debug/nbd/nbd{index}/{name}"))
-    }
-
-    /// The text of a small file; tasks have their names in it instead of their numbers.
-    fn read(&self, path: &str) -> String {
-        let text = match errno(fs::read_to_string(path)) {
-            Ok(text) => text.trim().to_owned(),
-            Err(Errno::NOENT) => return "-".into(),
-            Err(other) => return format!("{other:?}"),
-        };
-        if !path.ends_with("/pid") && !path.ends_with("/tasks") {
-            return text.replace('\n', "|");
-        }
-        let number = text.rsplit(' ').next().unwrap_or_default().to_owned();
-        let task = self
-            .tids
-            .iter()
-            .find(|(tid, _)| tid.as_raw_nonzero().to_string() == number);
-        match task {
-            Some((_, name)) => text.replace(&number, name),
-            None => text,
-        }
-    }
-
-    fn look(&self, device: Dev) -> Step {
-        let sysfs = [
-            "ro",
-            "backend",
-            "capability",
-            "queue/logical_block_size",
-            "queue/physical_block_size",
-            "queue/discard_max_bytes",
-            "queue/write_zeroes_max_bytes",
-            "queue/write_cache",
-            "queue/fua",
-            "queue/rotational",
-            "queue/io_timeout",
-            "queue/nr_requests",
-        ];
-        let debugfs = ["tasks", "size_bytes", "timeout", "blocksize_bits", "flags"];
-        let mut seen = Step::new();
-        for name in sysfs {
-            seen.push((format!("{device:?} {name}"), self.sysfs(device, name)));
-        }
-        let queues = format!("/sys/block/nbd{}/mq", self.index(device));
-        let queues = fs::read_dir(queues).map_or(0, Iterator::count);
-        seen.push((format!("{device:?} queues"), queues.to_string()));
-        for name in debugfs {
-            seen.push((
-                format!("{device:?} debugfs {name}"),
-                self.debugfs(device, name),
-            ));
-        }
-        seen
-    }
-
-    fn look_at_all(&self) -> Step {
-        let look = |device: &Dev| self.look(*device);
-        self.devices.iter().flat_map(look).collect()
     }
 
     // --- The end --------------------------------------------------------------
@@ -768,112 +624,7 @@ impl Given {
     }
 }
 
-fn call(file: &File, request: Request) -> String {
-    let (number, argument) = match request {
-        Request::SetSockHuge(number) => (proto::SET_SOCK, number),
-        Request::SetBlksize(bytes) => (proto::SET_BLKSIZE, bytes),
-        Request::SetSize(bytes) => (proto::SET_SIZE, bytes),
-        Request::SetSizeBlocks(blocks) => (proto::SET_SIZE_BLOCKS, blocks),
-        Request::SetTimeout(seconds) => (proto::SET_TIMEOUT, seconds),
-        Request::SetFlags(flags) => (proto::SET_FLAGS, flags),
-        Request::ClearSock => (proto::CLEAR_SOCK, 0),
-        Request::ClearQue => (proto::CLEAR_QUE, 0),
-        Request::PrintDebug => (proto::PRINT_DEBUG, 0),
-        Request::Disconnect => (proto::DISCONNECT, 0),
-        Request::DoIt => (proto::DO_IT, 0),
-        Request::FlushBuffers => (BLKFLSBUF, 0),
-        Request::RereadPartitions => (BLKRRPART, 0),
-        Request::Unknown(number) => (number, 0),
-        Request::SetSock(_) => unreachable!("is given a socket first"),
-        Request::GetSize64 => return got::<u64>(file, BLKGETSIZE64, 0),
-        Request::GetReadOnly => return got::<i32>(file, BLKROGET, 0),
-        Request::GetBlockSize => return got::<i32>(file, BLKSSZGET, 0),
-        Request::SetReadOnly(value) => return got::<i32>(file, BLKROSET, value),
-        Request::Discard(at, len) => return got::<[u64; 2]>(file, BLKDISCARD, [at, len]),
-        Request::ZeroOut(at, len) => return got::<[u64; 2]>(file, BLKZEROOUT, [at, len]),
-    };
-    answered(ioctl_number(file, number, argument))
-}
-
-fn answered(answer: SysResult) -> String {
-    format!("{answer:?}")
-}
-
-fn got<T: sys::Plain + std::fmt::Debug>(file: &File, request: u32, mut value: T) -> String {
-    let answer = ioctl_pointer(file, request, &mut value);
-    format!("{:?}", answer.map(|_| value))
-}
-
-/// What a device of this sequence is called.
-fn name(base: u32, new: u32, index: u32) -> String {
-    match index {
-        _ if index == base => "A".into(),
-        _ if index == base + 1 => "B".into(),
-        _ if index == new => "New".into(),
-        _ => "another".into(),
-    }
-}
-
-/// What a uevent says, if it is about this disk or its partitions.
-fn describe(event: &str, disk: &str) -> Option<String> {
-    const ALWAYS: [&str; 9] = [
-        "ACTION",
-        "DEVPATH",
-        "SUBSYSTEM",
-        "MAJOR",
-        "MINOR",
-        "DEVNAME",
-        "DEVTYPE",
-        "SEQNUM",
-        "DISKSEQ",
-    ];
-    let mut action = "";
-    let mut ours = false;
-    let mut rest = String::new();
-    for (key, value) in event.lines().filter_map(|line| line.split_once('=')) {
-        match key {
-            "ACTION" => action = value,
-            "DEVNAME" => ours = value == disk || value.starts_with(&format!("{disk}p")),
-            _ if ALWAYS.contains(&key) => {}
-            _ => rest += &format!(" {key}={value}"),
-        }
-    }
-    ours.then(|| format!("{action}{rest}"))
-}
-
-/// What a server was asked for. How the block layer cuts and joins requests is a matter of timing.
-fn joined(requests: &[proto::Request]) -> String {
-    let mut all: Vec<(Command, u16, u64, u32)> = Vec::new();
-    for (command, flags, offset, len) in requests.iter().map(proto::Request::essence) {
-        match all.last_mut() {
-            Some(last)
-                if (last.0, last.1) == (command, flags)
-                    && last.2 + u64::from(last.3) == offset
-                    && len > 0 =>
-            {
-                last.3 += len;
-            }
-            _ => all.push((command, flags, offset, len)),
-        }
-    }
-    format!("{all:?}")
-}
-
-fn checksum(data: &[u8]) -> u32 {
-    let step = |sum: u32, byte: &u8| (sum ^ u32::from(*byte)).wrapping_mul(0x0100_0193);
-    data.iter().fold(0x811c_9dc5, step)
-}
-
-/// As [`crate::harness::wait_until`], but looks every millisecond.
-fn wait_finely(limit: Duration, mut is_true: impl FnMut() -> bool) -> Result<(), ()> {
-    let deadline = Instant::now() + limit;
-    loop {
-        if is_true() {
-            return Ok(());
-        }
-        if Instant::now() > deadline {
-            return Err(());
-        }
-        thread::sleep(Duration::from_millis(1));
-    }
+/// Looks every millisecond, with the same patience on every kernel.
+fn wait_finely(limit: Duration, is_true: impl FnMut() -> bool) -> Result<(), ()> {
+    look_every(Duration::from_millis(1), limit, is_true)
 }
