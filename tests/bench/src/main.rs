@@ -33,13 +33,13 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let outcome = match words.as_slice() {
-        ["run", mode, rounds] => run::run(mode, rounds, false),
-        ["run", mode, rounds, "quick"] => run::run(mode, rounds, true),
+        ["run", mode, rounds, cells] => run::run(mode, rounds, false, cells),
+        ["run", mode, rounds, cells, "quick"] => run::run(mode, rounds, true, cells),
         ["scale", rounds] => scale::run(rounds),
         ["serve", path] => server::serve(path),
         ["report", directory] => report::report(directory.as_ref()),
         _ => Err(
-            "usage: rnbd-bench run cost|wall ROUNDS [quick] | scale ROUNDS | serve PATH | \
+            "usage: rnbd-bench run cost|wall ROUNDS CELLS [quick] | scale ROUNDS | serve PATH | \
              report DIRECTORY"
                 .into(),
         ),

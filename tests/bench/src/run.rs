@@ -18,14 +18,18 @@ pub struct Extent {
     mode: Mode,
     rounds: u32,
     quick: bool,
+    /// Parts of the names of cells that are measured; none: all are.
+    only: Vec<String>,
 }
 
-/// Writes a sample a line to standard output.
-pub fn run(mode: &str, rounds: &str, quick: bool) -> Outcome<()> {
+/// Writes a sample a line to standard output. `cells` are parts of names, with commas in between.
+pub fn run(mode: &str, rounds: &str, quick: bool, cells: &str) -> Outcome<()> {
+    let names = cells.split(',').filter(|name| !name.is_empty());
     let extent = Extent {
         mode: Mode::parse(mode).ok_or("the mode is cost or wall")?,
         rounds: rounds.parse()?,
         quick,
+        only: names.map(str::to_owned).collect(),
     };
     make_tree()?;
     warm_up()?;
@@ -48,8 +52,19 @@ pub fn run(mode: &str, rounds: &str, quick: bool) -> Outcome<()> {
 impl Extent {
     fn settings(&self) -> Vec<Setting> {
         let mut settings = matrix::settings(self.mode);
-        settings.retain(|setting| !(self.quick && setting.instant));
+        // All that are asked for by name are measured.
+        let left_out = |setting: &Setting| self.quick && self.only.is_empty() && setting.instant;
+        settings.retain(|setting| !left_out(setting) && !self.cells(*setting).is_empty());
         settings
+    }
+
+    fn cells(&self, setting: Setting) -> Vec<Cell> {
+        let mut cells = matrix::cells(setting);
+        cells.retain(|cell| {
+            let name = format!("{} {}", setting.name(), cell.name);
+            self.only.is_empty() || self.only.iter().any(|part| name.contains(part))
+        });
+        cells
     }
 
     /// I/Os of a run, where they are counted.
@@ -68,7 +83,7 @@ impl Extent {
         let server = Server::start(setting)?;
         let connected = Connected::connect(setting)?;
         connected.fill()?;
-        for cell in matrix::cells(setting) {
+        for cell in self.cells(setting) {
             let before = Processors::now(&server)?;
             let (told, ios) = match &cell.work {
                 Work::FileSystem => (file_system()?, 1),
@@ -92,7 +107,7 @@ impl Extent {
         } else {
             format!("nbd://127.0.0.1:{PORT}/")
         };
-        for cell in matrix::cells(setting) {
+        for cell in self.cells(setting) {
             let Work::Fio { block, depth, .. } = cell.work else {
                 continue;
             };
