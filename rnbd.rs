@@ -25,7 +25,7 @@ mod rnbd_stream;
 mod rnbd_table;
 mod rnbd_translate;
 
-use kapi::{disk::Major, genl::Family, task, wq};
+use kapi::{disk::Major, genl::Family, hook::Callbacks, task, wq};
 use kernel::{prelude::*, sync::Arc};
 use rnbd_dev::Layout;
 use rnbd_netlink::Netlink;
@@ -39,6 +39,7 @@ const DISK_MAX_PARTS: u64 = 256;
 struct Rnbd {
     _netlink: Pin<KBox<Family<Netlink>>>,
     _devices: AllDevices,
+    _callbacks: Callbacks,
     _slow: wq::Running,
     _io: wq::Running,
     _major: Major,
@@ -86,6 +87,7 @@ impl kernel::Module for Rnbd {
         Ok(Rnbd {
             _netlink: netlink,
             _devices: devices,
+            _callbacks: Callbacks,
             _slow: slow,
             _io: io,
             _major: major,

@@ -41,6 +41,9 @@ const BUDGET: u32 = 32;
 /// Data of a reply that is received where it arrives, which may be in softirq. To copy more is left to
 /// the work item, which another CPU may run.
 const ARRIVAL_BYTES: usize = 32 << 10;
+/// Calls after which a task that has sent a reply leaves receiving to the work item: one for the
+/// header with what comes along with it, one for the data.
+const LITTLE_CALLS: u32 = 2;
 /// How long to wait where a socket has room and still takes nothing, for want of memory.
 const NO_MEMORY_DELAY_MS: u32 = 10;
 
@@ -179,6 +182,22 @@ impl Events for Connection {
         };
         if left {
             this.queue_receive();
+        }
+    }
+
+    fn takes_from_sender(&self) -> bool {
+        // One by one a worker would be woken up for each. Of many it finds several at a time, while the
+        // server goes on.
+        self.awaited() <= 1
+    }
+
+    fn sent_here(this: Arc<Self>) {
+        let left = match this.receive.try_lock() {
+            Some(mut receive) => this.receive_little(&mut receive),
+            None => true,
+        };
+        if left {
+            this.as_arc_borrow().queue_receive();
         }
     }
 
@@ -493,7 +512,7 @@ impl Connection {
             // A callback receives just now, and may not have seen everything.
             return self.queue_receive();
         };
-        match self.receive_all(&mut receive) {
+        match self.receive_up_to(&mut receive, BUDGET, usize::MAX) {
             Ok(Stop::Budget) => return self.queue_receive(),
             Ok(_) => {}
             Err(e) => {
@@ -544,8 +563,7 @@ impl Connection {
         self.progress.store(task::jiffies(), Relaxed);
         loop {
             self.understand(receive)?;
-            let data = receive.current.as_ref().map_or(0, Payload::left_bytes);
-            if data > ARRIVAL_BYTES {
+            if receive.awaited_bytes() > ARRIVAL_BYTES {
                 return Ok(false);
             }
             if segment.left_bytes() == 0 {
@@ -556,12 +574,33 @@ impl Connection {
         }
     }
 
-    fn receive_all(&self, receive: &mut Receive) -> Result<Stop> {
+    /// Receives what is there, in a task of somebody else. Returns whether something is left to the
+    /// work item.
+    fn receive_little(&self, receive: &mut Receive) -> bool {
+        // The socket is another's once it was cleared away.
+        if self.state.load(Acquire) == DEAD {
+            return false;
+        }
+        match self.receive_up_to(receive, LITTLE_CALLS, ARRIVAL_BYTES) {
+            Ok(Stop::Budget) => true,
+            Ok(_) => false,
+            Err(e) => {
+                receive.failed = Some(e);
+                true
+            }
+        }
+    }
+
+    /// Receives with at most `calls` calls, until more than `bytes` of data are awaited.
+    fn receive_up_to(&self, receive: &mut Receive, calls: u32, bytes: usize) -> Result<Stop> {
         if let Some(error) = receive.failed {
             return Err(error);
         }
-        for _ in 0..BUDGET {
+        for _ in 0..calls {
             self.understand(receive)?;
+            if receive.awaited_bytes() > bytes {
+                break;
+            }
             let (got, all) = match receive.fill(&self.socket) {
                 Ok(filled) => filled,
                 Err(e) if e == EAGAIN => return Ok(Stop::Idle),

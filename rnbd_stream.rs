@@ -182,6 +182,11 @@ impl Receive {
         })
     }
 
+    /// How much data is waited for.
+    pub(crate) fn awaited_bytes(&self) -> usize {
+        self.current.as_ref().map_or(0, Payload::left_bytes)
+    }
+
     /// Receives into the data that is waited for, and ahead of it. Returns how much it was, and whether
     /// it was everything that there was room for.
     pub(crate) fn fill(&mut self, socket: &Socket) -> Result<(usize, bool)> {

@@ -14,10 +14,20 @@ use kernel::{
     sync::{Arc, ArcBorrow},
 };
 
-/// What a socket tells its owner. Called in any context, also in softirq: must not sleep.
+/// What a socket tells its owner. Called in any context, also in softirq: must not sleep, but for
+/// [`Self::sent_here()`].
 pub(crate) trait Events: Send + Sync + 'static {
     /// As [`Self::readable()`], where what came in can be read at once.
     fn arrived(this: ArcBorrow<'_, Self>, arrival: Arrival<'_>);
+
+    /// As [`Self::readable()`], for what another task of this machine has sent. Returns whether that
+    /// task is to receive it here, which [`Self::sent_here()`] does then.
+    fn takes_from_sender(&self) -> bool;
+
+    /// Called by a task that has sent something, while it still does. It holds no lock of the
+    /// socket's, nor of its own but such as its kind of sockets is waited for with: may sleep, shortly. The
+    /// socket may have been given up meanwhile.
+    fn sent_here(this: Arc<Self>);
 
     /// There may be something to receive: data, the end of the stream, an error.
     fn readable(this: ArcBorrow<'_, Self>);
@@ -296,16 +306,19 @@ impl LockClass {
 /// # Safety
 ///
 /// To be called by a callback that was installed for `T`, with its `sk`.
-unsafe fn with_hook<T: Events>(sk: *mut bindings::sock, f: impl FnOnce(&Hook<T>)) {
+unsafe fn with_hook<T: Events, R>(
+    sk: *mut bindings::sock,
+    f: impl FnOnce(&Hook<T>) -> R,
+) -> Option<R> {
     // SAFETY: `sk` is valid during its callback. What `sk_user_data` points to stays while the lock is
     // held; it is null or a tagged `Hook<T>`, because the callback is replaced together with it.
     unsafe {
         bindings::_raw_read_lock_bh(&raw mut (*sk).sk_callback_lock);
         let hook = (*sk).sk_user_data.cast::<Hook<T>>();
-        if !hook.is_null() {
-            f(&*hook.wrapping_byte_sub(bindings::SK_USER_DATA_NOCOPY));
-        }
+        let result =
+            (!hook.is_null()).then(|| f(&*hook.wrapping_byte_sub(bindings::SK_USER_DATA_NOCOPY)));
         bindings::_raw_read_unlock_bh(&raw mut (*sk).sk_callback_lock);
+        result
     }
 }
 
@@ -316,12 +329,58 @@ unsafe fn with_hook<T: Events>(sk: *mut bindings::sock, f: impl FnOnce(&Hook<T>)
 /// To be called as the callback of a socket that was hooked for a `T`.
 unsafe extern "C" fn data_ready<T: Events>(sk: *mut bindings::sock) {
     // SAFETY: This is the callback for `T`, called as this callback is.
-    unsafe {
-        with_hook::<T>(sk, |hook| match Arrival::on(sk) {
-            Some(arrival) => T::arrived(hook.owner.as_arc_borrow(), arrival),
-            None => T::readable(hook.owner.as_arc_borrow()),
+    let receiver = unsafe {
+        with_hook::<T, _>(sk, |hook| {
+            let owner = hook.owner.as_arc_borrow();
+            if let Some(arrival) = Arrival::on(sk) {
+                T::arrived(owner, arrival);
+            } else if CAN_WAIT_FOR_TASKS && is_unix(sk) && owner.takes_from_sender() {
+                return Some(owner.into());
+            } else {
+                T::readable(owner);
+            }
+            None
         })
     };
+    // UNIX sockets call this from `unix_stream_sendmsg()`, which can sleep for memory before, and holds
+    // nothing any more. Receiving, it takes the lock that `recvmsg()` takes, as the sender might.
+    if let Some(owner) = receiver.flatten() {
+        T::sent_here(owner);
+    }
+}
+
+/// Whether [`Callbacks`] can wait for a task that sleeps, or loses its processor, in a callback.
+const CAN_WAIT_FOR_TASKS: bool = cfg!(any(CONFIG_TASKS_RCU, not(CONFIG_PREEMPTION)));
+
+/// Whether it is a UNIX socket.
+///
+/// # Safety
+///
+/// `sk` must be a socket, valid during the call.
+unsafe fn is_unix(sk: *mut bindings::sock) -> bool {
+    // SAFETY: The caller promises so; the family of a UNIX socket never changes.
+    u32::from(unsafe { (*sk).__sk_common.skc_family }) == bindings::AF_UNIX
+}
+
+/// Goes after the last socket, and before what callbacks queue their work on.
+pub(crate) struct Callbacks;
+
+impl Drop for Callbacks {
+    /// Waits until no task is in a callback any more. By now it cannot sleep there, nor hold a lock, but
+    /// it may have lost its processor on its way out. Sleeps, for some tenths of a second.
+    #[cfg(CONFIG_TASKS_RCU)]
+    fn drop(&mut self) {
+        // SAFETY: It has no conditions, but that one may sleep.
+        unsafe { bindings::synchronize_rcu_tasks() };
+    }
+
+    /// As above, where a task keeps its processor until it sleeps. In a preemptible kernel that cannot wait
+    /// for tasks ([`CAN_WAIT_FOR_TASKS`]), one that lost it on its last steps is overlooked.
+    #[cfg(not(CONFIG_TASKS_RCU))]
+    fn drop(&mut self) {
+        // SAFETY: It has no conditions, but that one may sleep.
+        unsafe { bindings::synchronize_rcu() };
+    }
 }
 
 /// `sk_write_space`
@@ -333,7 +392,7 @@ unsafe extern "C" fn write_space<T: Events>(sk: *mut bindings::sock) {
     // SAFETY: This is the callback for `T`. `sk` has its socket while it is hooked, since the hook holds
     // the file. The next send that finds no room sets the bit again.
     unsafe {
-        with_hook::<T>(sk, |hook| {
+        with_hook::<T, _>(sk, |hook| {
             if T::writable(hook.owner.as_arc_borrow()) {
                 let socket = (*sk).sk_socket;
                 bindings::clear_bit(bindings::SOCK_NOSPACE as usize, &raw mut (*socket).flags);
@@ -350,7 +409,7 @@ unsafe extern "C" fn write_space<T: Events>(sk: *mut bindings::sock) {
 unsafe extern "C" fn state_change<T: Events>(sk: *mut bindings::sock) {
     // SAFETY: This is the callback for `T`; the saved callback gets the `sk` that it expects.
     unsafe {
-        with_hook::<T>(sk, |hook| {
+        with_hook::<T, _>(sk, |hook| {
             T::readable(hook.owner.as_arc_borrow());
             if let Some(saved) = hook.state_change {
                 saved(sk);
@@ -367,7 +426,7 @@ unsafe extern "C" fn state_change<T: Events>(sk: *mut bindings::sock) {
 unsafe extern "C" fn error_report<T: Events>(sk: *mut bindings::sock) {
     // SAFETY: As above. `with_hook()` holds the lock for reading.
     unsafe {
-        with_hook::<T>(sk, |hook| {
+        with_hook::<T, _>(sk, |hook| {
             T::readable(hook.owner.as_arc_borrow());
             // Whoever has the descriptor too can have it listen now: see `was_connected()`.
             if (*sk).__sk_common.skc_state == bindings::TCP_CLOSE {

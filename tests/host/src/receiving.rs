@@ -33,6 +33,8 @@ enum LeftOut {
     TryingAgain,
     /// Who clears the connection away does not stop the callbacks.
     StoppingCallbacks,
+    /// A task that receives after its callback does not look whether the connection was cleared away.
+    LookingWhetherDead,
 }
 
 /// A work item, as the kernel's workqueues treat it: to queue it again while it is queued does
@@ -117,6 +119,29 @@ impl Connection {
                 false
             }
             None => self.left_out != LeftOut::LookingAgain,
+        };
+        if left {
+            self.work.queue();
+        }
+    }
+
+    /// Something is sent by a task of this machine, which receives it itself: without the lock of the
+    /// socket's callbacks, which it had when it was asked to.
+    fn arrives_from_here(&self) {
+        *self.socket.lock().unwrap() += 1;
+        if !*self.hooked.read().unwrap() {
+            return;
+        }
+        let left = match self.receive.try_lock() {
+            Some(mut receive) => {
+                let dead = self.state.load(Acquire) == DEAD;
+                if !dead || self.left_out == LeftOut::LookingWhetherDead {
+                    let got = std::mem::take(&mut *self.socket.lock().unwrap());
+                    self.understand(&mut receive, got);
+                }
+                false
+            }
+            None => true,
         };
         if left {
             self.work.queue();
@@ -219,14 +244,40 @@ fn dies_while_something_comes_in(left_out: LeftOut) {
     worker.join().unwrap();
 }
 
+/// The same where the task that sends receives.
+fn dies_while_something_is_sent_here(left_out: LeftOut) {
+    let connection = Connection::new(left_out);
+    let worker = work(&connection);
+    let dying = {
+        let connection = connection.clone();
+        thread::spawn(move || connection.die())
+    };
+    connection.arrives_from_here();
+    dying.join().unwrap();
+    worker.join().unwrap();
+}
+
+/// What one task sends and receives, while another is told of something too.
+fn everything_sent_here_is_understood() {
+    let connection = Connection::new(LeftOut::Nothing);
+    let worker = work(&connection);
+    connection.arrives(true);
+    connection.arrives_from_here();
+    connection.wait_understood(2);
+    connection.die();
+    worker.join().unwrap();
+}
+
 #[test]
 fn understands_everything() {
     explore(|| everything_is_understood(LeftOut::Nothing), None);
+    explore(everything_sent_here_is_understood, Some(1));
 }
 
 #[test]
 fn dies_in_order() {
     explore(|| dies_while_something_comes_in(LeftOut::Nothing), None);
+    explore(|| dies_while_something_is_sent_here(LeftOut::Nothing), None);
 }
 
 #[test]
@@ -246,6 +297,15 @@ fn somebody_must_try_again() {
 fn callbacks_must_be_stopped() {
     explore(
         || dies_while_something_comes_in(LeftOut::StoppingCallbacks),
+        None,
+    );
+}
+
+#[test]
+#[should_panic(expected = "received after it was cleared away")]
+fn who_receives_must_look_whether_it_is_dead() {
+    explore(
+        || dies_while_something_is_sent_here(LeftOut::LookingWhetherDead),
         None,
     );
 }
