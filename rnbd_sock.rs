@@ -2,9 +2,9 @@
 //! One connection: its transmit queue, its receive state machine, its death.
 //!
 //! No thread waits for a connection. What is to be sent is sent by whoever queues it, or by a work item
-//! when the socket was full; what comes in is received by a work item that the socket's callbacks
-//! queue. Death is declared by anybody and carried out by the receiving work item, so that receiving
-//! and reaping never run at the same time.
+//! when the socket was full; what comes in is received where the socket tells of it, if it is little, or
+//! by a work item. Death is declared by anybody and carried out by that work item, with the lock for
+//! receiving, so that receiving and reaping never run at the same time.
 
 use crate::{
     kapi::{

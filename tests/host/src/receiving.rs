@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What comes in is received by a socket's callback or by a work item, whoever has the lock that
-//! nobody waits for: `kapi/try_lock.rs` in the hands of its users.
+//! What comes in is received by a socket's callback, by a task that has sent it, or by a work item,
+//! whoever has the lock that nobody waits for: `kapi/try_lock.rs` in the hands of its users.
 //!
 //! The steps of `rnbd_sock.rs` are repeated here, in the same order and under the same names: keep them
 //! alike.
