@@ -27,6 +27,12 @@ pub const USUAL_FLAGS: u64 = HAS_FLAGS | SEND_FLUSH | SEND_FUA | SEND_TRIM | SEN
 /// How long anything may take that needs no patience, on the stock kernel.
 pub const SOON: Duration = Duration::from_secs(10);
 
+/// The largest block size that this kernel lets a disk have (`BLK_MAX_BLOCK_SIZE`).
+pub fn largest_block() -> u64 {
+    let huge_pages = fs::exists("/sys/kernel/mm/transparent_hugepage").unwrap_or(false);
+    if huge_pages { 65536 } else { 4096 }
+}
+
 /// How a device is to be connected.
 #[derive(Clone)]
 pub struct Plan {
