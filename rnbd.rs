@@ -39,8 +39,8 @@ const DISK_MAX_PARTS: u64 = 256;
 struct Rnbd {
     _netlink: Pin<KBox<Family<Netlink>>>,
     _devices: AllDevices,
-    _callbacks: Callbacks,
     _slow: wq::Running,
+    _callbacks: Callbacks,
     _io: wq::Running,
     _major: Major,
 }
@@ -87,8 +87,8 @@ impl kernel::Module for Rnbd {
         Ok(Rnbd {
             _netlink: netlink,
             _devices: devices,
-            _callbacks: Callbacks,
             _slow: slow,
+            _callbacks: Callbacks,
             _io: io,
             _major: major,
         })

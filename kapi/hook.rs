@@ -24,9 +24,9 @@ pub(crate) trait Events: Send + Sync + 'static {
     /// task is to receive it here, which [`Self::sent_here()`] does then.
     fn takes_from_sender(&self) -> bool;
 
-    /// Called by a task that has sent something, while it still does. It holds no lock of the
-    /// socket's, nor of its own but such as its kind of sockets is waited for with: may sleep, shortly. The
-    /// socket may have been given up meanwhile.
+    /// Called by a task that has sent something, on its way out of `sendmsg()`. It holds no lock of the
+    /// socket's, and no other that a task may not hold in `recvmsg()`: may sleep, shortly. The socket may have
+    /// been given up meanwhile.
     fn sent_here(this: Arc<Self>);
 
     /// There may be something to receive: data, the end of the stream, an error.
@@ -342,8 +342,8 @@ unsafe extern "C" fn data_ready<T: Events>(sk: *mut bindings::sock) {
             None
         })
     };
-    // UNIX sockets call this from `unix_stream_sendmsg()`, which can sleep for memory before, and holds
-    // nothing any more. Receiving, it takes the lock that `recvmsg()` takes, as the sender might.
+    // `unix_stream_sendmsg()` has slept for memory before it calls this, or might have, and holds no lock
+    // any more. What is taken to receive is what `recvmsg()` takes.
     if let Some(owner) = receiver.flatten() {
         T::sent_here(owner);
     }
