@@ -232,29 +232,25 @@ fn everything_is_understood(left_out: LeftOut) {
 }
 
 /// It dies while something comes in: it is cleared away once, and nothing is received after that.
-fn dies_while_something_comes_in(left_out: LeftOut) {
+fn dies_while(arrives: fn(&Connection), left_out: LeftOut) {
     let connection = Connection::new(left_out);
     let worker = work(&connection);
     let dying = {
         let connection = connection.clone();
         thread::spawn(move || connection.die())
     };
-    connection.arrives(false);
+    arrives(&connection);
     dying.join().unwrap();
     worker.join().unwrap();
 }
 
+fn dies_while_something_comes_in(left_out: LeftOut) {
+    dies_while(|connection| connection.arrives(false), left_out);
+}
+
 /// The same where the task that sends receives.
 fn dies_while_something_is_sent_here(left_out: LeftOut) {
-    let connection = Connection::new(left_out);
-    let worker = work(&connection);
-    let dying = {
-        let connection = connection.clone();
-        thread::spawn(move || connection.die())
-    };
-    connection.arrives_from_here();
-    dying.join().unwrap();
-    worker.join().unwrap();
+    dies_while(Connection::arrives_from_here, left_out);
 }
 
 /// What one task sends and receives, while another is told of something too.
