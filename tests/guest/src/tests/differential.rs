@@ -3,7 +3,7 @@
 //! Sequences of operations that nobody has thought of, on nbd.ko and on the driver under test. The
 //! differential test itself is in `differential/`.
 
-use crate::debug_kernel::enough;
+use crate::debug_kernel::{self, enough};
 use crate::differential::{Op, Plan, Report, Request, Side, Step, compare, fresh_seed};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test};
@@ -22,6 +22,17 @@ pub fn tests() -> Vec<Test> {
 
 const FIXED_SEED: u64 = 1;
 
+/// Which driver says what is right: nbd.ko. On the debug kernel its receiving makes lockdep report a
+/// cycle of locks, after which that looks for nothing more, so that there the sequences only show what
+/// the kernel says of the driver under test.
+fn oracle(guest: &Guest) -> Driver {
+    if debug_kernel::runs() {
+        guest.driver
+    } else {
+        Driver::Nbd
+    }
+}
+
 fn run(sides: [Side; 2], seed: u64, count: u64) -> Report {
     let plan = Plan {
         sides,
@@ -39,8 +50,8 @@ fn assert_same(sides: [Side; 2], seed: u64, count: u64) {
     assert!(report.differences.is_empty(), "seed {seed}: {report}");
 }
 
-fn nothing_differs_from_itself(_: &Guest) {
-    let sides = [Driver::Nbd.into(), Driver::Nbd.into()];
+fn nothing_differs_from_itself(guest: &Guest) {
+    let sides = [oracle(guest).into(), oracle(guest).into()];
     assert_same(sides, FIXED_SEED, enough(8, 3));
 }
 
@@ -78,11 +89,11 @@ fn what_differs_is_found(guest: &Guest) {
 }
 
 fn of_a_fixed_seed(guest: &Guest) {
-    let sides = [Driver::Nbd.into(), guest.driver.into()];
+    let sides = [oracle(guest).into(), guest.driver.into()];
     assert_same(sides, FIXED_SEED, enough(200, 20));
 }
 
 fn of_a_fresh_seed(guest: &Guest) {
-    let sides = [Driver::Nbd.into(), guest.driver.into()];
+    let sides = [oracle(guest).into(), guest.driver.into()];
     assert_same(sides, fresh_seed(), enough(20, 10));
 }

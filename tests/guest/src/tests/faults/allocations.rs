@@ -305,9 +305,10 @@ fn of_connect_of_a_new_device(guest: &Guest) {
     });
     assert!(swept.failed > 50 && swept.ended_with(Errno::NOMEM) > 20);
     // Where there was no memory for the name of the disk's device, `device_add()` says so: `__add_disk()`
-    // does not look.
+    // does not look. That is one allocation, which may be met more than once, since what is allocated
+    // before it differs between calls (a slab may want a page).
     swept.assert_only(&[Errno::NOMEM, Errno::INVAL]);
-    assert!(swept.ended_with(Errno::INVAL) <= 1);
+    assert!(swept.ended_with(Errno::INVAL) < 5);
 }
 
 fn of_reconfigure(guest: &Guest) {
