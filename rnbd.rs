@@ -23,6 +23,7 @@ mod rnbd_session;
 mod rnbd_sock;
 mod rnbd_stream;
 mod rnbd_table;
+mod rnbd_traffic;
 mod rnbd_translate;
 
 use kapi::{disk::Major, genl::Family, hook::Callbacks, task, wq};

@@ -216,9 +216,12 @@ impl Session {
         if stuck_jiffies == 0 || places.iter().any(|place| !place.connection.is_alive()) {
             return Ok(());
         }
-        let by_time = places
-            .iter()
-            .map(|place| (place.connection.stuck_jiffies(), &place.connection));
+        let by_time = places.iter().map(|place| {
+            (
+                place.connection.traffic().stuck_jiffies(),
+                &place.connection,
+            )
+        });
         let longest = by_time.max_by_key(|(jiffies, _)| *jiffies);
         let Some((jiffies, connection)) = longest.filter(|(jiffies, _)| *jiffies >= stuck_jiffies)
         else {
@@ -416,7 +419,7 @@ impl Session {
         };
         let connection = place.connection.clone();
         drop(connections);
-        if !unclaimed && connection.progressed_within(rq.timeout_jiffies()) {
+        if !unclaimed && connection.traffic().idle_jiffies() < rq.timeout_jiffies() as usize {
             // Its data is coming in, or it is just ending.
             return;
         }
@@ -445,7 +448,7 @@ impl Session {
             "nbd{}: possible stuck request: {}; nothing came from the server for {} seconds\n",
             self.table.device,
             Described(&rq.extent()),
-            connection.idle_jiffies() / task::HZ as usize
+            connection.traffic().idle_jiffies() / task::HZ as usize
         );
     }
 }

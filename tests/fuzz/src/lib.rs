@@ -59,7 +59,7 @@ use rnbd_stream::{Receive, Transmit};
 use script::{SLOTS, Script, Step};
 use std::cell::RefCell;
 
-/// As `rnbd_sock.rs`: more data than this is left to the work item.
+/// As `rnbd_sock/receiving.rs`: more data than this is left to the work item.
 const ARRIVAL_BYTES: usize = 32 << 10;
 
 /// The connection that is fuzzed, and one that has commands in flight too.
@@ -198,7 +198,7 @@ impl Connection {
             .stage(&wire, Some(Payload::new(request, Op::Write)));
     }
 
-    /// As `Connection::receive_here()` of `rnbd_sock.rs`.
+    /// As `Connection::receive_here()` of `rnbd_sock/receiving.rs`.
     fn arrive(&mut self, limit: usize) {
         let mut piece: Vec<u8> = self
             .socket

@@ -2,8 +2,8 @@
 //! What comes in is received by a socket's callback, by a task that has sent it, or by a work item,
 //! whoever has the lock that nobody waits for: `kapi/try_lock.rs` in the hands of its users.
 //!
-//! The steps of `rnbd_sock.rs` are repeated here, in the same order and under the same names: keep them
-//! alike.
+//! The steps of `rnbd_sock.rs` and `rnbd_sock/receiving.rs` are repeated here, in the same order and
+//! under the same names: keep them alike.
 
 use crate::{ownership::explore, try_lock::TryLock};
 use loom::{

@@ -1,0 +1,199 @@
+// SPDX-License-Identifier: GPL-2.0
+//! A connection's receiving: in the socket's callback, in the task that has sent a reply, or in the work
+//! item. All of it with the lock for receiving.
+
+use super::{Connection, DEAD};
+use crate::{
+    kapi::{
+        hook::{Arrival, Segment},
+        mq::{Op, Request, Status, Verdict},
+        payload::Payload,
+    },
+    rnbd_cmd::{Cookie, Refused},
+    rnbd_proto::{Reply, ServerError, REPLY_BYTES},
+    rnbd_stream::Receive,
+    rnbd_translate::{status_of, Described},
+};
+use kernel::{prelude::*, sync::atomic::Acquire};
+
+/// Calls after which the work item lets others run.
+const BUDGET: u32 = 32;
+/// Data of a reply that is received where it arrives, which may be in softirq. To copy more is left to
+/// the work item, which another CPU may run.
+const ARRIVAL_BYTES: usize = 32 << 10;
+/// Calls after which a task that has sent a reply leaves receiving to the work item: one for the
+/// header with what comes along with it, one for the data.
+const LITTLE_CALLS: u32 = 2;
+
+impl Connection {
+    /// Receives in the work item. Returns whether something may be left.
+    pub(super) fn receive_much(&self, receive: &mut Receive) -> Result<bool> {
+        self.receive_up_to(receive, BUDGET, usize::MAX)
+    }
+
+    pub(super) fn receive_failed(&self, error: Error) {
+        // What breaks the protocol was said where it was found.
+        let said = error == EPROTO || self.table.is_disconnected() || !self.is_alive();
+        if said || !self.table.log.allow() {
+            return;
+        }
+        let (device, index) = (self.table.device, self.index);
+        if error == EPIPE {
+            pr_warn!("nbd{device}: connection {index}: the server has closed it\n");
+        } else {
+            pr_err!("nbd{device}: connection {index}: receive failed ({error:?}), closing it\n");
+        }
+    }
+
+    /// Receives what has arrived. Returns whether something is left to the work item.
+    pub(super) fn receive_here(&self, receive: &mut Receive, arrival: Arrival<'_>) -> bool {
+        let mut left = false;
+        arrival.read(|segment| {
+            match self.receive_segment(receive, segment) {
+                Ok(goes_on) => left = !goes_on,
+                Err(e) => {
+                    receive.failed = Some(e);
+                    left = true;
+                }
+            }
+            !left
+        });
+        left
+    }
+
+    /// Receives a piece of the stream. Returns whether it is to go on here.
+    fn receive_segment(&self, receive: &mut Receive, segment: &mut Segment<'_>) -> Result<bool> {
+        if receive.failed.is_some() {
+            return Ok(false);
+        }
+        loop {
+            self.understand(receive)?;
+            if receive.awaited_bytes() > ARRIVAL_BYTES {
+                return Ok(false);
+            }
+            if segment.left_bytes() == 0 {
+                return Ok(true);
+            }
+            let taken = receive.take_from(segment)?;
+            self.traffic.received(taken);
+        }
+    }
+
+    /// Receives what is there, in a task of somebody else. Returns whether something is left to the
+    /// work item.
+    pub(super) fn receive_little(&self, receive: &mut Receive) -> bool {
+        // The socket is another's once it was cleared away.
+        if self.state.load(Acquire) == DEAD {
+            return false;
+        }
+        match self.receive_up_to(receive, LITTLE_CALLS, ARRIVAL_BYTES) {
+            Ok(left) => left,
+            Err(e) => {
+                receive.failed = Some(e);
+                true
+            }
+        }
+    }
+
+    /// Receives with at most `calls` calls, until more than `bytes` of data are awaited. Returns whether
+    /// something may be left.
+    fn receive_up_to(&self, receive: &mut Receive, calls: u32, bytes: usize) -> Result<bool> {
+        if let Some(error) = receive.failed {
+            return Err(error);
+        }
+        for _ in 0..calls {
+            self.understand(receive)?;
+            if receive.awaited_bytes() > bytes {
+                break;
+            }
+            let (got, all) = match receive.fill(&self.socket) {
+                Ok(filled) => filled,
+                Err(e) if e == EAGAIN => return Ok(false),
+                Err(e) => return Err(e),
+            };
+            self.traffic.received(got);
+            if !all && !self.socket.has_input() {
+                // The next bytes are announced by the callback.
+                self.understand(receive)?;
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Works through what was received.
+    fn understand(&self, receive: &mut Receive) -> Result {
+        receive.understand(
+            |header| self.handle_reply(header),
+            |payload| self.complete(payload.into_request(), Status::OK),
+        )
+    }
+
+    /// nbd.c's `nbd_handle_reply()`: finds and claims the command. Returns it where data follows.
+    fn handle_reply(&self, header: &[u8; REPLY_BYTES]) -> Result<Option<Payload>> {
+        let reply = Reply::decode(header).map_err(|magic| {
+            self.complain(format_args!("wrong magic ({:#010x})", magic.0));
+            EPROTO
+        })?;
+        let cookie = Cookie(reply.cookie);
+        let claimed = match self.table.slot_of(cookie) {
+            Some(slot) => slot.claim(cookie.generation(), self.index),
+            None => Err(Refused::Stale),
+        };
+        let request = claimed.map_err(|why| {
+            let why = match why {
+                Refused::Stale => "no such command is in flight",
+                Refused::OtherConnection => "its command was sent on another connection",
+                Refused::Claimed => "its command was answered or given up before",
+            };
+            self.complain(format_args!(
+                "unexpected reply (cookie {:#018x}): {why}",
+                cookie.0
+            ));
+            EPROTO
+        })?;
+        self.traffic.replied();
+        if let Some(error) = ServerError::from_wire(reply.error) {
+            self.complain_of_error(&request, reply.error);
+            let op = request.extent().op;
+            self.complete(request, status_of(error, op));
+            return Ok(None);
+        }
+        let payload = Payload::new(request, Op::Read);
+        if payload.left_bytes() > 0 {
+            return Ok(Some(payload));
+        }
+        self.complete(payload.into_request(), Status::OK);
+        Ok(None)
+    }
+
+    /// Ends a command that was answered. The receive lock is held, so nobody clears the connection away.
+    fn complete(&self, request: Request, status: Status) {
+        if request.forgets_reply() {
+            self.table.forget_reply(request);
+        } else {
+            request.decide(Verdict::Complete(status));
+        }
+    }
+
+    fn complain(&self, what: core::fmt::Arguments<'_>) {
+        if self.table.log.allow() {
+            pr_err!(
+                "nbd{}: connection {}: {what}, closing it\n",
+                self.table.device,
+                self.index
+            );
+        }
+    }
+
+    fn complain_of_error(&self, request: &Request, error: u32) {
+        if !self.table.log.allow() {
+            return;
+        }
+        pr_err!(
+            "nbd{}: server returned error {error} for {}\n",
+            self.table.device,
+            Described(&request.extent())
+        );
+    }
+}

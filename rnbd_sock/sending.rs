@@ -1,0 +1,303 @@
+// SPDX-License-Identifier: GPL-2.0
+//! A connection's sending. Whoever queues a command sends it, or a work item does: where more is likely
+//! to come soon, or the socket was full.
+
+use super::Connection;
+use crate::{
+    kapi::{
+        mq::{Op, Request},
+        payload::Payload,
+        sock::Ending,
+        task, wq,
+    },
+    rnbd_proto as proto,
+    rnbd_ring::Ring,
+    rnbd_stream::Transmit,
+};
+use kernel::{
+    new_mutex, new_spinlock,
+    prelude::*,
+    sync::{
+        atomic::{Acquire, Atomic, Full, Relaxed, Release},
+        barrier::smp_mb,
+        Arc, ArcBorrow, Mutex, SpinLock,
+    },
+    time::msecs_to_jiffies,
+};
+
+/// Calls after which a work item lets others run, and a submitter leaves the sending to a work item.
+const BUDGET: u32 = 32;
+/// How long to wait where a socket has room and still takes nothing, for want of memory.
+const NO_MEMORY_DELAY_MS: u32 = 10;
+
+/// A command that waits to be sent.
+struct Queued {
+    request: Request,
+    wire: proto::Request,
+}
+
+/// What waits to be sent and was not looked at by a sender.
+struct Backlog {
+    queue: Ring<Queued>,
+    closed: bool,
+}
+
+/// Who submitted last, and how often that task had slept by then. Wrong where several submit.
+struct Submitter {
+    task: Atomic<usize>,
+    sleeps: Atomic<usize>,
+}
+
+impl Submitter {
+    fn nobody() -> Self {
+        Submitter {
+            task: Atomic::new(0),
+            sleeps: Atomic::new(0),
+        }
+    }
+
+    /// Notes that the current task submits. Returns whether it did so before and has not slept since:
+    /// it does not wait for its requests one by one, and there are probably more to come.
+    fn goes_on(&self) -> bool {
+        let (task, sleeps) = (task::TaskId::current().0, task::current_sleeps());
+        let goes_on = self.task.load(Relaxed) == task && self.sleeps.load(Relaxed) == sleeps;
+        if !goes_on {
+            self.task.store(task, Relaxed);
+            self.sleeps.store(sleeps, Relaxed);
+        }
+        goes_on
+    }
+}
+
+/// How sending stopped.
+enum Stop {
+    /// There is nothing to do.
+    Idle,
+    /// There may be more; somebody else should have a turn.
+    Budget,
+    /// The socket takes no more now.
+    Full { sent_some: bool },
+}
+
+/// What sending needs of a connection.
+#[pin_data]
+pub(super) struct Sending {
+    submitter: Submitter,
+    /// The sender waits for room in the socket.
+    full: Atomic<bool>,
+    /// A disconnect is to be sent.
+    say_goodbye: Atomic<bool>,
+    #[pin]
+    backlog: SpinLock<Backlog>,
+    #[pin]
+    transmit: Mutex<Transmit>,
+}
+
+impl Sending {
+    /// For at most `capacity` commands at a time.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(super) fn new(capacity: usize) -> Result<impl PinInit<Self>> {
+        let backlog = Backlog {
+            queue: Ring::new(capacity)?,
+            closed: false,
+        };
+        let transmit = Transmit::new()?;
+        Ok(pin_init!(Sending {
+            submitter: Submitter::nobody(),
+            full: Atomic::new(false),
+            say_goodbye: Atomic::new(false),
+            backlog <- new_spinlock!(backlog),
+            transmit <- new_mutex!(transmit),
+        }))
+    }
+}
+
+impl Connection {
+    /// Puts a command at the end of the queue. It is sent by the next [`Self::kick()`].
+    ///
+    /// # Errors
+    ///
+    /// Gives the request back where the connection is dead.
+    pub(crate) fn push(
+        &self,
+        request: Request,
+        wire: proto::Request,
+    ) -> core::result::Result<(), Request> {
+        let mut backlog = self.sending.backlog.lock();
+        if backlog.closed {
+            return Err(request);
+        }
+        // There is a place for every tag, so that it is never full.
+        backlog
+            .queue
+            .push_back(Queued { request, wire })
+            .map_err(|queued| queued.request)
+    }
+
+    /// Has sent what waits: at once where nothing else is going on, or else by a work item, so that
+    /// what follows soon can go with it in one call. May sleep.
+    pub(crate) fn kick(self: ArcBorrow<'_, Self>) {
+        let goes_on = self.sending.submitter.goes_on();
+        if self.sending.full.load(Acquire) {
+            return;
+        }
+        if goes_on || self.traffic.awaited() > 0 {
+            self.queue_transmit(0);
+        } else {
+            self.transmit_backlog();
+        }
+    }
+
+    /// Sends a disconnect after what is being sent now. May sleep.
+    pub(crate) fn say_goodbye(self: ArcBorrow<'_, Self>) {
+        self.sending.say_goodbye.store(true, Release);
+        // At once: the socket is ended soon.
+        if !self.sending.full.load(Acquire) {
+            self.transmit_backlog();
+        }
+    }
+
+    /// The socket tells of room. Returns whether that was waited for.
+    pub(super) fn room_came(self: ArcBorrow<'_, Self>) -> bool {
+        if !self.sending.full.load(Relaxed) || !self.socket.has_room() {
+            return false;
+        }
+        self.queue_transmit(0);
+        true
+    }
+
+    /// The work item.
+    pub(super) fn transmit_work(self: ArcBorrow<'_, Self>) {
+        self.sending.full.store(false, Release);
+        self.transmit_backlog();
+    }
+
+    fn queue_transmit(self: ArcBorrow<'_, Self>, delay_ms: u32) {
+        let delay = msecs_to_jiffies(delay_ms);
+        let _ = wq::IO
+            .get()
+            .enqueue_delayed::<Arc<Self>, 2>(self.into(), delay);
+    }
+
+    /// Sends until nothing waits. Whoever has the lock sends for all.
+    fn transmit_backlog(self: ArcBorrow<'_, Self>) {
+        let mut refused = 0;
+        // What is left of a connection that is dead is given back by whoever clears it away.
+        while self.is_alive() {
+            let Some(mut transmit) = self.sending.transmit.try_lock() else {
+                return;
+            };
+            let stop = self.transmit_all(&mut transmit);
+            drop(transmit);
+            match stop {
+                Ok(Stop::Idle) => {}
+                Ok(Stop::Budget) => return self.queue_transmit(0),
+                Ok(Stop::Full { sent_some }) => {
+                    refused = if sent_some { 0 } else { refused + 1 };
+                    if !self.wait_for_room(refused) {
+                        return;
+                    }
+                    continue;
+                }
+                Err(e) => return self.send_failed(e),
+            }
+            // Somebody may have queued more and found the lock taken: pairs with the lock of the
+            // backlog in `push()`, before which nothing orders a failed `try_lock()`.
+            smp_mb(Full);
+            if !self.has_backlog() {
+                return;
+            }
+        }
+    }
+
+    fn has_backlog(&self) -> bool {
+        !self.sending.backlog.lock().queue.is_empty() || self.sending.say_goodbye.load(Acquire)
+    }
+
+    /// The socket has taken less than it was given, and nothing at all the last `refused` times: has the
+    /// rest sent when it can be. Returns whether that is now.
+    fn wait_for_room(self: ArcBorrow<'_, Self>, refused: u32) -> bool {
+        self.sending.full.store(true, Release);
+        // Room that became free before this was not announced to us; what comes after it is.
+        smp_mb(Full);
+        if !self.socket.has_room() {
+            return false;
+        }
+        if refused > 1 {
+            // There is room, and still it takes nothing: it wants for memory, which nobody announces.
+            self.queue_transmit(NO_MEMORY_DELAY_MS);
+            return false;
+        }
+        self.sending.full.store(false, Release);
+        true
+    }
+
+    fn send_failed(self: ArcBorrow<'_, Self>, error: Error) {
+        if !self.table.is_disconnected() && self.is_alive() && self.table.log.allow() {
+            pr_err!(
+                "nbd{}: connection {}: send failed ({:?}), closing it\n",
+                self.table.device,
+                self.index,
+                error
+            );
+        }
+        self.die(Ending::Polite);
+    }
+
+    fn transmit_all(&self, transmit: &mut Transmit) -> Result<Stop> {
+        for _ in 0..BUDGET {
+            let more_waits = self.stage(transmit);
+            if transmit.is_empty() {
+                return Ok(Stop::Idle);
+            }
+            let sent = match transmit.send(&self.socket, more_waits) {
+                Ok(sent) => sent,
+                Err(e) if e == EAGAIN => return Ok(Stop::Full { sent_some: false }),
+                Err(e) => return Err(e),
+            };
+            self.traffic.sent(sent.bytes, sent.requests);
+            if !sent.all {
+                return Ok(Stop::Full { sent_some: true });
+            }
+        }
+        Ok(Stop::Budget)
+    }
+
+    /// Moves what waits to the sender, headers written. Returns whether something is left.
+    fn stage(&self, transmit: &mut Transmit) -> bool {
+        if transmit.has_place()
+            && self.sending.say_goodbye.load(Acquire)
+            && self.sending.say_goodbye.xchg(false, Full)
+        {
+            transmit.stage(&proto::Request::DISCONNECT, None);
+        }
+        while transmit.has_place() {
+            let queued = self.sending.backlog.lock().queue.pop_front();
+            let Some(queued) = queued else { return false };
+            let payload = Payload::new(queued.request, Op::Write);
+            transmit.stage(&queued.wire, Some(payload));
+        }
+        !self.sending.backlog.lock().queue.is_empty()
+    }
+
+    /// Gives back what was not sent, or not wholly. A reply does not help it: a server that has
+    /// answered a write that it has not read has not written it.
+    pub(super) fn give_back_unsent(&self) {
+        let verdict = self.table.verdict_of_lost();
+        let mut transmit = self.sending.transmit.lock();
+        transmit.give_back(verdict);
+        // Nothing comes after this.
+        self.sending.backlog.lock().closed = true;
+        loop {
+            // Letting go may end the request, which is not for under a spin lock.
+            let queued = self.sending.backlog.lock().queue.pop_front();
+            match queued {
+                Some(queued) => queued.request.decide(verdict),
+                None => return,
+            }
+        }
+    }
+}
