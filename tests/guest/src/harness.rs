@@ -5,6 +5,7 @@
 
 use std::fs;
 use std::panic::{self, AssertUnwindSafe};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::sync::{Arc, Mutex, OnceLock};
 use std::thread;
@@ -263,6 +264,15 @@ pub fn look_every(
             return Err(());
         }
         thread::sleep(pause);
+    }
+}
+
+/// Says that something is done, even where it panics.
+pub struct Until<'a>(pub &'a AtomicBool);
+
+impl Drop for Until<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 

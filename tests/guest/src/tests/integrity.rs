@@ -14,7 +14,7 @@ use fastrand::Rng;
 use rustix::io::ReadWriteFlags;
 
 use crate::device::{self, SOON, USUAL_FLAGS};
-use crate::harness::{Guest, Test, say, seed, wait_until};
+use crate::harness::{Guest, Test, Until, say, seed, wait_until};
 use crate::ledger::{Ledger, SECTOR};
 use crate::netlink::{Netlink, Setup};
 use crate::proto::CAN_MULTI_CONN;
@@ -249,15 +249,6 @@ impl Writer<'_> {
         tally.bytes.fetch_add(data.len() as u64, Ordering::Relaxed);
         count(&tally.reads);
         Ok(ledger.check(sectors.start, &data, steady.then_some(before)))
-    }
-}
-
-/// Says that something is done, even where it panics.
-pub struct Until<'a>(pub &'a AtomicBool);
-
-impl Drop for Until<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
     }
 }
 

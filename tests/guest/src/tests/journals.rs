@@ -13,11 +13,9 @@ use std::time::Duration;
 
 use fastrand::Rng;
 
-use super::integrity::{
-    DEAD_TIMEOUT_SECONDS, Habits, Load, Tally, Until, setup, transport, wait_free,
-};
+use super::integrity::{DEAD_TIMEOUT_SECONDS, Habits, Load, Tally, setup, transport, wait_free};
 use crate::device::pattern;
-use crate::harness::{Guest, Test, say, seed};
+use crate::harness::{Guest, Test, Until, say, seed};
 use crate::ledger::{Ledger, SECTOR};
 use crate::netlink::Netlink;
 use crate::programs::{sh, try_sh};
@@ -31,9 +29,9 @@ pub fn tests() -> Vec<Test> {
 /// A kind of file system.
 #[derive(Clone, Copy)]
 pub struct Kind {
-    make: &'static str,
-    check: &'static str,
-    size: u64,
+    pub make: &'static str,
+    pub check: &'static str,
+    pub size: u64,
 }
 
 pub const EXT4: Kind = Kind {

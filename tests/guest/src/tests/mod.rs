@@ -7,6 +7,7 @@ mod do_it;
 mod endings;
 mod errors;
 mod faults;
+mod fsx;
 mod geometry;
 mod hostile;
 mod hostile_user;
@@ -51,6 +52,7 @@ pub fn all() -> Vec<Test> {
         faults::tests(),
         user_space::tests(),
         differential::tests(),
+        fsx::tests(),
         outages::tests(),
         integrity::tests(),
         journals::tests(),

@@ -13,7 +13,7 @@ use fastrand::Rng;
 use super::user_space::{fio, serve};
 use crate::device::{self, SOON, assert_pattern, pattern};
 use crate::driver::Driver;
-use crate::harness::{Guest, Test, say, seed, wait_until};
+use crate::harness::{Guest, Test, Until, say, seed, wait_until};
 use crate::negotiate::{Export, dial};
 use crate::netlink::{Netlink, Setup};
 use crate::programs::{Daemon, sh, try_sh};
@@ -164,15 +164,6 @@ fn under_fio(f: impl FnOnce()) {
         let runs: u32 = load.join().expect("fio");
         say(&format!("{runs} runs of fio"));
     });
-}
-
-/// Says that something is done, even where it panics.
-struct Until<'a>(&'a AtomicBool);
-
-impl Drop for Until<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
-    }
 }
 
 fn servers_of_single_connections_die(_: &Guest) {

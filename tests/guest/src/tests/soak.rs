@@ -14,13 +14,12 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 
 use super::integrity::{
-    DEAD_TIMEOUT_SECONDS, Load, MIXED, Tally, Until, granule, reconnect, setup, transport,
-    wait_free,
+    DEAD_TIMEOUT_SECONDS, Load, MIXED, Tally, granule, reconnect, setup, transport, wait_free,
 };
 use super::journals::{BTRFS, EXT4, GRANULE, Kind, Mounted, XFS};
 use super::network::{self, Path};
 use crate::device::{self, pattern};
-use crate::harness::{Guest, Test, complain, say, seed};
+use crate::harness::{Guest, Test, Until, complain, say, seed};
 use crate::klog;
 use crate::ledger::Ledger;
 use crate::netlink::{DESTROY_ON_DISCONNECT, Netlink, Setup};

@@ -9,9 +9,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::super::user_space::{Client, fio, serve};
-use super::{Load, MIB, Until};
+use super::{Load, MIB};
 use crate::device::{self, SOON};
-use crate::harness::{Guest, Test, say, seed, skip, wait_until};
+use crate::harness::{Guest, Test, Until, say, seed, skip, wait_until};
 use crate::negotiate::dial;
 use crate::netlink::{Netlink, Setup};
 use crate::programs::{Daemon, sh, try_sh};

@@ -16,7 +16,7 @@ use fastrand::Rng;
 use rustix::io::Errno;
 
 use crate::device::{self, assert_pattern, errno, pattern};
-use crate::harness::Test;
+use crate::harness::{Test, Until};
 use crate::sys::Buffer;
 
 const MIB: u64 = 1 << 20;
@@ -204,15 +204,6 @@ impl Load {
         for ledger in &self.ledgers {
             ledger.verify(file);
         }
-    }
-}
-
-/// Says that something is done, even where it panics.
-struct Until<'a>(&'a AtomicBool);
-
-impl Drop for Until<'_> {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
     }
 }
 

@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use super::{Load, Until};
+use super::Load;
 use crate::device::{SOON, USUAL_FLAGS};
-use crate::harness::{Guest, Test, say, seed, wait_until};
+use crate::harness::{Guest, Test, Until, say, seed, wait_until};
 use crate::injection::Knobs;
 use crate::netlink::{Netlink, Setup};
 use crate::proto::CAN_MULTI_CONN;

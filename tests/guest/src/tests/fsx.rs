@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! fsx, the file system exerciser: what it reads is what it last wrote, to a file or to the device
+//! itself, while connections are lost and replaced and the page cache forgets.
+
+use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
+
+use super::journals::{BTRFS, EXT4, Kind, XFS};
+use crate::debug_kernel::enough;
+use crate::device::USUAL_FLAGS;
+use crate::harness::{Guest, Test, Until, say, seed};
+use crate::netlink::{Link, Netlink, Setup};
+use crate::programs::sh;
+use crate::proto::CAN_MULTI_CONN;
+use crate::server::Transport;
+use crate::test;
+
+pub fn tests() -> Vec<Test> {
+    vec![
+        test!(on_the_device),
+        test!(on_ext4),
+        test!(on_xfs),
+        test!(on_btrfs),
+    ]
+}
+
+const FILE: &str = "
+flen = 2097152
+[opsize]
+max = 32768
+[weights]
+read = 10
+write = 10
+mapread = 10
+mapwrite = 10
+truncate = 5
+punch_hole = 3
+copy_file_range = 3
+sendfile = 3
+close_open = 1
+invalidate = 1
+fsync = 1
+fdatasync = 1
+posix_fallocate = 1
+posix_fadvise = 5
+";
+
+/// A device has one size, and makes holes of whole sectors.
+const DEVICE: &str = "
+blockmode = true
+flen = 4194304
+[opsize]
+max = 32768
+align = 512
+[weights]
+read = 10
+write = 10
+mapread = 10
+mapwrite = 10
+truncate = 0
+punch_hole = 5
+sendfile = 3
+invalidate = 1
+fsync = 1
+fdatasync = 1
+posix_fadvise = 5
+";
+
+/// A new device, with two connections.
+fn attach(size: u64) -> Link {
+    Setup::new(size)
+        .index(0)
+        .flags(USUAL_FLAGS | CAN_MULTI_CONN)
+        .timeout(20)
+        .dead_timeout(60)
+        .attach_over(&[Transport::Unix, Transport::Tcp4])
+        .settle()
+}
+
+/// Ends connections until it is done, the oldest first, and puts new ones in their places.
+fn lose_connections(link: &Link, done: &AtomicBool) -> usize {
+    let news = Netlink::listen();
+    let mut lost = 0;
+    while !done.load(Ordering::Relaxed) {
+        thread::sleep(Duration::from_millis(200));
+        link.server.kill_connection(lost);
+        lost += 1;
+        assert_eq!(news.expect_dead_link(), link.index);
+        assert_eq!(link.revive(), Ok(()));
+        // So that what is read comes from the server.
+        fs::write("/proc/sys/vm/drop_caches", "1").unwrap();
+    }
+    lost
+}
+
+fn exercise(link: &Link, file: &str, config: &str) {
+    let (seed, operations) = (seed(), enough(1000, 300));
+    fs::write("/tmp/fsx.toml", config).unwrap();
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let _until_done = Until(&done);
+            sh(&format!(
+                "/rnbd/fsx -q -f /tmp/fsx.toml -P /tmp -S {seed} -N {operations} {file}"
+            ));
+        });
+        let lost = lose_connections(link, &done);
+        say(&format!("{operations} operations, {lost} connections lost"));
+    });
+}
+
+fn on_the_device(_: &Guest) {
+    let link = attach(4 << 20);
+    exercise(&link, "/dev/nbd0", DEVICE);
+}
+
+fn on_file_system(kind: Kind) {
+    let link = attach(kind.size);
+    let make = kind.make;
+    sh(&format!(
+        "{make} /dev/nbd0 && mkdir -p /tmp/mnt && mount /dev/nbd0 /tmp/mnt"
+    ));
+    let mounted = Mounted;
+    exercise(&link, "/tmp/mnt/file", FILE);
+    drop(mounted);
+    sh(&format!("{} /dev/nbd0", kind.check));
+}
+
+struct Mounted;
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        sh("umount /tmp/mnt");
+    }
+}
+
+fn on_ext4(_: &Guest) {
+    on_file_system(EXT4);
+}
+
+fn on_xfs(_: &Guest) {
+    on_file_system(XFS);
+}
+
+fn on_btrfs(_: &Guest) {
+    on_file_system(BTRFS);
+}
