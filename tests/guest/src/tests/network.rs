@@ -17,7 +17,7 @@ use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 use super::integrity::{Bench, DEAD_TIMEOUT_SECONDS, MIXED};
 use super::outages::Namespace;
 use crate::debug_kernel::patient;
-use crate::device::{self, SOON, assert_pattern, errno, pattern};
+use crate::device::{self, assert_pattern, errno, pattern};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, say, wait_until};
 use crate::netlink::{Netlink, Setup};
@@ -326,8 +326,10 @@ const SLOWLY: usize = 600;
 
 /// A server that reads and sends one byte at a time.
 fn a_byte_at_a_time(_: &Guest) {
-    let server = Server::new();
-    server.script(|conn, request| {
+    // All requests wait for one another.
+    let setup = Setup::new(1 << 20).index(0).timeout(60);
+    let link = setup.attach_over(&[Transport::Tcp4]);
+    link.server.script(|conn, request| {
         let reply = match request.command {
             Command::Write => {
                 let mut data = Vec::new();
@@ -349,11 +351,7 @@ fn a_byte_at_a_time(_: &Guest) {
         }
         conn.send(rest)
     });
-    let netlink = Netlink::open();
-    let setup = Setup::new(1 << 20).index(0).timeout(10);
-    let socket = server.connect(Transport::Tcp4);
-    assert_eq!(netlink.connect(&setup.sockets([socket])), Ok(0));
-    let direct = device::open(0, libc::O_DIRECT).expect("the device");
+    let direct = link.direct();
     thread::scope(|scope| {
         for part in 0..4 {
             let direct = &direct;
@@ -367,8 +365,4 @@ fn a_byte_at_a_time(_: &Guest) {
             });
         }
     });
-    drop(direct);
-    netlink.disconnect(0).unwrap();
-    super::integrity::wait_free(&netlink, 0);
-    let _ = wait_until(SOON, || server.living() == 0);
 }
