@@ -11,6 +11,7 @@ use std::time::Duration;
 use super::journals::{BTRFS, EXT4, Kind, XFS};
 use crate::debug_kernel::enough;
 use crate::device::USUAL_FLAGS;
+use crate::driver::Driver;
 use crate::harness::{Guest, Test, Until, say, seed};
 use crate::netlink::{Link, Netlink, Setup};
 use crate::programs::sh;
@@ -69,23 +70,32 @@ fdatasync = 1
 posix_fadvise = 5
 ";
 
+/// After how many seconds a request goes elsewhere, and how often a connection is lost. nbd.ko has
+/// the requests of a lost connection wait for their timeout.
+fn pace(guest: &Guest) -> (u64, Duration) {
+    match guest.expected("failover-is-immediate") {
+        Driver::Nbd => (2, Duration::from_secs(5)),
+        Driver::Rnbd => (20, Duration::from_millis(200)),
+    }
+}
+
 /// A new device, with two connections.
-fn attach(size: u64) -> Link {
+fn attach(guest: &Guest, size: u64) -> Link {
     Setup::new(size)
         .index(0)
         .flags(USUAL_FLAGS | CAN_MULTI_CONN)
-        .timeout(20)
+        .timeout(pace(guest).0)
         .dead_timeout(60)
         .attach_over(&[Transport::Unix, Transport::Tcp4])
         .settle()
 }
 
 /// Ends connections until it is done, the oldest first, and puts new ones in their places.
-fn lose_connections(link: &Link, done: &AtomicBool) -> usize {
+fn lose_connections(link: &Link, pause: Duration, done: &AtomicBool) -> usize {
     let news = Netlink::listen();
     let mut lost = 0;
     while !done.load(Ordering::Relaxed) {
-        thread::sleep(Duration::from_millis(200));
+        thread::sleep(pause);
         link.server.kill_connection(lost);
         lost += 1;
         assert_eq!(news.expect_dead_link(), link.index);
@@ -96,7 +106,7 @@ fn lose_connections(link: &Link, done: &AtomicBool) -> usize {
     lost
 }
 
-fn exercise(link: &Link, file: &str, config: &str) {
+fn exercise(guest: &Guest, link: &Link, file: &str, config: &str) {
     let (seed, operations) = (seed(), enough(1000, 300));
     fs::write("/tmp/fsx.toml", config).unwrap();
     let done = AtomicBool::new(false);
@@ -107,24 +117,24 @@ fn exercise(link: &Link, file: &str, config: &str) {
                 "/rnbd/fsx -q -f /tmp/fsx.toml -P /tmp -S {seed} -N {operations} {file}"
             ));
         });
-        let lost = lose_connections(link, &done);
+        let lost = lose_connections(link, pace(guest).1, &done);
         say(&format!("{operations} operations, {lost} connections lost"));
     });
 }
 
-fn on_the_device(_: &Guest) {
-    let link = attach(4 << 20);
-    exercise(&link, "/dev/nbd0", DEVICE);
+fn on_the_device(guest: &Guest) {
+    let link = attach(guest, 4 << 20);
+    exercise(guest, &link, "/dev/nbd0", DEVICE);
 }
 
-fn on_file_system(kind: Kind) {
-    let link = attach(kind.size);
+fn on_file_system(guest: &Guest, kind: Kind) {
+    let link = attach(guest, kind.size);
     let make = kind.make;
     sh(&format!(
         "{make} /dev/nbd0 && mkdir -p /tmp/mnt && mount /dev/nbd0 /tmp/mnt"
     ));
     let mounted = Mounted;
-    exercise(&link, "/tmp/mnt/file", FILE);
+    exercise(guest, &link, "/tmp/mnt/file", FILE);
     drop(mounted);
     sh(&format!("{} /dev/nbd0", kind.check));
 }
@@ -137,14 +147,14 @@ impl Drop for Mounted {
     }
 }
 
-fn on_ext4(_: &Guest) {
-    on_file_system(EXT4);
+fn on_ext4(guest: &Guest) {
+    on_file_system(guest, EXT4);
 }
 
-fn on_xfs(_: &Guest) {
-    on_file_system(XFS);
+fn on_xfs(guest: &Guest) {
+    on_file_system(guest, XFS);
 }
 
-fn on_btrfs(_: &Guest) {
-    on_file_system(BTRFS);
+fn on_btrfs(guest: &Guest) {
+    on_file_system(guest, BTRFS);
 }
