@@ -29,6 +29,10 @@ use kernel::{
 /// enough. One that comes back does not wait for it.
 const LOOK_AGAIN_MS: u32 = 100;
 
+/// Reads from this size on are sent at once: to send one alone costs little beside its data, less than
+/// to have a worker woken up for it.
+const LONG_READ_BYTES: u32 = 64 << 10;
+
 /// See the module's documentation.
 #[pin_data]
 pub(crate) struct Session {
@@ -67,6 +71,10 @@ pub(crate) struct Options {
     pub(crate) timeout_jiffies: u32,
     /// How long requests wait for a dead connection to come back.
     pub(crate) dead_timeout_jiffies: u64,
+}
+
+fn is_long_read(wire: &proto::Request) -> bool {
+    wire.command == proto::Command::Read && wire.len_bytes >= LONG_READ_BYTES
 }
 
 /// A command's place in the table.
@@ -318,7 +326,7 @@ impl Session {
             let Err(back) = connection.push(transmit, wire) else {
                 // `commit_rqs` names the hardware queue, which is another connection's here.
                 if last || u32::from(connection.index()) != place.hw_queue {
-                    connection.kick();
+                    connection.kick(is_long_read(&wire));
                 }
                 return;
             };
@@ -345,7 +353,7 @@ impl Session {
     /// `nbd_commit_rqs`: what was queued without a `last` is sent. May sleep.
     pub(crate) fn commit_rqs(&self, cx: &Dispatch<'_>) {
         if let Some(connection) = self.connection(cx, cx.hw_queue() as usize) {
-            connection.kick();
+            connection.kick(false);
         }
     }
 

@@ -137,14 +137,14 @@ impl Connection {
             .map_err(|queued| queued.request)
     }
 
-    /// Has sent what waits: at once where nothing else is going on, or else by a work item, so that
-    /// what follows soon can go with it in one call. May sleep.
-    pub(crate) fn kick(self: ArcBorrow<'_, Self>) {
+    /// Has sent what waits: at once where `urgent` or nothing else is going on, or else by a work item,
+    /// so that what follows soon can go with it in one call. May sleep.
+    pub(crate) fn kick(self: ArcBorrow<'_, Self>, urgent: bool) {
         let goes_on = self.sending.submitter.goes_on();
         if self.sending.full.load(Acquire) {
             return;
         }
-        if goes_on || self.traffic.awaited() > 0 {
+        if !urgent && (goes_on || self.traffic.awaited() > 0) {
             self.queue_transmit(0);
         } else {
             self.transmit_backlog();
