@@ -36,6 +36,8 @@ pub struct Row {
     pub clients: BTreeMap<Client, Figures>,
     /// See [`Row::relative`].
     relative: BTreeMap<Client, f64>,
+    /// See [`Row::interval`].
+    intervals: BTreeMap<Client, (f64, f64)>,
 }
 
 impl Row {
@@ -43,6 +45,12 @@ impl Row {
     /// disturbs one of them mostly disturbs all who were measured in it.
     pub fn relative(&self, client: Client) -> Option<f64> {
         self.relative.get(&client).copied()
+    }
+
+    /// Where that median lies with 95 % certainty, by the ranks of the rounds. Less than six rounds
+    /// cannot tell: it is all of their range then.
+    fn interval(&self, client: Client) -> Option<(f64, f64)> {
+        self.intervals.get(&client).copied()
     }
 }
 
@@ -112,18 +120,22 @@ fn rows(samples: &[&Sample]) -> Vec<Row> {
                 by_client.entry(other.client).or_default().push(other);
             }
         }
-        let relative = |client: &Client| {
-            let parts = by_client[client].iter().filter_map(|sample| {
+        let parts = |client: &Client| {
+            let samples = by_client[client].iter();
+            let parts = samples.filter_map(|sample| {
                 let nbd = by_client.get(&Client::Nbd)?;
                 let same_round = nbd.iter().find(|other| other.round == sample.round)?;
                 Some(sample.ns_per_io / same_round.ns_per_io)
             });
-            Some((*client, median(parts)?))
+            sorted(parts)
         };
+        let relative = |client: &Client| Some((*client, middle(&parts(client))?));
+        let interval = |client: &Client| Some((*client, interval(&parts(client))?));
         rows.push(Row {
             setting: sample.setting.clone(),
             cell: sample.cell.clone(),
             relative: by_client.keys().filter_map(relative).collect(),
+            intervals: by_client.keys().filter_map(interval).collect(),
             clients: by_client
                 .into_iter()
                 .map(|(client, samples)| (client, figures(&samples)))
@@ -151,14 +163,40 @@ fn figures(samples: &[&Sample]) -> Figures {
     }
 }
 
-fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
+fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
     let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
-    let middle = values.len() / 2;
-    match values.len() {
+    values
+}
+
+fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
+    middle(&sorted(values))
+}
+
+fn middle(sorted: &[f64]) -> Option<f64> {
+    let middle = sorted.len() / 2;
+    match sorted.len() {
         0 => None,
-        len if len % 2 == 0 => Some((values[middle - 1] + values[middle]) / 2.0),
-        _ => Some(values[middle]),
+        len if len % 2 == 0 => Some((sorted[middle - 1] + sorted[middle]) / 2.0),
+        _ => Some(sorted[middle]),
+    }
+}
+
+/// The narrowest pair of values, as far from either end, between which the median lies with 95 %
+/// certainty.
+fn interval(sorted: &[f64]) -> Option<(f64, f64)> {
+    let (count, last) = (sorted.len() as f64, sorted.len().checked_sub(1)?);
+    // How likely it is that so many values, and that at most so many, are below the median.
+    let mut probability = 0.5f64.powf(count);
+    let mut below = probability;
+    let mut rank = 0;
+    loop {
+        probability *= (count - rank as f64) / (rank + 1) as f64;
+        below += probability;
+        if below > 0.025 {
+            return Some((sorted[rank], sorted[last - rank]));
+        }
+        rank += 1;
     }
 }
 
@@ -185,13 +223,13 @@ fn print_table(mode: Mode, rows: &[Row]) {
             "setting", "cell", "nbd.ko", "rnbd.ko", "ratio", "spread", "fio", "raw"
         ),
         Mode::Wall => println!(
-            "Wall: I/Os in a second, latency, CPU time for an I/O in microseconds (kernel threads' of it)\n\n{:<13} {:<20} {:>9} {:>9} {:>6} {:>7} {:>15} {:>15} {:>15} {:>15}",
+            "Wall: I/Os in a second, latency, CPU time for an I/O in microseconds (kernel threads' of it)\n\n{:<14} {:<20} {:>9} {:>9} {:>6} {:>9} {:>15} {:>15} {:>15} {:>15}",
             "setting",
             "cell",
             "nbd.ko",
             "rnbd.ko",
             "faster",
-            "spread",
+            "95 %",
             "nbd p50/p99 us",
             "rnbd p50/p99",
             "nbd CPU",
@@ -272,6 +310,8 @@ fn print_wall(row: &Row) {
         },
         _ => String::from("-"),
     };
+    let interval = row.interval(Client::Rnbd);
+    let interval = interval.map(|(least, most)| format!("{:.2}-{:.2}", 1.0 / most, 1.0 / least));
     let latency = |client| of(client).map_or(String::new(), |f| two(f.p50_us, f.p99_us, "/"));
     let cpu = |client| {
         of(client).map_or(String::new(), |f| {
@@ -279,13 +319,13 @@ fn print_wall(row: &Row) {
         })
     };
     println!(
-        "{:<13} {:<20} {:>9} {:>9} {:>6.2} {:>6.1}% {:>15} {:>15} {:>15} {:>15}",
+        "{:<14} {:<20} {:>9} {:>9} {:>6.2} {:>9} {:>15} {:>15} {:>15} {:>15}",
         row.setting,
         row.cell,
         rate(Client::Nbd),
         rate(Client::Rnbd),
         row.relative(Client::Rnbd).map_or(f64::NAN, |r| 1.0 / r),
-        spread(row) * 100.0,
+        interval.unwrap_or_default(),
         latency(Client::Nbd),
         latency(Client::Rnbd),
         cpu(Client::Nbd),
