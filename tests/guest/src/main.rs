@@ -22,6 +22,7 @@
 //! - `server` is an NBD server that can be told to misbehave; `proto` has the numbers
 //! - `volatile` is a server that loses what was not flushed; `ledger` knows what must be there
 //! - `liar` is a server that does so at random
+//! - `firewall` ends connections in the middle of their path
 //! - `device` connects a device to it; `driver` loads modules; `programs` runs real programs
 //! - `negotiate` dials real servers
 //! - `injection` has the kernel inject faults
@@ -36,6 +37,7 @@ mod device;
 mod differences;
 mod differential;
 mod driver;
+mod firewall;
 mod harness;
 mod helper;
 mod injection;

@@ -3,22 +3,20 @@
 //! Networks that lose, delay, reorder, repeat and spoil packets, or that are gone for a while.
 //! I/O goes on or fails in time, and never does harm.
 
-use std::fs::File;
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::Ordering;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
-
 use super::integrity::{Bench, DEAD_TIMEOUT_SECONDS, MIXED};
 use super::outages::Namespace;
 use crate::debug_kernel::patient;
-use crate::device::{self, assert_pattern, errno, pattern};
+use crate::device::{self, SOON, assert_pattern, errno, pattern};
 use crate::driver::Driver;
+use crate::firewall::Firewall;
 use crate::harness::{Guest, Test, say, wait_until};
 use crate::netlink::{Netlink, Setup};
 use crate::programs::{sh, try_sh};
@@ -39,6 +37,7 @@ pub fn tests() -> Vec<Test> {
         test!(one_of_two_paths_is_a_black_hole),
         test!(the_only_path_is_a_black_hole),
         test!(a_write_does_not_come_late),
+        test!(a_firewall_forgets_connections),
         test!(the_window_is_closed),
         test!(a_byte_at_a_time),
     ]
@@ -56,18 +55,16 @@ impl Path {
         sh("modprobe veth && modprobe sch_netem");
         let namespace = Namespace::new(name, number);
         let address = SocketAddr::from(([10, 9, number, 2], Namespace::PORT));
-        // A thread that has moved does not come back.
-        let listener = thread::spawn(move || {
-            let namespace = File::open(format!("/run/netns/{name}")).expect("the namespace");
-            let network = Some(LinkNameSpaceType::Network);
-            move_into_link_name_space(namespace.as_fd(), network).expect("setns");
-            TcpListener::bind(address).expect("to listen")
-        });
         Self {
+            listener: namespace.inside(|| TcpListener::bind(address).expect("to listen")),
             namespace,
-            listener: listener.join().expect("a listener"),
             number,
         }
+    }
+
+    /// Something that sees what comes to the server.
+    fn firewall(&self) -> Firewall {
+        self.namespace.inside(Firewall::new)
     }
 
     /// A connection through it, if it can be had within seconds.
@@ -301,6 +298,35 @@ fn a_write_does_not_come_late(guest: &Guest) {
             assert_pattern(2, 0, &data);
         }
     }
+}
+
+/// The client is told that its connection was reset, the server is not.
+fn a_firewall_forgets_connections(_: &Guest) {
+    let path = Path::new("left", 1);
+    let mut bench = Bench::new(1, Honesty::Honest, MIXED);
+    let setup = bench.setup().timeout(TIMEOUT_SECONDS);
+    attach(&bench, setup.dead_timeout(DEAD_TIMEOUT_SECONDS), [&path]);
+    let news = Netlink::listen();
+    let findings = bench.under_load(|host, _, netlink| {
+        for _ in 0..6 {
+            thread::sleep(Duration::from_millis(300));
+            let firewall = path.firewall();
+            host.stick(true);
+            let died = wait_until(SOON, || {
+                firewall.refuse(Namespace::PORT);
+                news.dead_link().is_some()
+            });
+            assert!(died.is_ok(), "no reset was believed");
+            // What the server has of this connection it could still carry out, after what comes by the
+            // next one. No client can prevent that.
+            host.cut(host.connections() - 1);
+            host.stick(false);
+            let socket = connect(&path, host).expect("to connect");
+            let change = Setup::change(0).sockets([socket]);
+            assert_eq!(netlink.reconfigure(&change), Ok(()));
+        }
+    });
+    finish(&bench, findings);
 }
 
 /// A server that does not read for a while, and then does; and one that never does again.

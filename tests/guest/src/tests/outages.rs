@@ -3,12 +3,14 @@
 //! Real servers that die and come back, while real programs or a careful writer use the device.
 
 use std::fs::{self, File};
+use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use fastrand::Rng;
+use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::user_space::{fio, serve};
 use crate::device::{self, SOON, assert_pattern, pattern};
@@ -201,6 +203,18 @@ impl Namespace {
             ip -n {name} link set eth0 up"
         ));
         namespace
+    }
+
+    /// Does something in it, such as opening sockets.
+    pub fn inside<R: Send>(&self, f: impl FnOnce() -> R + Send) -> R {
+        // A thread that has moved does not come back.
+        let moved = || {
+            let namespace = File::open(format!("/run/netns/{}", self.0)).expect("the namespace");
+            let network = Some(LinkNameSpaceType::Network);
+            move_into_link_name_space(namespace.as_fd(), network).expect("setns");
+            f()
+        };
+        thread::scope(|scope| scope.spawn(moved).join().expect("what it is to do"))
     }
 
     fn host(&self, number: u8) -> Host {
