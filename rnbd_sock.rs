@@ -33,6 +33,10 @@ use kernel::{
 };
 use sending::Sending;
 
+/// How often the work item looks again, where something has come in meanwhile, before it lets others
+/// run.
+const ROUNDS: u32 = 8;
+
 /// It lives.
 const ALIVE: u32 = 0;
 /// It was declared dead, and the work item has yet to clear it away.
@@ -74,7 +78,7 @@ impl WorkItem<1> for Connection {
     type Pointer = Arc<Connection>;
 
     fn run(this: Arc<Connection>) {
-        this.as_arc_borrow().receive_or_reap();
+        this.as_arc_borrow().receive_work();
     }
 }
 
@@ -88,14 +92,7 @@ impl WorkItem<2> for Connection {
 
 impl Events for Connection {
     fn arrived(this: ArcBorrow<'_, Self>, arrival: Arrival<'_>) {
-        // Where somebody receives just now, it is for the work item to look again.
-        let left = match this.receive.try_lock() {
-            Some(mut receive) => this.receive_here(&mut receive, arrival),
-            None => true,
-        };
-        if left {
-            this.queue_receive();
-        }
+        this.unless_received(|receive| this.receive_here(receive, arrival));
     }
 
     fn takes_from_sender(&self) -> bool {
@@ -105,17 +102,15 @@ impl Events for Connection {
     }
 
     fn sent_here(this: Arc<Self>) {
-        let left = match this.receive.try_lock() {
-            Some(mut receive) => this.receive_little(&mut receive),
-            None => true,
-        };
-        if left {
-            this.as_arc_borrow().queue_receive();
-        }
+        let connection = this.as_arc_borrow();
+        connection.unless_received(|receive| connection.receive_little(receive));
     }
 
     fn readable(this: ArcBorrow<'_, Self>) {
-        this.queue_receive();
+        // Who receives just now looks again.
+        if !this.receive.turn_away() {
+            this.queue_receive();
+        }
     }
 
     fn writable(this: ArcBorrow<'_, Self>) -> bool {
@@ -211,18 +206,39 @@ impl Connection {
         let _ = wq::IO.get().enqueue::<Arc<Self>, 1>(self.into());
     }
 
+    /// Runs `receive`, unless somebody receives just now, who then looks again. Has the work item go on
+    /// where it leaves something, or somebody else was turned away meanwhile.
+    fn unless_received(self: ArcBorrow<'_, Self>, receive: impl FnOnce(&mut Receive) -> bool) {
+        if let Some((left, was_wanted)) = self.receive.try_with(receive) {
+            if left || was_wanted {
+                self.queue_receive();
+            }
+        }
+    }
+
     /// The work item. Also after the connection was declared dead, so that replies that are already
     /// here count.
-    fn receive_or_reap(self: ArcBorrow<'_, Self>) {
-        if self.state.load(Acquire) == DEAD {
-            return;
+    fn receive_work(self: ArcBorrow<'_, Self>) {
+        for _ in 0..ROUNDS {
+            if self.state.load(Acquire) == DEAD {
+                return;
+            }
+            let received = |receive: &mut _| self.receive_or_reap(receive);
+            match self.receive.try_with(received) {
+                // Who receives just now has this queued again.
+                None => return,
+                Some((true, _)) => break,
+                Some((false, true)) => {}
+                Some((false, false)) => return,
+            }
         }
-        let Some(mut receive) = self.receive.try_lock() else {
-            // A callback receives just now, and may not have seen everything.
-            return self.queue_receive();
-        };
-        match self.receive_much(&mut receive) {
-            Ok(true) => return self.queue_receive(),
+        self.queue_receive();
+    }
+
+    /// Returns whether something is left.
+    fn receive_or_reap(self: ArcBorrow<'_, Self>, receive: &mut Receive) -> bool {
+        match self.receive_much(receive) {
+            Ok(true) => return true,
             Ok(false) => {}
             Err(e) => {
                 self.receive_failed(e);
@@ -230,8 +246,9 @@ impl Connection {
             }
         }
         if self.state.cmpxchg(DYING, DEAD, Full).is_ok() {
-            self.reap(&mut receive);
+            self.reap(receive);
         }
+        false
     }
 
     /// Clears the connection away: stops the callbacks, and gives back all that it holds. Runs once.

@@ -4,19 +4,24 @@
 //! The `kernel` crate's (7.3) spin lock must not be held by a task that sleeps, nor be taken in softirq
 //! and outside, and its mutex must not be taken in softirq.
 
-use core::{
-    cell::UnsafeCell,
-    ops::{Deref, DerefMut},
-};
-use kernel::sync::atomic::{Acquire, Atomic, Release};
+use core::cell::UnsafeCell;
+use kernel::sync::atomic::{Acquire, Atomic, Full};
 
-/// See the module's documentation.
+/// Nobody has it.
+const FREE: i32 = 0;
+/// Somebody has it.
+const TAKEN: i32 = 1;
+/// Somebody has it, and somebody else was turned away meanwhile.
+const WANTED: i32 = 2;
+
+/// See the module's documentation. Who does not get it does not come again: who has it learns that
+/// somebody was turned away, and sees to it that what that one wanted is done.
 ///
 /// # Invariants
 ///
-/// `taken` is 1 exactly while a [`Guard`] exists.
+/// `state` is other than [`FREE`] exactly while [`Self::try_with()`] lends the value to somebody.
 pub(crate) struct TryLock<T> {
-    taken: Atomic<i32>,
+    state: Atomic<i32>,
     value: UnsafeCell<T>,
 }
 
@@ -29,43 +34,38 @@ impl<T> TryLock<T> {
     /// Not taken.
     pub(crate) fn new(value: T) -> Self {
         TryLock {
-            taken: Atomic::new(0),
+            state: Atomic::new(FREE),
             value: UnsafeCell::new(value),
         }
     }
 
-    /// Takes the lock, unless it is taken.
-    pub(crate) fn try_lock(&self) -> Option<Guard<'_, T>> {
-        // INVARIANT: Only one caller changes it from 0 to 1 before it is 0 again.
-        self.taken.cmpxchg(0, 1, Acquire).ok()?;
-        Some(Guard { lock: self })
+    /// Runs `f` with the value. Returns what `f` does, and whether somebody was turned away meanwhile;
+    /// nothing where somebody else has the value, who learns of it then.
+    pub(crate) fn try_with<R>(&self, f: impl FnOnce(&mut T) -> R) -> Option<(R, bool)> {
+        // INVARIANT: Only one caller changes it from `FREE` before it is that again.
+        while self.state.cmpxchg(FREE, TAKEN, Acquire).is_err() {
+            if self.turn_away() {
+                return None;
+            }
+        }
+        // SAFETY: By the type invariant nobody else has the value.
+        let result = f(unsafe { &mut *self.value.get() });
+        // INVARIANT: `f` and its borrow are over. What was done before somebody was turned away is seen
+        // by whoever looks after this.
+        let was_wanted = self.state.xchg(FREE, Full) == WANTED;
+        Some((result, was_wanted))
     }
-}
 
-/// Has the lock until it goes.
-pub(crate) struct Guard<'a, T> {
-    lock: &'a TryLock<T>,
-}
-
-impl<T> Deref for Guard<'_, T> {
-    type Target = T;
-
-    fn deref(&self) -> &T {
-        // SAFETY: By the lock's invariant this is the only guard.
-        unsafe { &*self.lock.value.get() }
-    }
-}
-
-impl<T> DerefMut for Guard<'_, T> {
-    fn deref_mut(&mut self) -> &mut T {
-        // SAFETY: As above.
-        unsafe { &mut *self.lock.value.get() }
-    }
-}
-
-impl<T> Drop for Guard<'_, T> {
-    fn drop(&mut self) {
-        // INVARIANT: This was the only guard.
-        self.lock.taken.store(0, Release);
+    /// Has who has the value learn that somebody wanted it. Returns whether anybody has it.
+    pub(crate) fn turn_away(&self) -> bool {
+        // An exchange also where it is marked already: it orders what the caller has done before.
+        let mut seen = TAKEN;
+        loop {
+            match self.state.cmpxchg(seen, WANTED, Full) {
+                Ok(_) => return true,
+                Err(FREE) => return false,
+                Err(now) => seen = now,
+            }
+        }
     }
 }

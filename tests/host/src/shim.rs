@@ -77,6 +77,10 @@ pub(crate) mod sync {
                 self.0.store(value.pack(), Ordering::Release);
             }
 
+            pub(crate) fn xchg(&self, value: T, _: Full) -> T {
+                T::unpack(self.0.swap(value.pack(), Ordering::SeqCst))
+            }
+
             /// One that fails orders nothing in the kernel's memory model.
             pub(crate) fn cmpxchg<O: Exchanging>(&self, old: T, new: T, _: O) -> Result<T, T> {
                 self.0
