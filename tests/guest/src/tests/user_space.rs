@@ -393,8 +393,9 @@ fn btrfs_on_nbdkit(_: &Guest) {
     try_filesystem("mkfs.btrfs -q --mixed", "btrfs check -p");
 }
 
-/// More than a control group may have goes to the device and comes back. The server is not in that
-/// group, and keeps what it has in memory.
+/// More than a control group should have goes to the device and comes back. The server is not in that
+/// group, and keeps what it has in memory. It is slowed down beyond its share, not killed, which the
+/// kernel does to those beyond `memory.max` where a device is slow.
 fn swap_under_memory_pressure(_: &Guest) {
     let _server = nbdkit("--swap memory 256M");
     let client = Client::connect("-swap -unix /tmp/nbdkit.sock");
@@ -402,7 +403,7 @@ fn swap_under_memory_pressure(_: &Guest) {
         mkdir -p /tmp/cgroup && mount -t cgroup2 none /tmp/cgroup
         echo +memory > /tmp/cgroup/cgroup.subtree_control
         mkdir -p /tmp/cgroup/tight
-        echo 32M > /tmp/cgroup/tight/memory.max");
+        echo 32M > /tmp/cgroup/tight/memory.high");
     let outcome = try_sh(
         "echo $$ > /tmp/cgroup/tight/cgroup.procs
         exec /proc/$PPID/exe helper fill 80",
