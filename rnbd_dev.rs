@@ -270,7 +270,8 @@ impl Device {
         self.pid.store(0, Relaxed);
         if config.has_backend_file {
             Disk::<Device>::remove_file(&self.disk, File::Backend);
-            *self.backend.lock() = None;
         }
+        // Also where the file could not be made: the next image is another one.
+        *self.backend.lock() = None;
     }
 }
