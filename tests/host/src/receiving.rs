@@ -235,25 +235,28 @@ fn work(connection: &Arc<Connection>) -> thread::JoinHandle<()> {
 }
 
 /// All that comes in is understood, although nothing comes after it.
-fn everything_is_understood(left_out: LeftOut) {
+fn everything_is_understood(second: fn(&Connection), left_out: LeftOut) {
     let connection = Connection::new(left_out);
     let worker = work(&connection);
     connection.arrives(true);
-    connection.arrives(false);
+    second(&connection);
     connection.wait_understood(2);
     connection.die();
     worker.join().unwrap();
 }
 
+fn everything_received_here_is_understood(left_out: LeftOut) {
+    everything_is_understood(|connection| connection.arrives(false), left_out);
+}
+
 /// The same where the second is only told of.
 fn everything_told_of_is_understood(left_out: LeftOut) {
-    let connection = Connection::new(left_out);
-    let worker = work(&connection);
-    connection.arrives(true);
-    connection.becomes_readable();
-    connection.wait_understood(2);
-    connection.die();
-    worker.join().unwrap();
+    everything_is_understood(Connection::becomes_readable, left_out);
+}
+
+/// The same where the task that sends the second receives.
+fn everything_sent_here_is_understood(left_out: LeftOut) {
+    everything_is_understood(Connection::arrives_from_here, left_out);
 }
 
 /// It dies while something comes in: it is cleared away once, and nothing is received after that.
@@ -278,25 +281,20 @@ fn dies_while_something_is_sent_here(left_out: LeftOut) {
     dies_while(Connection::arrives_from_here, left_out);
 }
 
-/// What one task sends and receives, while another is told of something too.
-fn everything_sent_here_is_understood() {
-    let connection = Connection::new(LeftOut::Nothing);
-    let worker = work(&connection);
-    connection.arrives(true);
-    connection.arrives_from_here();
-    connection.wait_understood(2);
-    connection.die();
-    worker.join().unwrap();
-}
-
 #[test]
 fn understands_everything() {
-    explore(|| everything_is_understood(LeftOut::Nothing), None);
+    explore(
+        || everything_received_here_is_understood(LeftOut::Nothing),
+        None,
+    );
     explore(
         || everything_told_of_is_understood(LeftOut::Nothing),
         Some(3),
     );
-    explore(everything_sent_here_is_understood, Some(1));
+    explore(
+        || everything_sent_here_is_understood(LeftOut::Nothing),
+        Some(1),
+    );
 }
 
 #[test]
@@ -308,7 +306,10 @@ fn dies_in_order() {
 #[test]
 #[should_panic(expected = "deadlock")]
 fn somebody_must_look_again() {
-    explore(|| everything_is_understood(LeftOut::LookingAgain), None);
+    explore(
+        || everything_received_here_is_understood(LeftOut::LookingAgain),
+        None,
+    );
 }
 
 #[test]
