@@ -73,10 +73,6 @@ pub(crate) struct Options {
     pub(crate) dead_timeout_jiffies: u64,
 }
 
-fn is_long_read(wire: &proto::Request) -> bool {
-    wire.command == proto::Command::Read && wire.len_bytes >= LONG_READ_BYTES
-}
-
 /// A command's place in the table.
 #[derive(Clone, Copy)]
 struct Place {
@@ -459,4 +455,8 @@ impl Session {
             connection.traffic().idle_jiffies() / task::HZ as usize
         );
     }
+}
+
+fn is_long_read(wire: &proto::Request) -> bool {
+    wire.command == proto::Command::Read && wire.len_bytes >= LONG_READ_BYTES
 }
