@@ -4,7 +4,12 @@
 //! Source: `include/net/sock.h`, `include/net/tcp.h`; the use of the callbacks follows
 //! `drivers/nvme/host/tcp.c` and `net/sunrpc/xprtsock.c`.
 
-use super::{bindings, iov::IoPage, payload::Payload, sock::Socket};
+use super::{
+    bindings,
+    iov::IoPage,
+    payload::Payload,
+    sock::{has_data, Socket},
+};
 use core::{marker::PhantomData, mem::MaybeUninit};
 #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
 use kernel::sync::{atomic::Full, barrier::smp_mb};
@@ -469,15 +474,19 @@ impl Arrival<'_> {
     }
 
     /// Calls `each` with one piece of the stream after the other until it returns false or nothing is
-    /// left. What it leaves of a piece stays in the socket.
-    pub(crate) fn read<F: FnMut(&mut Segment<'_>) -> bool>(self, mut each: F) {
+    /// left. What it leaves of a piece stays in the socket; so does what follows an urgent byte, which only
+    /// `recvmsg` gets past. Returns whether something stayed.
+    pub(crate) fn read<F: FnMut(&mut Segment<'_>) -> bool>(self, mut each: F) -> bool {
         // SAFETY: It consists of numbers, for which zeroes are fine.
         let mut desc: bindings::read_descriptor_t = unsafe { MaybeUninit::zeroed().assume_init() };
         desc.count = 1;
         desc.arg.data = (&raw mut each).cast();
         // SAFETY: By the type invariant the socket is TCP's and locked. The actor is the one for `F`.
         // kernel::bindings' and our `struct sock` are the same type in C.
-        unsafe { bindings::tcp_read_sock(self.sk.cast(), &mut desc, Some(actor::<F>)) };
+        unsafe {
+            bindings::tcp_read_sock(self.sk.cast(), &mut desc, Some(actor::<F>));
+            has_data(self.sk)
+        }
     }
 }
 

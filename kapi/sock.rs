@@ -177,13 +177,9 @@ impl Socket {
         let sk = self.sk();
         // SAFETY: By the type invariant `sk` is valid; these are looked at as `tcp_poll()` does.
         unsafe {
-            let queue = &raw const (*sk).sk_receive_queue;
-            let first = (&raw const (*queue).__bindgen_anon_1.list.next).read_volatile();
             let shutdown = (&raw const (*sk).sk_shutdown).read_volatile();
             let err = (&raw const (*sk).sk_err).read_volatile();
-            !core::ptr::eq(first.cast::<u8>(), queue.cast::<u8>())
-                || u32::from(shutdown) & bindings::RCV_SHUTDOWN != 0
-                || err != 0
+            has_data(sk) || u32::from(shutdown) & bindings::RCV_SHUTDOWN != 0 || err != 0
         }
     }
 
@@ -251,6 +247,20 @@ impl Drop for Socket {
 /// Runs `f` as I/O has to run: allocations may use the reserves and never wait for reclaim, and
 /// security modules see the kernel, not whoever happens to write (as `__sock_xmit()`).
 fn in_io_context<R>(f: impl FnOnce() -> R) -> R {
+/// Whether something lies in a socket that was not received yet.
+///
+/// # Safety
+///
+/// `sk` must be a socket, valid during the call.
+pub(super) unsafe fn has_data(sk: *mut bindings::sock) -> bool {
+    // SAFETY: The caller promises that `sk` is valid; as `skb_queue_empty_lockless()`.
+    unsafe {
+        let queue = &raw const (*sk).sk_receive_queue;
+        let first = (&raw const (*queue).__bindgen_anon_1.list.next).read_volatile();
+        !core::ptr::eq(first.cast::<u8>(), queue.cast::<u8>())
+    }
+}
+
     // SAFETY: The current task changes its own flags and credentials, and puts them back.
     unsafe {
         let task = bindings::get_current();

@@ -47,18 +47,14 @@ impl Connection {
 
     /// Receives what has arrived. Returns whether something is left to the work item.
     pub(super) fn receive_here(&self, receive: &mut Receive, arrival: Arrival<'_>) -> bool {
-        let mut left = false;
-        arrival.read(|segment| {
-            match self.receive_segment(receive, segment) {
-                Ok(goes_on) => left = !goes_on,
-                Err(e) => {
-                    receive.failed = Some(e);
-                    left = true;
-                }
+        let stayed = arrival.read(|segment| match self.receive_segment(receive, segment) {
+            Ok(goes_on) => goes_on,
+            Err(e) => {
+                receive.failed = Some(e);
+                false
             }
-            !left
         });
-        left
+        stayed || receive.failed.is_some()
     }
 
     /// Receives a piece of the stream. Returns whether it is to go on here.

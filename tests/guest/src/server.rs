@@ -8,7 +8,8 @@
 //! script reads the data of a write itself, so that it can also decline to.
 
 use std::collections::BTreeMap;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -18,7 +19,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::sockopt;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sockopt};
 
 use crate::debug_kernel::patient;
 use crate::proto::{self, Command, REQUEST_LEN, REQUEST_MAGIC, Request};
@@ -363,6 +364,23 @@ impl Conn {
 
     pub fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.socket.write_all(bytes)
+    }
+
+    /// Sends a byte that is not part of the stream.
+    pub fn send_urgent(&mut self, byte: u8) -> io::Result<()> {
+        rustix::net::send(&self.socket, &[byte], SendFlags::OOB)?;
+        Ok(())
+    }
+
+    /// Sends, and a descriptor with it. The socket must be a UNIX one.
+    pub fn send_with_descriptor(&mut self, bytes: &[u8], descriptor: impl AsFd) -> io::Result<()> {
+        let descriptors = [descriptor.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        ancillary.push(SendAncillaryMessage::ScmRights(&descriptors));
+        let slices = [IoSlice::new(bytes)];
+        let sent = rustix::net::sendmsg(&self.socket, &slices, &mut ancillary, SendFlags::empty())?;
+        self.send(&bytes[sent..])
     }
 
     /// Does what is asked, but keeps the reply until no request has come for a while.

@@ -8,9 +8,11 @@ use std::os::unix::fs::FileExt;
 use std::thread;
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
-use crate::device::{Plan, Rig, assert_pattern, assert_usable, errno, pattern};
+use crate::debug_kernel::patient;
+use crate::device::{Plan, Rig, SOON, assert_pattern, assert_usable, errno, pattern};
 use crate::harness::{Guest, Test};
 use crate::proto::{Command, REPLY_LEN, REPLY_MAGIC, Request, reply};
 use crate::server::{Conn, Transport, ok};
@@ -41,6 +43,8 @@ pub fn tests() -> Vec<Test> {
         test!(data_after_an_error_reply),
         test!(half_a_header_then_the_rest),
         test!(half_the_data_then_the_rest),
+        test!(urgent_bytes_in_between),
+        test!(descriptors_along_with_it),
     ]
 }
 
@@ -438,4 +442,73 @@ fn half_the_data_then_the_rest(_: &Guest) {
     }
     drop(direct);
     assert_eq!(rig.disconnect(), Ok(0));
+}
+
+/// Reads blocks of several sizes from a server that answers with `answer`, which is also told where to do
+/// what it does to a reply.
+fn reads_succeed(
+    transport: Transport,
+    answer: impl Fn(&mut Conn, &[u8], usize) -> io::Result<()> + Copy + Send + Sync + 'static,
+) {
+    let mut rig = Plan::new(1 << 20).transport(transport).attach();
+    let direct = rig.direct();
+    // Received where it arrives, or by a worker.
+    for len in [4 * KIB, 256 * KIB] {
+        let all = REPLY_LEN + len;
+        for at in [
+            0,
+            1,
+            REPLY_LEN - 1,
+            REPLY_LEN,
+            REPLY_LEN + 1,
+            3000,
+            all - 1,
+            all,
+        ] {
+            rig.server.script(move |conn, request| {
+                let reply = conn.answer(request)?;
+                answer(conn, &reply, at)
+            });
+            let mut data = vec![0; len];
+            pattern(at as u64, 0, &mut data);
+            rig.server.poke(0, &data);
+            let mut read = Buffer::new(len);
+            direct.read_exact_at(&mut read, 0).unwrap();
+            assert!(*read == *data, "{transport:?}, {len} bytes, at {at}");
+        }
+    }
+    drop(direct);
+    rig.server.be_honest();
+    assert_eq!(rig.disconnect(), Ok(0));
+}
+
+fn urgent_bytes_in_between(_: &Guest) {
+    for transport in [Transport::Tcp4, Transport::Unix] {
+        for pause in [Duration::ZERO, Duration::from_millis(10)] {
+            reads_succeed(transport, move |conn, reply, at| {
+                conn.send(&reply[..at])?;
+                conn.send_urgent(b'!')?;
+                thread::sleep(pause);
+                conn.send(&reply[at..])
+            });
+        }
+    }
+}
+
+fn descriptors_along_with_it(_: &Guest) {
+    reads_succeed(Transport::Unix, |conn, reply, at| {
+        let (reader, writer) = rustix::pipe::pipe()?;
+        // Nothing goes without a byte.
+        let at = at.min(reply.len() - 1);
+        conn.send(&reply[..at])?;
+        conn.send_with_descriptor(&reply[at..=at], reader)?;
+        conn.send(&reply[at + 1..])?;
+        // Whoever received it has closed it.
+        let mut fds = [PollFd::new(&writer, PollFlags::empty())];
+        let limit = Timespec::try_from(patient(SOON)).expect("a timeout");
+        match poll(&mut fds, Some(&limit))? {
+            0 => Err(io::ErrorKind::TimedOut.into()),
+            _ => Ok(()),
+        }
+    });
 }
