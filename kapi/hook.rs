@@ -121,7 +121,7 @@ impl Socket {
             }
             !connected
         };
-        self.prepare_for_reclaim();
+        self.prepare();
         // SAFETY: By the type invariant `sk` is valid.
         let lock_class = unsafe { LockClass::give(sk) };
         // INVARIANT: It was installed above, and so were the callbacks unless `stopped`.

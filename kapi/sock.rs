@@ -89,16 +89,19 @@ impl Socket {
         self.family() == bindings::AF_UNIX && u32::from(kind) == bindings::SOCK_STREAM
     }
 
-    /// Makes the socket fit for writing out dirty memory: it may dip into the reserves, and its
-    /// allocations never wait for I/O (as nbd.c's `__sock_xmit()` and `nbd_start_device()`).
-    pub(super) fn prepare_for_reclaim(&self) {
+    /// Makes the socket fit for its owner. It is to write out dirty memory, so it may dip into the reserves,
+    /// and its allocations never wait for I/O (as nbd.c's `__sock_xmit()` and `nbd_start_device()`). It
+    /// tells of every byte, whatever `SO_RCVLOWAT` was.
+    pub(super) fn prepare(&self) {
         let sk = self.sk();
         // SAFETY: By the type invariant `sk` is valid. Only the kernel's own users of a socket set
-        // these fields, and there is no other while it is hooked.
+        // the fields of the allocations, and there is no other while it is hooked; the option is written
+        // without the lock in C too (`vsock_set_rcvlowat()`), and read so.
         unsafe {
             bindings::sk_set_memalloc(sk);
             (*sk).sk_allocation = bindings::GFP_NOIO | bindings::__GFP_MEMALLOC;
             (*sk).sk_use_task_frag = false;
+            (&raw mut (*sk).sk_rcvlowat).write_volatile(1);
         }
     }
 
@@ -244,9 +247,6 @@ impl Drop for Socket {
     }
 }
 
-/// Runs `f` as I/O has to run: allocations may use the reserves and never wait for reclaim, and
-/// security modules see the kernel, not whoever happens to write (as `__sock_xmit()`).
-fn in_io_context<R>(f: impl FnOnce() -> R) -> R {
 /// Whether something lies in a socket that was not received yet.
 ///
 /// # Safety
@@ -261,6 +261,9 @@ pub(super) unsafe fn has_data(sk: *mut bindings::sock) -> bool {
     }
 }
 
+/// Runs `f` as I/O has to run: allocations may use the reserves and never wait for reclaim, and
+/// security modules see the kernel, not whoever happens to write (as `__sock_xmit()`).
+fn in_io_context<R>(f: impl FnOnce() -> R) -> R {
     // SAFETY: The current task changes its own flags and credentials, and puts them back.
     unsafe {
         let task = bindings::get_current();

@@ -44,6 +44,7 @@ pub struct Plan {
     connections: usize,
     transport: Transport,
     send_buffer: Option<usize>,
+    low_water: Option<u32>,
     hold: bool,
     compat: bool,
 }
@@ -59,6 +60,7 @@ impl Plan {
             connections: 1,
             transport: Transport::Unix,
             send_buffer: None,
+            low_water: None,
             hold: false,
             compat: false,
         }
@@ -112,6 +114,14 @@ impl Plan {
         }
     }
 
+    /// SO_RCVLOWAT of the client's sockets.
+    pub fn low_water(self, bytes: u32) -> Self {
+        Self {
+            low_water: Some(bytes),
+            ..self
+        }
+    }
+
     /// Lets the client do nothing after NBD_DO_IT until it is told to go on.
     pub fn hold(self) -> Self {
         Self { hold: true, ..self }
@@ -152,6 +162,11 @@ impl Plan {
         let socket = server.connect(self.transport);
         if let Some(bytes) = self.send_buffer {
             rustix::net::sockopt::set_socket_send_buffer_size(&socket, bytes).expect("SO_SNDBUF");
+        }
+        if let Some(bytes) = self.low_water {
+            let value = bytes.to_ne_bytes();
+            sys::set_socket_option(&socket, libc::SOL_SOCKET, libc::SO_RCVLOWAT, &value)
+                .expect("SO_RCVLOWAT");
         }
         socket
     }

@@ -46,6 +46,7 @@ pub fn tests() -> Vec<Test> {
         test!(replies_out_of_order),
         test!(many_replies_in_one_segment),
         test!(replies_byte_by_byte),
+        test!(replies_below_the_low_water_mark),
         test!(requests_are_in_flight_together),
         test!(random_concurrent_io_is_consistent),
         test!(two_devices_do_not_mix),
@@ -493,6 +494,30 @@ fn replies_byte_by_byte(_: &Guest) {
         }
         direct.write_all_at(&written(12, 4096, 1024), 4096).unwrap();
         rig.server.be_honest();
+    }
+}
+
+/// A program that has the socket wake it up for much only, and then hands it over.
+fn replies_below_the_low_water_mark(guest: &Guest) {
+    let mut rig = Plan::new(MIB as u64)
+        .transport(Transport::Tcp4)
+        .low_water(1000)
+        .timeout(2)
+        .attach();
+    let direct = rig.direct();
+    direct.read_exact_at(&mut Buffer::new(4 * KIB), 0).unwrap();
+    // Its reply has 16 bytes.
+    let written = errno(direct.write_all_at(&Buffer::new(4 * KIB), 0));
+    drop(direct);
+    match guest.expected("low-water-mark-is-reset") {
+        Driver::Nbd => {
+            assert_eq!(written, Err(Errno::IO));
+            let _ = rig.client.wait();
+        }
+        Driver::Rnbd => {
+            assert_eq!(written, Ok(()));
+            assert_eq!(rig.disconnect(), Ok(0));
+        }
     }
 }
 
