@@ -367,6 +367,21 @@ unsafe fn is_unix(sk: *mut bindings::sock) -> bool {
     u32::from(unsafe { (*sk).__sk_common.skc_family }) == bindings::AF_UNIX
 }
 
+/// Whether it is a TCP socket without an upper layer protocol, such as TLS, which replaces the operations
+/// under the socket's lock.
+///
+/// # Safety
+///
+/// `sk` must be a socket that is hooked, valid during the call.
+unsafe fn is_plain_tcp(sk: *mut bindings::sock) -> bool {
+    // SAFETY: `sk` has its socket while it is hooked, since the hook holds the file.
+    let read_sock = unsafe {
+        let socket = (*sk).sk_socket.cast::<bindings::socket>();
+        (*(&raw const (*socket).ops).read_volatile()).read_sock
+    };
+    read_sock.is_some_and(|read_sock| read_sock as usize == bindings::tcp_read_sock as usize)
+}
+
 /// Goes after the last socket, and before what callbacks queue their work on.
 pub(crate) struct Callbacks;
 
@@ -394,10 +409,16 @@ impl Drop for Callbacks {
 ///
 /// As for [`data_ready()`].
 unsafe extern "C" fn write_space<T: Events>(sk: *mut bindings::sock) {
-    // SAFETY: This is the callback for `T`. `sk` has its socket while it is hooked, since the hook holds
-    // the file. The next send that finds no room sets the bit again.
+    // SAFETY: This is the callback for `T`; the saved callback gets the `sk` that it expects. `sk` has its
+    // socket while it is hooked, since the hook holds the file. The next send that finds no room sets the
+    // bit again.
     unsafe {
         with_hook::<T, _>(sk, |hook| {
+            // TLS may have taken more than there was room for, and now sends the rest.
+            let below_tls = !is_unix(sk) && !is_plain_tcp(sk);
+            if let Some(saved) = hook.write_space.filter(|_| below_tls) {
+                saved(sk);
+            }
             if T::writable(hook.owner.as_arc_borrow()) {
                 let socket = (*sk).sk_socket;
                 bindings::clear_bit(bindings::SOCK_NOSPACE as usize, &raw mut (*socket).flags);
@@ -460,14 +481,9 @@ impl Arrival<'_> {
     ///
     /// To be called by the `sk_data_ready` of `sk`, and used within it only.
     unsafe fn on(sk: *mut bindings::sock) -> Option<Self> {
-        // SAFETY: `sk` has its socket while it is hooked, since the hook holds the file. An upper layer
-        // protocol replaces the operations under the socket's lock.
-        let read_sock = unsafe {
-            let socket = (*sk).sk_socket.cast::<bindings::socket>();
-            (*(&raw const (*socket).ops).read_volatile()).read_sock?
-        };
-        // INVARIANT: Only TCP sockets read so, and TCP calls this callback with the lock held.
-        (read_sock as usize == bindings::tcp_read_sock as usize).then_some(Arrival {
+        // INVARIANT: TCP calls this callback with the lock held.
+        // SAFETY: The caller promises so.
+        unsafe { is_plain_tcp(sk) }.then_some(Arrival {
             sk,
             _locked: PhantomData,
         })

@@ -23,12 +23,15 @@ use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sockopt}
 
 use crate::debug_kernel::patient;
 use crate::proto::{self, Command, REQUEST_LEN, REQUEST_MAGIC, Request};
+use crate::sys::set_socket_option;
 
 /// What carries a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
     Tcp4,
     Tcp6,
+    /// TCP that the kernel encrypts.
+    Tls,
     Unix,
 }
 
@@ -107,6 +110,12 @@ impl Server {
         let (client, served) = match transport {
             Transport::Tcp4 => tcp_pair((Ipv4Addr::LOCALHOST, 0).into()),
             Transport::Tcp6 => tcp_pair((Ipv6Addr::LOCALHOST, 0).into()),
+            Transport::Tls => {
+                let (client, served) = tcp_pair((Ipv4Addr::LOCALHOST, 0).into());
+                encrypt(&client);
+                encrypt(&served);
+                (client, served)
+            }
             Transport::Unix => {
                 let (client, served) = UnixStream::pair().expect("socketpair");
                 (client.into(), served)
@@ -249,6 +258,25 @@ fn tcp_pair(address: SocketAddr) -> (OwnedFd, UnixStream) {
     served.set_nodelay(true).expect("TCP_NODELAY");
     // Reading, writing and shutting down are the same calls for every kind of socket.
     (client.into(), UnixStream::from(OwnedFd::from(served)))
+}
+
+/// Has the kernel encrypt what goes over a TCP socket, and decrypt what comes: what is left to do after a
+/// TLS handshake. (include/uapi/linux/tls.h)
+fn encrypt(socket: impl AsFd) {
+    const TCP_ULP: i32 = 31;
+    const SOL_TLS: i32 = 282;
+    const TLS_TX: i32 = 1;
+    const TLS_RX: i32 = 2;
+    const TLS_1_2_VERSION: u16 = 0x0303;
+    const TLS_CIPHER_AES_GCM_128: u16 = 51;
+    // Initialization vector, key, salt, number of the next record: the same for both directions, which
+    // is good enough for a test.
+    let secrets = [0x5a; 8 + 16 + 4 + 8];
+    let info = [TLS_1_2_VERSION, TLS_CIPHER_AES_GCM_128].map(u16::to_ne_bytes);
+    let info = [info.as_flattened(), &secrets].concat();
+    set_socket_option(&socket, libc::IPPROTO_TCP, TCP_ULP, b"tls\0").expect("TCP_ULP");
+    set_socket_option(&socket, SOL_TLS, TLS_TX, &info).expect("TLS_TX");
+    set_socket_option(&socket, SOL_TLS, TLS_RX, &info).expect("TLS_RX");
 }
 
 /// One connection, in the hands of a script.

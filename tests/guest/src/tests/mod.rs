@@ -27,6 +27,7 @@ mod replies;
 mod signals;
 mod soak;
 mod timeouts;
+mod tls;
 mod user_space;
 
 use crate::harness::Test;
@@ -47,6 +48,7 @@ pub fn all() -> Vec<Test> {
         timeouts::tests(),
         endings::tests(),
         signals::tests(),
+        tls::tests(),
         netlink::tests(),
         races::tests(),
         faults::tests(),
