@@ -9,6 +9,7 @@ use super::{
     iov::IoPage,
     payload::Payload,
     sock::{has_data, Socket},
+    task::ModuleRef,
 };
 use core::{marker::PhantomData, mem::MaybeUninit};
 #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
@@ -16,7 +17,10 @@ use kernel::sync::{atomic::Full, barrier::smp_mb};
 use kernel::{
     error::to_result,
     prelude::*,
-    sync::{Arc, ArcBorrow},
+    sync::{
+        atomic::{Atomic, Relaxed},
+        Arc, ArcBorrow,
+    },
 };
 
 /// What a socket tells its owner. Called in any context, also in softirq: must not sleep, but for
@@ -74,6 +78,8 @@ struct Hook<T: Events> {
     error_report: Callback,
     data_ready: Callback,
     write_space: Callback,
+    /// Somebody has put theirs on top of our callbacks, and may call ours at any time from now on.
+    covered: Atomic<bool>,
 }
 
 impl Socket {
@@ -91,6 +97,7 @@ impl Socket {
                 error_report: None,
                 data_ready: None,
                 write_space: None,
+                covered: Atomic::new(false),
             },
             GFP_KERNEL,
         )?;
@@ -135,15 +142,21 @@ impl Socket {
 }
 
 impl<T: Events> Hook<T> {
-    /// Gives the socket its own callbacks back.
+    /// Gives the socket its own callbacks back. Notes whether somebody knows of ours: whoever has the
+    /// descriptor too can set TLS up, which keeps the `sk_data_ready` that it finds.
     ///
     /// # Safety
     ///
     /// `sk` must be the socket that this is the hook of, with `sk_callback_lock` held: for writing, or for
     /// reading by one of our callbacks, all of which store the same.
     unsafe fn put_back(&self, sk: *mut bindings::sock) {
+        let address = |callback: Callback| callback.map(|callback| callback as usize);
         // SAFETY: The caller promises so. The pointers are read without the lock.
         unsafe {
+            let found = address((&raw const (*sk).sk_data_ready).read_volatile());
+            if found != address(Some(data_ready::<T>)) && found != address(self.data_ready) {
+                self.covered.store(true, Relaxed);
+            }
             (&raw mut (*sk).sk_state_change).write_volatile(self.state_change);
             (&raw mut (*sk).sk_error_report).write_volatile(self.error_report);
             (&raw mut (*sk).sk_data_ready).write_volatile(self.data_ready);
@@ -181,6 +194,13 @@ impl<T: Events> Hooked<T> {
             bindings::_raw_write_unlock_bh(&raw mut (*sk).sk_callback_lock);
         }
         self.stopped = true;
+        if self.hook.covered.load(Relaxed) {
+            // They find nobody to tell, but have to find the code.
+            pr_warn!(
+                "a device's socket was set up for TLS behind its back, the module has to stay\n"
+            );
+            core::mem::forget(ModuleRef::get());
+        }
     }
 }
 

@@ -30,6 +30,7 @@ pub struct Test {
     parameters: Option<&'static str>,
     limit: Duration,
     on_request: bool,
+    leaves_module: bool,
 }
 
 impl Test {
@@ -41,6 +42,7 @@ impl Test {
             parameters: Some(PARAMETERS),
             limit: Duration::from_secs(120),
             on_request: false,
+            leaves_module: false,
         }
     }
 
@@ -68,10 +70,18 @@ impl Test {
         }
     }
 
-    /// Takes so long that it runs only where its whole name is asked for.
+    /// Takes so long, or leaves so much, that it runs only where its whole name is asked for.
     pub fn on_request(self) -> Self {
         Self {
             on_request: true,
+            ..self
+        }
+    }
+
+    /// The module cannot be unloaded after it, and so nothing can be run.
+    pub fn leaves_module(self) -> Self {
+        Self {
+            leaves_module: true,
             ..self
         }
     }
@@ -165,15 +175,13 @@ impl Test {
         let skipped = outcome
             .err()
             .and_then(|payload| payload.downcast::<Skip>().ok());
-        complain_about(guest.check_devices());
-        if guest.driver.loaded() {
-            guest.driver.unload().unwrap_or_else(|errno| {
-                complain(format!("rmmod failed: {errno}"));
-                let why = format!("the module could not be unloaded after {}", guest.test);
-                let _ = ABORTED.set(why);
-            });
+        if self.leaves_module {
+            let _ = ABORTED.set(format!("{} leaves the module", guest.test));
+        } else {
+            complain_about(guest.check_devices());
+            guest.unload();
+            complain_about(before.compare());
         }
-        complain_about(before.compare());
         let log = guest.log();
         complain_about(
             klog::alarms(&log)
@@ -309,6 +317,18 @@ impl Guest {
             test: test.to_owned(),
             log: Mutex::new((Klog::from_now(), Vec::new())),
         }
+    }
+
+    /// Unloads the module, if it is loaded.
+    fn unload(&self) {
+        if !self.driver.loaded() {
+            return;
+        }
+        self.driver.unload().unwrap_or_else(|errno| {
+            complain(format!("rmmod failed: {errno}"));
+            let why = format!("the module could not be unloaded after {}", self.test);
+            let _ = ABORTED.set(why);
+        });
     }
 
     /// Whose behaviour this test is to expect, where `differences.toml` lists one.

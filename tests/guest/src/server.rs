@@ -250,7 +250,8 @@ impl Drop for Server {
     }
 }
 
-fn tcp_pair(address: SocketAddr) -> (OwnedFd, UnixStream) {
+/// A TCP connection: the client's end, the server's.
+pub fn tcp_pair(address: SocketAddr) -> (OwnedFd, UnixStream) {
     let listener = TcpListener::bind(address).expect("listen on the loopback");
     let client = TcpStream::connect(listener.local_addr().unwrap()).expect("connect");
     let (served, _) = listener.accept().expect("accept");
@@ -262,7 +263,7 @@ fn tcp_pair(address: SocketAddr) -> (OwnedFd, UnixStream) {
 
 /// Has the kernel encrypt what goes over a TCP socket, and decrypt what comes: what is left to do after a
 /// TLS handshake. (include/uapi/linux/tls.h)
-fn encrypt(socket: impl AsFd) {
+pub fn encrypt(socket: impl AsFd) {
     const TCP_ULP: i32 = 31;
     const SOL_TLS: i32 = 282;
     const TLS_TX: i32 = 1;

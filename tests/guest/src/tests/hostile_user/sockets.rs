@@ -12,15 +12,17 @@ use std::thread;
 use std::time::Duration;
 
 use fastrand::Rng;
-use rustix::net::connect_unspec;
+use rustix::io::Errno;
+use rustix::net::{RecvFlags, connect_unspec, recv, sockopt};
 
 use super::{MIB, Over};
 use crate::debug_kernel::{self, patient};
 use crate::device::{self, assert_usable};
+use crate::driver::Driver;
 use crate::harness::{Guest, Test, say, seed, skip, wait_until};
 use crate::netlink::{Link, Netlink, Setup};
 use crate::proto::{CAN_MULTI_CONN, DO_IT, SET_SIZE, SET_SOCK};
-use crate::server::{Server, Transport};
+use crate::server::{Server, Transport, encrypt, tcp_pair};
 use crate::sys::{Buffer, SysResult, ioctl_number, set_socket_option};
 use crate::test;
 
@@ -29,6 +31,9 @@ pub fn tests() -> Vec<Test> {
         test!(listening_sockets),
         test!(a_connection_that_begins_to_listen),
         test!(meddling_with_the_socket),
+        test!(tls_behind_the_drivers_back)
+            .leaves_module()
+            .on_request(),
     ]
 }
 
@@ -197,7 +202,7 @@ fn meddle(kind: Transport, random: &mut Rng) {
 }
 
 fn torment(socket: &OwnedFd, random: &mut Rng) {
-    use rustix::net::{RecvFlags, Shutdown, recv, shutdown, sockopt};
+    use rustix::net::{Shutdown, shutdown};
     const TCP_ULP: i32 = 31;
     const IPV6_ADDRFORM: i32 = 1;
     match random.u8(..10) {
@@ -232,5 +237,39 @@ fn torment(socket: &OwnedFd, random: &mut Rng) {
             let _ = rustix::net::listen(socket, 1);
         }
         _ => {}
+    }
+}
+
+/// TLS that is set up on a socket that a device has keeps the callbacks that it finds there, and calls them
+/// when the device has long let go of the socket.
+fn tls_behind_the_drivers_back(guest: &Guest) {
+    let (ours, mut served) = tcp_pair((Ipv4Addr::LOCALHOST, 0).into());
+    let netlink = Netlink::open();
+    let setup = Setup::new(MIB)
+        .index(0)
+        .sockets([ours.try_clone().unwrap()]);
+    let index = netlink.connect(&setup).expect("to connect");
+    encrypt(&ours);
+    encrypt(&served);
+    // Each is a record. They come together, and are more than the driver takes before it finds no reply in
+    // them.
+    sockopt::set_tcp_cork(&served, true).unwrap();
+    for _ in 0..20 {
+        served.write_all(&[0xee; 600]).expect("to send");
+    }
+    sockopt::set_tcp_cork(&served, false).unwrap();
+    thread::sleep(device::SOON / 20);
+    netlink.disconnect(index).expect("to disconnect");
+    let unloaded = guest.driver.unload();
+    let mut received = 0;
+    while let Ok((bytes @ 1.., _)) = recv(&ours, &mut [0; 600][..], RecvFlags::DONTWAIT) {
+        received += bytes;
+    }
+    match guest.driver {
+        Driver::Nbd => assert_eq!(unloaded, Ok(())),
+        Driver::Rnbd => {
+            assert!(received > 0, "nothing was left that would call anybody");
+            assert_eq!(unloaded, Err(Errno::WOULDBLOCK));
+        }
     }
 }
