@@ -95,8 +95,8 @@ impl Socket {
     pub(super) fn prepare(&self) {
         let sk = self.sk();
         // SAFETY: By the type invariant `sk` is valid. Only the kernel's own users of a socket set
-        // the fields of the allocations, and there is no other while it is hooked; the option is written
-        // without the lock in C too (`vsock_set_rcvlowat()`), and read so.
+        // the fields of the allocations, and there is no other while it is hooked. `sk_rcvlowat` is
+        // read without a lock in C, too, and any value of it is valid.
         unsafe {
             bindings::sk_set_memalloc(sk);
             (*sk).sk_allocation = bindings::GFP_NOIO | bindings::__GFP_MEMALLOC;
