@@ -203,9 +203,16 @@ impl Device {
     }
 
     /// `nbd_set_size()`: remembers it, and tells the block layer where the device runs.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL`; `EBUSY` where the block size is to change and what is in flight does not end.
     fn set_size(&self, config: &mut Config, size_bytes: u64, block_bytes: u32) -> Result {
         if i64::try_from(size_bytes).is_err() {
             return Err(EINVAL);
+        }
+        if config.started {
+            self.set_limits(config, block_bytes)?;
         }
         config.size_bytes = size_bytes;
         config.block_bytes = block_bytes;
@@ -216,14 +223,26 @@ impl Device {
             shown.size_bytes.store(size_bytes, Relaxed);
             shown.block_bytes.store(block_bytes, Relaxed);
         }
-        self.disk
-            .set_limits(features(config.flags), Some(block_bytes))?;
         self.scan_partitions_later();
         let told = self.disk.set_capacity_and_notify(Sectors(size_bytes >> 9));
         if !told {
             self.disk.uevent_change();
         }
         Ok(())
+    }
+
+    fn set_limits(&self, config: &Config, block_bytes: u32) -> Result {
+        let set = self
+            .disk
+            .set_limits(features(config.flags), Some(block_bytes));
+        set.inspect_err(|e| {
+            if *e == EBUSY {
+                pr_err!(
+                    "nbd{}: cannot change the block size while requests get no answer\n",
+                    self.index
+                );
+            }
+        })
     }
 
     /// Sets how long a request may take; 0 is for ever (`nbd_set_cmd_timeout()`).

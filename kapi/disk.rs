@@ -56,6 +56,9 @@ pub(crate) struct Features {
     pub(crate) write_zeroes: bool,
 }
 
+/// How long what is in flight is waited for before a disk's limits change.
+const DRAIN_SECONDS: u32 = 5;
+
 /// A number of 512-byte sectors.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Sectors(pub(crate) u64);
@@ -563,31 +566,67 @@ impl DiskRef {
     }
 
     /// Sets what the disk can do, and its block size where one is given. The queue is frozen where
-    /// there could be I/O. May sleep.
+    /// there could be I/O and something changes. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` where what is in flight has not ended within [`DRAIN_SECONDS`]; then nothing was changed.
     pub(crate) fn set_limits(&self, features: Features, block_bytes: Option<u32>) -> Result {
         let queue = self.queue();
         let idle = self.capacity() == Sectors(0) && !self.has_write_cache();
         // SAFETY: By the type invariant the disk is valid. This is `queue_limits_start_update()`: the
-        // lock is released by the commit.
+        // lock is released by the commit, or by hand (`queue_limits_cancel_update()`).
         unsafe {
             bindings::mutex_lock(&raw mut (*queue).limits_lock);
             let mut lim = (&raw const (*queue).limits).read();
-            apply(&mut lim, features);
-            if let Some(bytes) = block_bytes {
-                lim.logical_block_size = bytes;
-                lim.physical_block_size = bytes;
-            }
-            to_result(if idle || block_bytes.is_none() {
-                bindings::queue_limits_commit_update(queue, &mut lim)
+            let changes = apply(&mut lim, features, block_bytes);
+            let closed = if idle || block_bytes.is_none() {
+                Ok(None)
+            } else if changes {
+                self.drain().map(Some)
             } else {
-                bindings::queue_limits_commit_update_frozen(queue, &mut lim)
-            })
+                bindings::mutex_unlock(&raw mut (*queue).limits_lock);
+                return Ok(());
+            };
+            match closed {
+                Ok(_closed) => to_result(bindings::queue_limits_commit_update(queue, &raw mut lim)),
+                Err(e) => {
+                    bindings::mutex_unlock(&raw mut (*queue).limits_lock);
+                    Err(e)
+                }
+            }
         }
+    }
+
+    /// Lets nothing new into the queue until the returned guard goes, and waits for what is in flight,
+    /// but not for ever: that may wait for a server that says nothing. May sleep.
+    fn drain(&self) -> Result<Closed<'_>> {
+        let closed = self.close();
+        let jiffies = DRAIN_SECONDS * bindings::HZ;
+        // SAFETY: By the type invariant the disk is valid.
+        let left = unsafe {
+            bindings::blk_mq_freeze_queue_wait_timeout(closed.queue, jiffies as ffi::c_ulong)
+        };
+        if left == 0 {
+            return Err(EBUSY);
+        }
+        Ok(closed)
     }
 
     /// Stops the queue: when this returns nothing is in flight and no operation runs, until the
     /// returned guard goes. May sleep; everything in flight must be about to end.
     pub(crate) fn freeze(&self) -> Frozen<'_> {
+        let closed = self.close();
+        // SAFETY: By the type invariant the disk is valid.
+        unsafe {
+            bindings::blk_mq_freeze_queue_wait(closed.queue);
+            bindings::blk_mq_quiesce_queue(closed.queue);
+        }
+        // INVARIANT: It was closed, drained and quiesced.
+        Frozen { closed }
+    }
+
+    fn close(&self) -> Closed<'_> {
         let queue = self.queue();
         // SAFETY: By the type invariant the disk is valid. Allocations while it is frozen must not wait
         // for I/O to it, hence the flag (`blk_mq_freeze_queue()`).
@@ -595,9 +634,9 @@ impl DiskRef {
             let task = bindings::get_current();
             let had_noio = (*task).flags & bindings::PF_MEMALLOC_NOIO;
             (*task).flags |= bindings::PF_MEMALLOC_NOIO;
-            bindings::blk_mq_freeze_queue_nomemsave(queue);
-            bindings::blk_mq_quiesce_queue(queue);
-            Frozen {
+            bindings::blk_freeze_queue_start(queue);
+            // INVARIANT: It was closed just now.
+            Closed {
                 queue,
                 had_noio,
                 _disk: PhantomData,
@@ -606,8 +645,18 @@ impl DiskRef {
     }
 }
 
-/// nbd.c's `nbd_apply_limits()`.
-fn apply(lim: &mut bindings::queue_limits, features: Features) {
+/// nbd.c's `nbd_apply_limits()`. Returns whether anything is other than before.
+fn apply(lim: &mut bindings::queue_limits, features: Features, block_bytes: Option<u32>) -> bool {
+    let what_is_set = |lim: &bindings::queue_limits| {
+        (
+            lim.features,
+            lim.max_hw_discard_sectors,
+            lim.max_write_zeroes_sectors,
+            lim.logical_block_size,
+            lim.physical_block_size,
+        )
+    };
+    let before = what_is_set(lim);
     let mut bit = |on: bool, bit: u32| {
         if on {
             lim.features |= bit;
@@ -627,34 +676,54 @@ fn apply(lim: &mut bindings::queue_limits, features: Features) {
     };
     lim.max_hw_discard_sectors = sectors(features.discard);
     lim.max_write_zeroes_sectors = sectors(features.write_zeroes);
+    if let Some(bytes) = block_bytes {
+        lim.logical_block_size = bytes;
+        lim.physical_block_size = bytes;
+    }
+    what_is_set(lim) != before
+}
+
+/// A queue that nothing new gets into.
+///
+/// # Invariants
+///
+/// It was closed by [`DiskRef::close()`], by the current task.
+struct Closed<'a> {
+    queue: *mut bindings::request_queue,
+    had_noio: u32,
+    _disk: PhantomData<&'a DiskRef>,
+}
+
+impl Drop for Closed<'_> {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant. The type is not `Send`, so this is the same task.
+        unsafe {
+            bindings::blk_mq_unfreeze_queue_nomemrestore(self.queue);
+            let task = bindings::get_current();
+            (*task).flags = (*task).flags & !bindings::PF_MEMALLOC_NOIO | self.had_noio;
+        }
+    }
 }
 
 /// A queue that is frozen and quiesced.
 ///
 /// # Invariants
 ///
-/// It is, by [`DiskRef::freeze()`], by the current task.
+/// It is, by [`DiskRef::freeze()`].
 pub(crate) struct Frozen<'a> {
-    queue: *mut bindings::request_queue,
-    had_noio: u32,
-    _disk: PhantomData<&'a DiskRef>,
+    closed: Closed<'a>,
 }
 
 impl Frozen<'_> {
     pub(super) fn queue(&self) -> *mut bindings::request_queue {
-        self.queue
+        self.closed.queue
     }
 }
 
 impl Drop for Frozen<'_> {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant. The type is not `Send`, so this is the same task.
-        unsafe {
-            bindings::blk_mq_unquiesce_queue(self.queue);
-            bindings::blk_mq_unfreeze_queue_nomemrestore(self.queue);
-            let task = bindings::get_current();
-            (*task).flags = (*task).flags & !bindings::PF_MEMALLOC_NOIO | self.had_noio;
-        }
+        // SAFETY: By the type invariant. It is unfrozen after this.
+        unsafe { bindings::blk_mq_unquiesce_queue(self.closed.queue) };
     }
 }
 

@@ -12,7 +12,7 @@ use kernel::{
     types::Opaque,
 };
 
-/// What carries out a family's commands. They may sleep, and only one runs at a time.
+/// What carries out a family's commands. They may sleep, and several may run at a time.
 pub(crate) trait Commands: Sized + Send + Sync + 'static {
     /// The family's name.
     const NAME: &'static CStr;
@@ -116,6 +116,8 @@ impl<C: Commands> Family<C> {
             family.n_mcgrps = 1;
             family.resv_start_op = C::COMMANDS.iter().copied().max().unwrap_or(0) + 1;
             family.set_netnsok(1);
+            // Else the other families of the machine wait while a command does.
+            family.set_parallel_ops(1);
             raw.write(family);
             to_result(bindings::genl_register_family(raw))?;
         }

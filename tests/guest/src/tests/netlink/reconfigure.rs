@@ -4,11 +4,14 @@
 
 use std::fs::File;
 use std::net::UdpSocket;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
 use super::{MIB, move_data, read_one, sysfs_exists, wait_destroyed};
 use crate::device::{self, Plan, SOON};
+use crate::driver::Driver;
 use crate::harness::{Guest, Test, wait_until};
 use crate::netlink::{DESTROY_ON_DISCONNECT, Netlink, Setup, descriptor};
 use crate::test;
@@ -17,6 +20,7 @@ pub fn tests() -> Vec<Test> {
     vec![
         test!(reconfigure_what_is_not_there),
         test!(reconfigure_size_and_timeout),
+        test!(reconfigure_while_requests_wait),
         test!(reconfigure_needs_no_more_sockets),
         test!(reconfigure_decides_whether_to_destroy),
         test!(backend_identifier),
@@ -59,6 +63,47 @@ fn reconfigure_size_and_timeout(_: &Guest) {
     assert_eq!(reconfigure(change()), Ok(()), "nothing at all");
     assert_eq!(device::sysfs(link.index, "size"), "8192");
     move_data(&direct, 0, 7);
+}
+
+/// Whoever changes a device, and everybody else who uses generic netlink, must not wait for a server
+/// that is gone.
+fn reconfigure_while_requests_wait(guest: &Guest) {
+    let link = Setup::new(MIB).dead_timeout(20).attach().settle();
+    let change = || Setup::change(link.index);
+    let block_size = |size| link.netlink.reconfigure(&change().block_size(size));
+    let direct = link.direct();
+    link.kill_server();
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| read_one(&direct, 0));
+        thread::sleep(Duration::from_millis(300));
+        assert!(!reader.is_finished());
+        let began = Instant::now();
+        let resized = link.netlink.reconfigure(&change().size(2 * MIB));
+        assert_eq!(resized, Ok(()));
+        assert_eq!(device::sysfs(link.index, "size"), "4096");
+        if guest.expected("changes-do-not-wait-for-ever") == Driver::Nbd {
+            assert!(began.elapsed() > Duration::from_secs(10));
+            assert_eq!(reader.join().unwrap(), Err(Errno::IO));
+            return;
+        }
+        assert!(began.elapsed() < Duration::from_secs(3));
+        let other = scope.spawn(move || {
+            thread::sleep(Duration::from_secs(1));
+            let other_family = Instant::now();
+            drop(Netlink::open());
+            assert!(other_family.elapsed() < Duration::from_secs(2));
+        });
+        assert_eq!(block_size(4096), Err(Errno::BUSY));
+        assert!((4..10).contains(&began.elapsed().as_secs()));
+        other.join().unwrap();
+        let shown = device::sysfs(link.index, "queue/logical_block_size");
+        assert_eq!(shown, "512");
+        assert!(!reader.is_finished());
+        assert_eq!(link.revive(), Ok(()));
+        assert_eq!(reader.join().unwrap(), Ok(()));
+        assert_eq!(block_size(4096), Ok(()));
+        move_data(&direct, MIB, 8);
+    });
 }
 
 fn reconfigure_needs_no_more_sockets(_: &Guest) {
