@@ -8,6 +8,7 @@
 use super::bindings;
 use core::{marker::PhantomData, ptr::NonNull};
 use kernel::{
+    cpu::CpuId,
     error::to_result,
     ffi,
     prelude::*,
@@ -232,7 +233,7 @@ impl Request {
         self.rq.as_ptr()
     }
 
-    /// Ends the request.
+    /// Ends the request, or has the block layer end it on the CPU that it came from.
     ///
     /// # Safety
     ///
@@ -244,9 +245,39 @@ impl Request {
             let verdict = pdu(rq).verdict.load(Relaxed);
             if verdict == REQUEUE {
                 bindings::blk_mq_requeue_request(rq.as_ptr(), true);
-            } else {
-                bindings::blk_mq_end_request(rq.as_ptr(), verdict as u8);
+            } else if !Self::ends_elsewhere(rq) {
+                Self::end_here(rq);
             }
+        }
+    }
+
+    /// Where `rq_affinity` is 2 and this is not the CPU that the request came from, has the block layer
+    /// end it there (`complete`). Returns whether it does.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Self::end()`]. The request is the block layer's where this returns true.
+    unsafe fn ends_elsewhere(rq: NonNull<bindings::request>) -> bool {
+        // SAFETY: The request is the driver's, so its queue is valid; its flags are looked at without a
+        // lock in C too.
+        unsafe {
+            let flags = (&raw const (*(*rq.as_ptr()).q).queue_flags).read_volatile();
+            flags & (1 << bindings::QUEUE_FLAG_SAME_FORCE) != 0
+                && bindings::blk_mq_rq_cpu(rq.as_ptr()) != CpuId::current().as_u32()
+                && bindings::blk_mq_complete_request_remote(rq.as_ptr())
+        }
+    }
+
+    /// Ends the request, which is not to be requeued.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Self::end()`].
+    unsafe fn end_here(rq: NonNull<bindings::request>) {
+        // SAFETY: The caller promises that the request is nobody else's. Its verdict is a status.
+        unsafe {
+            let verdict = pdu(rq).verdict.load(Relaxed);
+            bindings::blk_mq_end_request(rq.as_ptr(), verdict as u8);
         }
     }
 }
@@ -467,6 +498,16 @@ impl<T: Operations> VTable<T> {
         bindings::blk_eh_timer_return_BLK_EH_RESET_TIMER
     }
 
+    /// `blk_mq_ops.complete`
+    ///
+    /// # Safety
+    ///
+    /// `rq` must be a request that [`Request::ends_elsewhere()`] has left to the block layer.
+    unsafe extern "C" fn complete(rq: *mut bindings::request) {
+        // SAFETY: The caller promises so; the last handle was gone before that.
+        unsafe { Request::end_here(NonNull::new_unchecked(rq)) };
+    }
+
     /// `blk_mq_ops.init_request`
     ///
     /// # Safety
@@ -493,6 +534,7 @@ impl<T: Operations> VTable<T> {
         queue_rq: Some(Self::queue_rq),
         commit_rqs: Some(Self::commit_rqs),
         timeout: Some(Self::timeout),
+        complete: Some(Self::complete),
         init_request: Some(Self::init_request),
         ..pin_init::zeroed()
     };

@@ -12,6 +12,7 @@ use std::thread;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use libtest_mimic::{Completion, Failed, Trial};
+use rustix::thread::{CpuSet, sched_setaffinity};
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::debug_kernel::{self, Leak, patient};
@@ -295,6 +296,13 @@ pub fn seed() -> u64 {
     };
     say(&format!("SEED={seed}"));
     seed
+}
+
+/// Has the calling thread run on one processor only.
+pub fn run_on(processor: usize) {
+    let mut set = CpuSet::new();
+    set.set(processor);
+    sched_setaffinity(None, &set).expect("to run there");
 }
 
 /// For the reader of the output, and of the console.

@@ -10,11 +10,10 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use rustix::thread::{CpuSet, sched_setaffinity};
 
 use crate::device::{self, Plan, Rig, assert_pattern, errno, pattern};
 use crate::driver::Driver;
-use crate::harness::{Guest, Test, wait_until};
+use crate::harness::{Guest, Test, run_on, wait_until};
 use crate::proto::Command;
 use crate::server::Transport;
 use crate::sys::Buffer;
@@ -45,17 +44,8 @@ fn hardware_queues(index: u32) -> usize {
 /// Lets the calling thread run only where the block layer uses this connection.
 fn move_to(connection: usize) {
     let processors = device::sysfs(0, &format!("mq/{connection}/cpu_list"));
-    let mut set = CpuSet::new();
-    set.set(
-        processors
-            .split(',')
-            .next()
-            .unwrap()
-            .trim()
-            .parse()
-            .expect("a processor"),
-    );
-    sched_setaffinity(None, &set).unwrap();
+    let first = processors.split(',').next().unwrap();
+    run_on(first.trim().parse().expect("a processor"));
 }
 
 fn read_over(connection: usize, device: &File) {

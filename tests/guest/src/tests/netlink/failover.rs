@@ -10,12 +10,11 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
-use rustix::thread::{CpuSet, sched_setaffinity};
 
 use super::{MIB, move_data, read_one};
 use crate::device::{Plan, USUAL_FLAGS, assert_pattern, pattern};
 use crate::driver::Driver;
-use crate::harness::{Guest, Test};
+use crate::harness::{Guest, Test, run_on};
 use crate::netlink::{Link, Netlink, Setup};
 use crate::proto::{CAN_MULTI_CONN, Command, Request};
 use crate::server::{Conn, Transport};
@@ -190,9 +189,7 @@ fn used_connections(link: &Link, direct: &File) -> HashSet<usize> {
     for processor in 0..thread::available_parallelism().unwrap().get() {
         thread::scope(|scope| {
             scope.spawn(|| {
-                let mut set = CpuSet::new();
-                set.set(processor);
-                sched_setaffinity(None, &set).unwrap();
+                run_on(processor);
                 read_one(direct, 0).unwrap();
             });
         });
