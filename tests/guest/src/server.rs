@@ -11,7 +11,7 @@ use std::collections::BTreeMap;
 use std::io::{self, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock, Weak};
@@ -19,6 +19,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::fcntl_dupfd_cloexec;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sockopt};
 
 use crate::debug_kernel::patient;
@@ -39,6 +40,8 @@ type Script = dyn Fn(&mut Conn, &Request) -> io::Result<()> + Send + Sync;
 
 pub struct Server {
     state: Arc<State>,
+    /// The smallest number that a descriptor of its own may have.
+    lowest: RawFd,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -88,8 +91,16 @@ impl Server {
         servers.push(Arc::downgrade(&state));
         Self {
             state,
+            lowest: 0,
             threads: Mutex::default(),
         }
+    }
+
+    /// As [`Self::new`], with descriptors that have large numbers.
+    pub fn with_descriptors_from(lowest: RawFd) -> Self {
+        let mut server = Self::new();
+        server.lowest = lowest;
+        server
     }
 
     /// From the next request on, `script` decides what happens.
@@ -107,30 +118,37 @@ impl Server {
 
     /// A new connection; the answer is the client's end.
     pub fn connect(&self, transport: Transport) -> OwnedFd {
+        self.try_connect(transport).expect("a connection")
+    }
+
+    /// As [`Self::connect`], where somebody may meddle with it.
+    pub fn try_connect(&self, transport: Transport) -> io::Result<OwnedFd> {
         let (client, served) = match transport {
-            Transport::Tcp4 => tcp_pair((Ipv4Addr::LOCALHOST, 0).into()),
-            Transport::Tcp6 => tcp_pair((Ipv6Addr::LOCALHOST, 0).into()),
+            Transport::Tcp4 => try_tcp_pair((Ipv4Addr::LOCALHOST, 0).into())?,
+            Transport::Tcp6 => try_tcp_pair((Ipv6Addr::LOCALHOST, 0).into())?,
             Transport::Tls => {
-                let (client, served) = tcp_pair((Ipv4Addr::LOCALHOST, 0).into());
+                let (client, served) = try_tcp_pair((Ipv4Addr::LOCALHOST, 0).into())?;
                 encrypt(&client);
                 encrypt(&served);
                 (client, served)
             }
             Transport::Unix => {
-                let (client, served) = UnixStream::pair().expect("socketpair");
+                let (client, served) = UnixStream::pair()?;
                 (client.into(), served)
             }
         };
         self.serve_socket(served);
-        client
+        Ok(client)
     }
 
     /// Serves one more socket.
     pub fn serve_socket(&self, socket: UnixStream) {
+        let another = || UnixStream::from(fcntl_dupfd_cloexec(&socket, self.lowest).expect("dup"));
         let mut sockets = self.state.sockets.lock().unwrap();
         let index = sockets.len();
-        sockets.push(socket.try_clone().expect("dup"));
+        sockets.push(another());
         drop(sockets);
+        let socket = another();
         let state = Arc::clone(&self.state);
         state.living.fetch_add(1, Ordering::SeqCst);
         let thread = thread::Builder::new()
@@ -252,13 +270,17 @@ impl Drop for Server {
 
 /// A TCP connection: the client's end, the server's.
 pub fn tcp_pair(address: SocketAddr) -> (OwnedFd, UnixStream) {
-    let listener = TcpListener::bind(address).expect("listen on the loopback");
-    let client = TcpStream::connect(listener.local_addr().unwrap()).expect("connect");
-    let (served, _) = listener.accept().expect("accept");
-    client.set_nodelay(true).expect("TCP_NODELAY");
-    served.set_nodelay(true).expect("TCP_NODELAY");
+    try_tcp_pair(address).expect("a TCP connection over the loopback")
+}
+
+fn try_tcp_pair(address: SocketAddr) -> io::Result<(OwnedFd, UnixStream)> {
+    let listener = TcpListener::bind(address)?;
+    let client = TcpStream::connect(listener.local_addr()?)?;
+    let (served, _) = listener.accept()?;
+    client.set_nodelay(true)?;
+    served.set_nodelay(true)?;
     // Reading, writing and shutting down are the same calls for every kind of socket.
-    (client.into(), UnixStream::from(OwnedFd::from(served)))
+    Ok((client.into(), UnixStream::from(OwnedFd::from(served))))
 }
 
 /// Has the kernel encrypt what goes over a TCP socket, and decrypt what comes: what is left to do after a

@@ -16,11 +16,12 @@ use rustix::net::SocketType;
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
 use super::nonsense::{Pool, any_ioctl, any_message, strange_files};
-use super::{MIB, Over};
+use super::{MIB, OUT_OF_REACH, Over};
 use crate::device::{self, Plan, assert_pattern, assert_usable, pattern};
 use crate::driver::devices;
 use crate::harness::{Guest, Test, complain, say, seed, wait_until};
 use crate::netlink::{self, Netlink, Setup};
+use crate::server::Server;
 use crate::sys::{Buffer, SysResult};
 use crate::test;
 
@@ -46,7 +47,8 @@ const VICTIMS: [u32; 2] = [0, 1];
 
 /// Uses the bystander's device as long as `act` runs, and finds it unharmed.
 fn beside_a_bystander(act: impl FnOnce()) {
-    let mut rig = Plan::new(MIB).index(BYSTANDER).connections(2).attach();
+    let plan = Plan::new(MIB).index(BYSTANDER).connections(2);
+    let mut rig = plan.attach_to(Server::with_descriptors_from(OUT_OF_REACH));
     let over = AtomicBool::new(false);
     thread::scope(|scope| {
         let direct = rig.direct();
@@ -205,6 +207,7 @@ fn ask_for_anything(length: Duration) {
         answers: Answers::default(),
         pool: Pool::new(),
     };
+    let connected = Connected;
     beside_a_bystander(|| {
         thread::scope(|scope| {
             let asking = &asking;
@@ -218,11 +221,22 @@ fn ask_for_anything(length: Duration) {
         });
     });
     asking.answers.say();
-    let netlink = Netlink::open();
-    for (index, _) in netlink.status(None) {
-        let _ = netlink.disconnect(index);
-    }
+    drop(connected);
     VICTIMS.map(assert_can_be_connected);
+}
+
+/// What was connected is disconnected when this goes, also after a panic.
+struct Connected;
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        let Ok(netlink) = Netlink::try_open() else {
+            return;
+        };
+        for (index, _) in netlink.try_status(None).unwrap_or_default() {
+            let _ = netlink.disconnect(index);
+        }
+    }
 }
 
 /// It may have been asked to go when it is disconnected, and then comes again.
@@ -314,13 +328,12 @@ impl Asking {
     fn change_the_pool(&self) {
         while self.goes_on() {
             thread::sleep(Duration::from_millis(100));
-            self.pool.server.kill();
             self.pool.refill();
         }
         // Sets free who is in NBD_DO_IT, or waits for a server.
         let netlink = Netlink::open();
         while self.working.load(Ordering::Relaxed) > 0 {
-            self.pool.server.kill();
+            self.pool.kill_server();
             let _ = VICTIMS.map(|index| netlink.disconnect(index));
             thread::sleep(Duration::from_millis(20));
         }

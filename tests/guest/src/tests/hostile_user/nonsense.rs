@@ -13,7 +13,7 @@ use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::net::{AddressFamily, SocketType, socket};
 
-use super::MIB;
+use super::{MIB, OUT_OF_REACH};
 use crate::netlink;
 use crate::proto::{SET_SIZE, SET_SOCK};
 use crate::server::{Server, Transport};
@@ -55,25 +55,36 @@ fn number(random: &mut Rng) -> u64 {
 /// Descriptors of everything, some of which will do. Whoever holds it may let go of some.
 pub struct Pool {
     files: Mutex<Vec<OwnedFd>>,
-    pub server: Server,
+    server: Mutex<Server>,
 }
 
 impl Pool {
     pub fn new() -> Self {
         let pool = Self {
             files: Mutex::default(),
-            server: Server::new(),
+            server: Mutex::new(Server::new()),
         };
         pool.refill();
         pool
     }
 
+    /// Ends every connection to the server.
+    pub fn kill_server(&self) {
+        self.server.lock().unwrap().kill();
+    }
+
+    /// Ends what there was. A server keeps a descriptor of each connection that it ever had: here is
+    /// another one.
     pub fn refill(&self) {
+        let server = Server::with_descriptors_from(OUT_OF_REACH);
         let mut files = strange_files();
-        files.extend([Transport::Tcp4, Transport::Unix].map(|kind| self.server.connect(kind)));
+        // Whoever asks with a number that was closed may mean what is being made here, and spoil it.
+        let connections = [Transport::Tcp4, Transport::Unix].map(|kind| server.try_connect(kind));
+        files.extend(connections.into_iter().flatten());
         // The other end is closed already.
         files.push(UnixStream::pair().unwrap().0.into());
         *self.files.lock().unwrap() = files;
+        *self.server.lock().unwrap() = server;
     }
 
     /// A descriptor's number, that of a file or any. It may be closed by the time that it is used.
