@@ -9,6 +9,7 @@
 #include <linux/nbd.h>
 #include <net/sock.h>
 #include <net/tcp.h>
+#include <net/tls.h>
 
 /* The fields of struct sock; what it only points to stays opaque. */
 //bindgen: --allowlist-type sock
@@ -43,4 +44,11 @@ RNBD_CONST(u8, TCP_LISTEN);
 RNBD_CONST(u8, TCP_CLOSE);
 RNBD_CONST(size_t, SK_USER_DATA_NOCOPY);
 RNBD_CONST(u32, HZ);
+
+/* Where fields lie whose types would bring hundreds of others along. */
+#define RNBD_OFFSET(type, field, name) const size_t RNBD_CONST_OFFSET_##name = offsetof(type, field)
+RNBD_OFFSET(struct inet_connection_sock, icsk_ulp_ops, ULP_OPS);
+RNBD_OFFSET(struct inet_connection_sock, icsk_ulp_data, ULP_DATA);
+RNBD_OFFSET(struct tcp_ulp_ops, name, ULP_NAME);
+RNBD_OFFSET(struct tls_context, tx_lock, TLS_TX_LOCK);
 //bindgen: --allowlist-var RNBD_CONST_.*
