@@ -5,15 +5,13 @@
 
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::os::unix::net::UnixStream;
 use std::thread;
 use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::net::SendFlags;
 
-use crate::debug_kernel::{self, patient};
+use crate::debug_kernel::patient;
 use crate::device::{Plan, Rig, SOON, assert_pattern, assert_usable, errno, pattern};
 use crate::harness::{Guest, Test};
 use crate::proto::{Command, REPLY_LEN, REPLY_MAGIC, Request, reply};
@@ -484,17 +482,8 @@ fn reads_succeed(
     assert_eq!(rig.disconnect(), Ok(0));
 }
 
-/// Whether this kernel knows them on UNIX sockets (`CONFIG_AF_UNIX_OOB`). The debug kernel does not.
-fn unix_has_urgent_bytes() -> bool {
-    let (ours, _theirs) = UnixStream::pair().unwrap();
-    let sent = rustix::net::send(&ours, b"!", SendFlags::OOB);
-    assert!(sent.is_ok() || debug_kernel::runs());
-    sent.is_ok()
-}
-
 fn urgent_bytes_in_between(_: &Guest) {
-    let unix = unix_has_urgent_bytes().then_some(Transport::Unix);
-    for transport in [Transport::Tcp4].into_iter().chain(unix) {
+    for transport in [Transport::Tcp4, Transport::Unix] {
         for pause in [Duration::ZERO, Duration::from_millis(10)] {
             reads_succeed(transport, move |conn, reply, at| {
                 conn.send(&reply[..at])?;

@@ -9,10 +9,9 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
-use crate::debug_kernel;
 use crate::device::{Plan, Rig, assert_usable, errno, pattern};
-use crate::harness::{Guest, Test, skip};
-use crate::programs::try_sh;
+use crate::harness::{Guest, Test};
+use crate::programs::sh;
 use crate::proto::{REPLY_LEN, Request};
 use crate::server::{Conn, Transport};
 use crate::sys::Buffer;
@@ -34,9 +33,7 @@ const KIB: usize = 1 << 10;
 const MIB: usize = 1 << 20;
 
 fn plan() -> Plan {
-    if try_sh("modprobe tls").is_err() && debug_kernel::runs() {
-        skip("this kernel has no TLS");
-    }
+    sh("modprobe tls");
     Plan::new(16 << 20).transport(Transport::Tls)
 }
 
