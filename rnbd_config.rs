@@ -4,7 +4,8 @@
 
 use crate::{
     kapi::{
-        disk::{valid_block_size, Disk, Features, File, Sectors},
+        disk::{Disk, File, Sectors},
+        limits::{valid_block_size, Features},
         sock::{BadSocket, Ending, Socket},
         task::{self, ModuleRef, TaskId},
     },

@@ -4,7 +4,8 @@
 
 use crate::{
     kapi::{
-        disk::{BlockDevice, Disk, DiskRef, Features, File, FixedLimits, Numbers},
+        disk::{BlockDevice, Disk, DiskRef, File, Numbers},
+        limits::{Features, FixedLimits},
         mq::{Dispatch, Expiry, NewRequest, Operations, Overdue, Queued, Status, TagSet},
         published::Published,
         task,

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Disks: `struct gendisk`, its limits and its block device operations.
+//! Disks: `struct gendisk` and its block device operations.
 //!
 //! Mirrors `kernel::block::mq::gen_disk`, which (7.3) has no open, release or ioctl, no limits and no
 //! owner. Source: `include/linux/blkdev.h`.
 
 use super::{
     bindings,
+    limits::FixedLimits,
     mq::{Operations, TagSet},
     published::{Dispatched, Published},
 };
@@ -37,27 +38,6 @@ pub(crate) trait BlockDevice: Operations {
     /// Gives `print` what the sysfs file `backend` says.
     fn backend(&self, print: impl FnOnce(&CStr) -> isize) -> isize;
 }
-
-/// The limits that a disk is made with, besides the defaults of the block layer.
-pub(crate) struct FixedLimits {
-    pub(crate) max_hw_sectors: u32,
-    pub(crate) max_segments: u16,
-    pub(crate) max_segment_size: u32,
-    pub(crate) io_opt_bytes: u32,
-}
-
-/// The features that a disk can do now.
-#[derive(Clone, Copy, Default)]
-pub(crate) struct Features {
-    pub(crate) write_cache: bool,
-    pub(crate) fua: bool,
-    pub(crate) rotational: bool,
-    pub(crate) discard: bool,
-    pub(crate) write_zeroes: bool,
-}
-
-/// How long what is in flight is waited for before a disk's limits change.
-const DRAIN_SECONDS: u32 = 5;
 
 /// A number of 512-byte sectors.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -438,7 +418,7 @@ unsafe impl Send for DiskRef {}
 unsafe impl Sync for DiskRef {}
 
 impl DiskRef {
-    fn queue(&self) -> *mut bindings::request_queue {
+    pub(super) fn queue(&self) -> *mut bindings::request_queue {
         // SAFETY: By the type invariant the disk is valid; its queue does not change.
         unsafe { (*self.disk.as_ptr()).queue }
     }
@@ -554,186 +534,4 @@ impl DiskRef {
         // SAFETY: By the type invariant the disk is valid.
         unsafe { bindings::blk_queue_rq_timeout(self.queue(), jiffies) };
     }
-
-    /// Whether the disk says that it has a volatile cache (`blk_queue_write_cache()`).
-    fn has_write_cache(&self) -> bool {
-        // SAFETY: By the type invariant the disk is valid; a racing change is the caller's business.
-        let limits = unsafe { &raw const (*self.queue()).limits };
-        // SAFETY: As above.
-        let (features, flags) = unsafe { ((*limits).features, (*limits).flags) };
-        features & bindings::BLK_FEAT_WRITE_CACHE != 0
-            && flags & bindings::BLK_FLAG_WRITE_CACHE_DISABLED == 0
-    }
-
-    /// Sets what the disk can do, and its block size where one is given. The queue is frozen where
-    /// there could be I/O and something changes. May sleep.
-    ///
-    /// # Errors
-    ///
-    /// `EBUSY` where what is in flight has not ended within [`DRAIN_SECONDS`]; then nothing was changed.
-    pub(crate) fn set_limits(&self, features: Features, block_bytes: Option<u32>) -> Result {
-        let queue = self.queue();
-        let idle = self.capacity() == Sectors(0) && !self.has_write_cache();
-        // SAFETY: By the type invariant the disk is valid. This is `queue_limits_start_update()`: the
-        // lock is released by the commit, or by hand (`queue_limits_cancel_update()`).
-        unsafe {
-            bindings::mutex_lock(&raw mut (*queue).limits_lock);
-            let mut lim = (&raw const (*queue).limits).read();
-            let changes = apply(&mut lim, features, block_bytes);
-            let closed = if idle || block_bytes.is_none() {
-                Ok(None)
-            } else if changes {
-                self.drain().map(Some)
-            } else {
-                bindings::mutex_unlock(&raw mut (*queue).limits_lock);
-                return Ok(());
-            };
-            match closed {
-                Ok(_closed) => to_result(bindings::queue_limits_commit_update(queue, &raw mut lim)),
-                Err(e) => {
-                    bindings::mutex_unlock(&raw mut (*queue).limits_lock);
-                    Err(e)
-                }
-            }
-        }
-    }
-
-    /// Lets nothing new into the queue until the returned guard goes, and waits for what is in flight,
-    /// but not for ever: that may wait for a server that says nothing. May sleep.
-    fn drain(&self) -> Result<Closed<'_>> {
-        let closed = self.close();
-        let jiffies = DRAIN_SECONDS * bindings::HZ;
-        // SAFETY: By the type invariant the disk is valid.
-        let left = unsafe {
-            bindings::blk_mq_freeze_queue_wait_timeout(closed.queue, jiffies as ffi::c_ulong)
-        };
-        if left == 0 {
-            return Err(EBUSY);
-        }
-        Ok(closed)
-    }
-
-    /// Stops the queue: when this returns nothing is in flight and no operation runs, until the
-    /// returned guard goes. May sleep; everything in flight must be about to end.
-    pub(crate) fn freeze(&self) -> Frozen<'_> {
-        let closed = self.close();
-        // SAFETY: By the type invariant the disk is valid.
-        unsafe {
-            bindings::blk_mq_freeze_queue_wait(closed.queue);
-            bindings::blk_mq_quiesce_queue(closed.queue);
-        }
-        // INVARIANT: It was closed, drained and quiesced.
-        Frozen { closed }
-    }
-
-    fn close(&self) -> Closed<'_> {
-        let queue = self.queue();
-        // SAFETY: By the type invariant the disk is valid. Allocations while it is frozen must not wait
-        // for I/O to it, hence the flag (`blk_mq_freeze_queue()`).
-        unsafe {
-            let task = bindings::get_current();
-            let had_noio = (*task).flags & bindings::PF_MEMALLOC_NOIO;
-            (*task).flags |= bindings::PF_MEMALLOC_NOIO;
-            bindings::blk_freeze_queue_start(queue);
-            // INVARIANT: It was closed just now.
-            Closed {
-                queue,
-                had_noio,
-                _disk: PhantomData,
-            }
-        }
-    }
-}
-
-/// nbd.c's `nbd_apply_limits()`. Returns whether anything is other than before.
-fn apply(lim: &mut bindings::queue_limits, features: Features, block_bytes: Option<u32>) -> bool {
-    let what_is_set = |lim: &bindings::queue_limits| {
-        (
-            lim.features,
-            lim.max_hw_discard_sectors,
-            lim.max_write_zeroes_sectors,
-            lim.logical_block_size,
-            lim.physical_block_size,
-        )
-    };
-    let before = what_is_set(lim);
-    let mut bit = |on: bool, bit: u32| {
-        if on {
-            lim.features |= bit;
-        } else {
-            lim.features &= !bit;
-        }
-    };
-    bit(features.write_cache, bindings::BLK_FEAT_WRITE_CACHE);
-    bit(features.fua, bindings::BLK_FEAT_FUA);
-    bit(features.rotational, bindings::BLK_FEAT_ROTATIONAL);
-    let sectors = |on: bool| {
-        if on {
-            u32::MAX >> bindings::SECTOR_SHIFT
-        } else {
-            0
-        }
-    };
-    lim.max_hw_discard_sectors = sectors(features.discard);
-    lim.max_write_zeroes_sectors = sectors(features.write_zeroes);
-    if let Some(bytes) = block_bytes {
-        lim.logical_block_size = bytes;
-        lim.physical_block_size = bytes;
-    }
-    what_is_set(lim) != before
-}
-
-/// A queue that nothing new gets into.
-///
-/// # Invariants
-///
-/// It was closed by [`DiskRef::close()`], by the current task.
-struct Closed<'a> {
-    queue: *mut bindings::request_queue,
-    had_noio: u32,
-    _disk: PhantomData<&'a DiskRef>,
-}
-
-impl Drop for Closed<'_> {
-    fn drop(&mut self) {
-        // SAFETY: By the type invariant. The type is not `Send`, so this is the same task.
-        unsafe {
-            bindings::blk_mq_unfreeze_queue_nomemrestore(self.queue);
-            let task = bindings::get_current();
-            (*task).flags = (*task).flags & !bindings::PF_MEMALLOC_NOIO | self.had_noio;
-        }
-    }
-}
-
-/// A queue that is frozen and quiesced.
-///
-/// # Invariants
-///
-/// It is, by [`DiskRef::freeze()`].
-pub(crate) struct Frozen<'a> {
-    closed: Closed<'a>,
-}
-
-impl Frozen<'_> {
-    pub(super) fn queue(&self) -> *mut bindings::request_queue {
-        self.closed.queue
-    }
-}
-
-impl Drop for Frozen<'_> {
-    fn drop(&mut self) {
-        // SAFETY: By the type invariant. It is unfrozen after this.
-        unsafe { bindings::blk_mq_unquiesce_queue(self.closed.queue) };
-    }
-}
-
-/// Whether the block layer takes blocks of `bytes` (`blk_validate_block_size()`).
-pub(crate) fn valid_block_size(bytes: usize) -> bool {
-    // With transparent huge pages the page cache takes blocks larger than a page.
-    const MAX: usize = if cfg!(CONFIG_TRANSPARENT_HUGEPAGE) {
-        64 << 10
-    } else {
-        bindings::PAGE_SIZE
-    };
-    (512..=MAX).contains(&bytes) && bytes.is_power_of_two()
 }

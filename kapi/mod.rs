@@ -7,9 +7,12 @@
 
 mod bindings;
 pub(crate) mod disk;
+mod frozen;
 pub(crate) mod genl;
 pub(crate) mod hook;
 pub(crate) mod iov;
+pub(crate) mod limits;
+mod lock_class;
 pub(crate) mod mq;
 pub(crate) mod param;
 pub(crate) mod payload;

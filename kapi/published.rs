@@ -4,7 +4,7 @@
 
 use super::{
     bindings,
-    disk::Frozen,
+    frozen::Frozen,
     mq::{Dispatch, InQueue},
 };
 use core::marker::PhantomData;

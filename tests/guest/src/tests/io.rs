@@ -15,8 +15,7 @@ use rustix::io::Errno;
 
 use crate::device::{self, Plan, Rig, USUAL_FLAGS, assert_pattern, errno, pattern};
 use crate::driver::Driver;
-use crate::harness::{Guest, Test, run_on};
-use crate::programs::sh;
+use crate::harness::{Guest, Test};
 use crate::proto::{
     CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, Command, READ_ONLY, SEND_FLUSH, SEND_TRIM, SEND_WRITE_ZEROES,
 };
@@ -51,7 +50,6 @@ pub fn tests() -> Vec<Test> {
         test!(requests_are_in_flight_together),
         test!(random_concurrent_io_is_consistent),
         test!(two_devices_do_not_mix),
-        test!(requests_end_where_rq_affinity_says),
     ]
 }
 
@@ -636,68 +634,4 @@ fn two_devices_do_not_mix(_: &Guest) {
         .direct()
         .read_exact_at(&mut Buffer::new(4096), 0)
         .unwrap();
-}
-
-/// A trace of the requests that have ended, until it is dropped.
-struct Ends;
-
-impl Ends {
-    const PATH: &str = "/sys/kernel/tracing/instances/ends";
-
-    fn begin() -> Self {
-        sh(&format!(
-            "mountpoint -q /sys/kernel/tracing || mount -t tracefs tracefs /sys/kernel/tracing
-             mkdir {path}
-             echo 1 > {path}/events/block/block_rq_complete/enable",
-            path = Self::PATH
-        ));
-        Self
-    }
-
-    /// The processors, as the trace calls them, on which reads of nbd0 have ended.
-    fn of_reads(&self) -> Vec<String> {
-        let trace = std::fs::read_to_string(format!("{}/trace", Self::PATH)).unwrap();
-        let reads = trace.lines().filter(|line| line.contains(": 43,0 R"));
-        reads
-            .map(|line| {
-                let (_, rest) = line.split_once('[').expect("a processor");
-                rest.split(']').next().unwrap_or(rest).to_owned()
-            })
-            .collect()
-    }
-}
-
-impl Drop for Ends {
-    fn drop(&mut self) {
-        sh(&format!(
-            "echo 0 > {path}/events/block/block_rq_complete/enable; rmdir {path}",
-            path = Self::PATH
-        ));
-    }
-}
-
-/// The server's task and, over TCP, what it sends are on another processor than the reader.
-fn requests_end_where_rq_affinity_says(_: &Guest) {
-    for transport in [Transport::Unix, Transport::Tcp4] {
-        let rig = Plan::new(MIB as u64).transport(transport).attach();
-        rig.server.script(|conn, request| {
-            run_on(0);
-            conn.serve(request)
-        });
-        let direct = rig.direct();
-        std::fs::write("/sys/block/nbd0/queue/rq_affinity", "2").unwrap();
-        let read = |sizes: &[usize]| {
-            for size in sizes {
-                direct.read_exact_at(&mut Buffer::new(*size), 0).unwrap();
-            }
-        };
-        let ends = Ends::begin();
-        thread::scope(|scope| {
-            scope.spawn(|| {
-                run_on(1);
-                read(&[4096, 64 * KIB, 512, 256 * KIB].repeat(5));
-            });
-        });
-        assert_eq!(ends.of_reads(), ["001"; 20], "{transport:?}");
-    }
 }

@@ -2,6 +2,7 @@
 
 //! The tests, in the order in which they run: from the module's life to long ones.
 
+mod completions;
 mod differential;
 mod do_it;
 mod endings;
@@ -40,6 +41,7 @@ pub fn all() -> Vec<Test> {
         geometry::tests(),
         limits::tests(),
         io::tests(),
+        completions::tests(),
         multi::tests(),
         errors::tests(),
         replies::tests(),

@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Queues that nothing new gets into, for as long as what they are used with changes.
+//!
+//! Source: `include/linux/blk-mq.h`.
+
+use super::{bindings, disk::DiskRef};
+use core::marker::PhantomData;
+use kernel::{ffi, prelude::*};
+
+impl DiskRef {
+    /// Lets nothing new into the queue until the returned guard goes, and waits for what is in flight,
+    /// but not for ever: that may wait for a server that says nothing. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` where something is in flight after `seconds`.
+    pub(super) fn drain(&self, seconds: u32) -> Result<Closed<'_>> {
+        let closed = self.close();
+        let jiffies = seconds * bindings::HZ;
+        // SAFETY: By the type invariant the disk is valid.
+        let left = unsafe {
+            bindings::blk_mq_freeze_queue_wait_timeout(closed.queue, jiffies as ffi::c_ulong)
+        };
+        if left == 0 {
+            return Err(EBUSY);
+        }
+        Ok(closed)
+    }
+
+    /// Stops the queue: when this returns nothing is in flight and no operation runs, until the
+    /// returned guard goes. May sleep; everything in flight must be about to end.
+    pub(crate) fn freeze(&self) -> Frozen<'_> {
+        let closed = self.close();
+        // SAFETY: By the type invariant the disk is valid.
+        unsafe {
+            bindings::blk_mq_freeze_queue_wait(closed.queue);
+            bindings::blk_mq_quiesce_queue(closed.queue);
+        }
+        // INVARIANT: It was closed, drained and quiesced.
+        Frozen { closed }
+    }
+
+    fn close(&self) -> Closed<'_> {
+        let queue = self.queue();
+        // SAFETY: By the type invariant the disk is valid. Allocations while it is frozen must not wait
+        // for I/O to it, hence the flag (`blk_mq_freeze_queue()`).
+        unsafe {
+            let task = bindings::get_current();
+            let had_noio = (*task).flags & bindings::PF_MEMALLOC_NOIO;
+            (*task).flags |= bindings::PF_MEMALLOC_NOIO;
+            bindings::blk_freeze_queue_start(queue);
+            // INVARIANT: It was closed just now.
+            Closed {
+                queue,
+                had_noio,
+                _disk: PhantomData,
+            }
+        }
+    }
+}
+
+/// A queue that nothing new gets into.
+///
+/// # Invariants
+///
+/// It was closed by [`DiskRef::close()`], by the current task.
+pub(super) struct Closed<'a> {
+    queue: *mut bindings::request_queue,
+    had_noio: u32,
+    _disk: PhantomData<&'a DiskRef>,
+}
+
+impl Drop for Closed<'_> {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant. The type is not `Send`, so this is the same task.
+        unsafe {
+            bindings::blk_mq_unfreeze_queue_nomemrestore(self.queue);
+            let task = bindings::get_current();
+            (*task).flags = (*task).flags & !bindings::PF_MEMALLOC_NOIO | self.had_noio;
+        }
+    }
+}
+
+/// A queue that is frozen and quiesced.
+///
+/// # Invariants
+///
+/// It is, by [`DiskRef::freeze()`].
+pub(crate) struct Frozen<'a> {
+    closed: Closed<'a>,
+}
+
+impl Frozen<'_> {
+    pub(super) fn queue(&self) -> *mut bindings::request_queue {
+        self.closed.queue
+    }
+}
+
+impl Drop for Frozen<'_> {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant. It is unfrozen after this.
+        unsafe { bindings::blk_mq_unquiesce_queue(self.closed.queue) };
+    }
+}
