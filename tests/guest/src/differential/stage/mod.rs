@@ -199,17 +199,19 @@ impl Stage {
         });
     }
 
-    /// Removal happens in the background, and takes its time.
+    /// Removal happens in the background, and takes its time. Until nothing of the device is left,
+    /// nobody can connect its index again.
     fn await_removal(&mut self) {
         let mut unwanted = std::mem::take(&mut self.unwanted);
         unwanted.retain(|device| {
             if !self.is_free(*device) {
                 return true;
             }
+            let index = self.index(*device);
             // Goes after the last uevent, unlike the link in /sys/block.
-            let path = format!("/sys/devices/virtual/block/nbd{}", self.index(*device));
-            let _ = wait_finely(Duration::from_secs(1), || {
-                !fs::exists(&path).unwrap_or(false)
+            let path = format!("/sys/devices/virtual/block/nbd{index}");
+            let _ = wait_finely(PATIENCE, || {
+                !fs::exists(&path).unwrap_or(false) && self.netlink.status(Some(index)).is_empty()
             });
             false
         });
