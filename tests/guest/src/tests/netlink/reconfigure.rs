@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 
 use super::{MIB, move_data, read_one, sysfs_exists, wait_destroyed};
+use crate::debug_kernel::patient;
 use crate::device::{self, Plan, SOON};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, wait_until};
@@ -86,15 +87,15 @@ fn reconfigure_while_requests_wait(guest: &Guest) {
             assert_eq!(reader.join().unwrap(), Err(Errno::IO));
             return;
         }
-        assert!(began.elapsed() < Duration::from_secs(3));
+        assert!(began.elapsed() < patient(Duration::from_secs(3)));
         let other = scope.spawn(move || {
             thread::sleep(Duration::from_secs(1));
             let other_family = Instant::now();
             drop(Netlink::open());
-            assert!(other_family.elapsed() < Duration::from_secs(2));
+            assert!(other_family.elapsed() < patient(Duration::from_secs(2)));
         });
         assert_eq!(block_size(4096), Err(Errno::BUSY));
-        assert!((4..10).contains(&began.elapsed().as_secs()));
+        assert!((4..15).contains(&began.elapsed().as_secs()));
         other.join().unwrap();
         let shown = device::sysfs(link.index, "queue/logical_block_size");
         assert_eq!(shown, "512");
