@@ -24,8 +24,8 @@ pub enum Work {
         block: u64,
         depth: usize,
     },
-    /// mkfs, untar, sync, umount.
-    FileSystem,
+    /// mkfs with these options, untar, sync, umount.
+    FileSystem { options: &'static str },
 }
 
 const fn fio(
@@ -44,6 +44,15 @@ const fn fio(
         },
         ios,
         without_device: true,
+    }
+}
+
+const fn file_system(name: &'static str, options: &'static str) -> Cell {
+    Cell {
+        name,
+        work: Work::FileSystem { options },
+        ios: 1,
+        without_device: false,
     }
 }
 
@@ -84,12 +93,9 @@ pub fn cells(setting: Setting) -> Vec<Cell> {
             without_device: false,
             ..fio("buffered read 128k", buffered, 128 * KIB, 1, 512)
         },
-        Cell {
-            name: "mkfs+untar+sync",
-            work: Work::FileSystem,
-            ios: 1,
-            without_device: false,
-        },
+        file_system("mkfs+untar+sync", ""),
+        // The server keeps its memory, where it gives all of it back and takes it anew above.
+        file_system("mkfs+untar w/o trim", "-E nodiscard"),
     ]);
     cells
 }

@@ -61,7 +61,7 @@ impl Module {
         let (load, name) = match client {
             Client::Nbd => ("modprobe nbd", "nbd"),
             Client::Rnbd => ("insmod /rnbd/rnbd.ko", "rnbd"),
-            Client::Fio | Client::Raw => return Err("that is no driver".into()),
+            Client::Fio | Client::Floor => return Err("that is no driver".into()),
         };
         sh(&format!("{load} nbds_max={devices}"))?;
         Ok(Self(name))
@@ -78,6 +78,40 @@ impl Drop for Module {
             eprintln!("{error}");
         }
     }
+}
+
+/// A disk in the guest's memory, until dropped.
+pub struct RamDisk;
+
+impl RamDisk {
+    pub const DEVICE: &str = "/dev/ram0";
+
+    /// As large as the region, and all of it written.
+    pub fn new() -> Outcome<Self> {
+        sh(&format!(
+            "modprobe brd rd_nr=1 rd_size={}",
+            REGION_MIB << 10
+        ))?;
+        let disk = Self;
+        fill(Self::DEVICE)?;
+        Ok(disk)
+    }
+}
+
+impl Drop for RamDisk {
+    fn drop(&mut self) {
+        if let Err(error) = sh("rmmod brd") {
+            eprintln!("{error}");
+        }
+    }
+}
+
+/// Writes the whole region once, so that reads are of something.
+pub fn fill(device: &str) -> Outcome<()> {
+    sh(&format!(
+        "dd if=/dev/zero of={device} bs=1M count={REGION_MIB} oflag=direct 2>&1"
+    ))
+    .map(drop)
 }
 
 /// A server that runs until dropped.
@@ -173,14 +207,6 @@ impl Connected {
                 .is_ok_and(|size| size.trim() == (REGION_MIB * 2048).to_string())
         })?;
         Ok(connected)
-    }
-
-    /// Writes the whole region once, so that reads are of something.
-    pub fn fill(&self) -> Outcome<()> {
-        sh(&format!(
-            "dd if=/dev/zero of={DEVICE} bs=1M count={REGION_MIB} oflag=direct 2>&1"
-        ))
-        .map(drop)
     }
 }
 

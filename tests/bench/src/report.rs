@@ -202,7 +202,7 @@ fn interval(sorted: &[f64]) -> Option<(f64, f64)> {
 
 fn means(rows: &[Row]) -> BTreeMap<Client, f64> {
     let mut means = BTreeMap::new();
-    for client in [Client::Rnbd, Client::Fio, Client::Raw] {
+    for client in [Client::Rnbd, Client::Fio, Client::Floor] {
         let logs: Vec<f64> = rows
             .iter()
             .filter_map(|row| row.relative(client))
@@ -220,7 +220,7 @@ fn print_table(mode: Mode, rows: &[Row]) {
     match mode {
         Mode::Cost => println!(
             "Cost: thousands of instructions for an I/O, everything included\n\n{:<13} {:<20} {:>8} {:>8} {:>7} {:>7} {:>7} {:>7}",
-            "setting", "cell", "nbd.ko", "rnbd.ko", "ratio", "spread", "fio", "raw"
+            "setting", "cell", "nbd.ko", "rnbd.ko", "ratio", "spread", "fio", "floor"
         ),
         Mode::Wall => println!(
             "Wall: I/Os in a second, latency, CPU time for an I/O in microseconds (kernel threads' of it)\n\n{:<14} {:<20} {:>9} {:>9} {:>6} {:>9} {:>15} {:>15} {:>15} {:>15}",
@@ -282,7 +282,7 @@ fn print_cost(row: &Row) {
         ratio(Client::Rnbd),
         spread(row) * 100.0,
         ratio(Client::Fio),
-        ratio(Client::Raw)
+        ratio(Client::Floor)
     );
 }
 

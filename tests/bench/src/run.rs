@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::Outcome;
 use crate::matrix::{self, Cell, REGION_MIB, Setting, Work};
-use crate::programs::{self, Connected, DEVICE, Module, PORT, SOCKET, Server, sh};
+use crate::programs::{self, Connected, DEVICE, Module, PORT, RamDisk, SOCKET, Server, sh};
 use crate::raw;
 use crate::sample::{Client, Mode, Sample};
 
@@ -81,12 +81,16 @@ impl Extent {
     fn measure_driver(&self, client: Client, setting: Setting, round: u32) -> Outcome<()> {
         let _module = Module::load(client)?;
         let server = Server::start(setting)?;
-        let connected = Connected::connect(setting)?;
-        connected.fill()?;
+        let _connected = Connected::connect(setting)?;
+        programs::fill(DEVICE)?;
         for cell in self.cells(setting) {
+            if let Work::FileSystem { .. } = cell.work {
+                // The one before has left it with holes.
+                programs::fill(DEVICE)?;
+            }
             let before = Processors::now(&server)?;
             let (told, ios) = match &cell.work {
-                Work::FileSystem => (file_system()?, 1),
+                Work::FileSystem { options } => (file_system(DEVICE, options)?, 1),
                 Work::Fio { .. } => self.fio(&cell, &format!("--filename={DEVICE}"))?,
             };
             let mut sample = self.sample(client, setting, &cell, round, told);
@@ -108,8 +112,15 @@ impl Extent {
             format!("nbd://127.0.0.1:{PORT}/")
         };
         for cell in self.cells(setting) {
-            let Work::Fio { block, depth, .. } = cell.work else {
-                continue;
+            let (block, depth) = match cell.work {
+                Work::Fio { block, depth, .. } => (block, depth),
+                Work::FileSystem { options } => {
+                    let _disk = RamDisk::new()?;
+                    let told = file_system(RamDisk::DEVICE, options)?;
+                    self.sample(Client::Floor, setting, &cell, round, told)
+                        .print()?;
+                    continue;
+                }
             };
             if cell.without_device {
                 let before = Processors::now(&server)?;
@@ -129,7 +140,7 @@ impl Extent {
                 };
                 let (ios, time) = raw::run(setting.unix, &stream, self.ios(&cell), self.limit())?;
                 let told = Told::of(time, ios, ios * block);
-                self.sample(Client::Raw, setting, &cell, round, told)
+                self.sample(Client::Floor, setting, &cell, round, told)
                     .print()?;
             }
         }
@@ -254,10 +265,10 @@ fn warm_up() -> Outcome<()> {
     .map(drop)
 }
 
-fn file_system() -> Outcome<Told> {
+fn file_system(device: &str, options: &str) -> Outcome<Told> {
     let start = Instant::now();
     sh(&format!(
-        "mkfs.ext4 -q -F {DEVICE} && mount {DEVICE} /mnt && tar -xf /tmp/tree.tar -C /mnt
+        "mkfs.ext4 -q -F {options} {device} && mount {device} /mnt && tar -xf /tmp/tree.tar -C /mnt
          sync && umount /mnt"
     ))?;
     let bytes = fs::metadata("/tmp/tree.tar")?.len();

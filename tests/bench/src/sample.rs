@@ -36,8 +36,9 @@ pub enum Client {
     Rnbd,
     /// fio's client in user space, without any driver.
     Fio,
-    /// The same bytes over a socket, and nothing else.
-    Raw,
+    /// What no driver can do without: the same bytes over a socket and nothing else, or, for a file
+    /// system, the same work on a disk of the guest's memory.
+    Floor,
 }
 
 /// One run of one cell.
