@@ -14,6 +14,7 @@ mod rnbd_config;
 mod rnbd_debugfs;
 mod rnbd_dev;
 mod rnbd_events;
+mod rnbd_fate;
 mod rnbd_ioctl;
 mod rnbd_netlink;
 mod rnbd_proto;

@@ -148,6 +148,11 @@ impl<P: Parking> Slot<P> {
         self.claim(seen.generation(), connection).ok()
     }
 
+    /// Which use of the slot this is. Stays while a side of the command exists.
+    pub(crate) fn generation(&self) -> u32 {
+        Word(self.word.load()).generation()
+    }
+
     /// Which connection the command is in flight on, and whether it is still unclaimed.
     pub(crate) fn status(&self) -> (u16, bool) {
         let seen = Word(self.word.load());

@@ -108,8 +108,10 @@ impl Config {
 
     /// nbd.c's `nbd_disconnected()`
     pub(crate) fn is_disconnected(&self) -> bool {
-        let ended = |s: &Arc<Session>| s.table().is_disconnected();
-        self.disconnect_requested || self.session.as_ref().is_some_and(ended)
+        let ended = |s: &Arc<Session>| s.table().fate.see().is_disconnected();
+        self.session
+            .as_ref()
+            .map_or(self.disconnect_requested, ended)
     }
 
     /// Removes the files in debugfs. Waits for their readers.
@@ -127,7 +129,7 @@ impl Config {
     /// May sleep.
     pub(crate) fn end(&self) {
         if let Some(session) = &self.session {
-            session.end(Ending::Polite);
+            session.end();
         }
         for socket in self.idle_sockets() {
             socket.end(Ending::Polite);
@@ -334,7 +336,7 @@ impl Device {
         self.scan_partitions_later();
         let signal = session.table().wait_gone_or_signal();
         if signal {
-            session.end(Ending::Polite);
+            session.end();
         }
         self.with_config(|config| {
             self.reset_size();
@@ -393,7 +395,7 @@ impl Device {
         };
         let session = Session::new(&self.disk, &config.sockets, options)?;
         if let Err(e) = self.show(config, &session) {
-            session.end(Ending::Polite);
+            session.end();
             return Err(e);
         }
         session.begin();
@@ -409,7 +411,7 @@ impl Device {
         config.session = Some(session.clone());
         self.pid.store(task::current_pid(), Relaxed);
         if config.disconnect_requested {
-            session.table().request_disconnect();
+            session.table().fate.request_disconnect();
         }
         let shown = Arc::new(
             Shown {

@@ -5,12 +5,15 @@
 use crate::{
     kapi::{
         disk::DiskRef,
-        mq::{Dispatch, NewRequest, Overdue, Queued, Request, Status, Verdict},
+        mq::{
+            Dispatch, Extent, NewRequest, Op, Outcome, Overdue, Queued, Status, Unanswered, Unsent,
+        },
         published::Dispatched,
-        sock::{Ending, Socket},
+        sock::Socket,
         task,
     },
-    rnbd_proto::{self as proto, flags},
+    rnbd_fate::{Exhausted, Seen},
+    rnbd_proto::flags,
     rnbd_sock::Connection,
     rnbd_table::Table,
     rnbd_translate::{command_of, Described},
@@ -121,9 +124,9 @@ impl Session {
             )
         });
         session.inspect_err(|_| {
-            table.mark_disconnected();
+            table.fate.end();
             for connection in &connections {
-                connection.as_arc_borrow().die(Ending::Polite);
+                connection.as_arc_borrow().die();
             }
             table.wait_gone();
         })
@@ -157,20 +160,20 @@ impl Session {
 
     /// Sends a disconnect on every connection. May sleep.
     pub(crate) fn say_goodbye(&self) {
-        self.table.request_disconnect();
+        self.table.fate.request_disconnect();
         for owned in &*self.connections.lock() {
             owned.connection.as_arc_borrow().say_goodbye();
         }
     }
 
-    /// Ends all connections; what is in flight fails (`sock_shutdown()`). Returns when nothing of the
-    /// session runs any more. May sleep.
-    pub(crate) fn end(&self, ending: Ending) {
-        if self.table.mark_disconnected() {
+    /// Ends all connections; what is in flight fails (`sock_shutdown()`). Returns when all of it has
+    /// failed. May sleep.
+    pub(crate) fn end(&self) {
+        if self.table.fate.end() {
             pr_warn!("nbd{}: shutting down sockets\n", self.table.device);
         }
         for owned in &*self.connections.lock() {
-            owned.connection.as_arc_borrow().die(ending);
+            owned.connection.as_arc_borrow().die();
         }
         self.table.wait_gone();
     }
@@ -203,9 +206,9 @@ impl Session {
         let new = task::without_io(|| Connection::new(index, self.table.clone(), socket.clone()))?;
         place.connection = new.clone();
         place.reconnects = place.reconnects.saturating_add(1);
-        // When this returns no dispatch runs that found no connection and might still say so.
+        // In this order: who sees that something has come back finds it.
         slot.replace(new.clone());
-        self.table.clear_disconnected();
+        self.table.fate.revive();
         self.waiting_since.store(0, Relaxed);
         new.as_arc_borrow().begin();
         drop(connections);
@@ -242,7 +245,7 @@ impl Session {
             jiffies / task::HZ as usize
         );
         self.replacing.store(true, Release);
-        connection.as_arc_borrow().die(Ending::Reset);
+        connection.as_arc_borrow().die();
         Ok(())
     }
 
@@ -267,37 +270,26 @@ impl Session {
     /// `nbd_queue_rq()`: puts a request in flight. May sleep.
     pub(crate) fn queue_rq(&self, cx: &Dispatch<'_>, rq: NewRequest, last: bool) -> Queued {
         let extent = rq.extent();
-        let Some(command) = command_of(extent.op) else {
+        if command_of(extent.op).is_none() {
             return rq.refuse(Status::IOERR);
-        };
+        }
         if extent.op.is_write() && self.flags & flags::READ_ONLY != 0 {
             if self.table.log.allow() {
                 pr_err!("nbd{}: write on read-only\n", self.table.device);
             }
             return rq.refuse(Status::IOERR);
         }
-        let Some(connection) = self.pick(cx) else {
-            return rq.refuse(self.wait_or_fail(cx));
+        let connection = match self.pick_or_refuse(cx) {
+            Ok(connection) => connection,
+            Err(status) => return rq.refuse(status),
         };
-        let mut wire = proto::Request {
-            command,
-            flags: 0,
-            cookie: 0,
-            offset_bytes: extent.offset_bytes,
-            len_bytes: extent.len_bytes,
-        };
-        if extent.fua {
-            wire.flags |= proto::CMD_FLAG_FUA;
-        }
-        if extent.nounmap && command == proto::Command::WriteZeroes {
-            wire.flags |= proto::CMD_FLAG_NO_HOLE;
-        }
         let place = Place {
             hw_queue: cx.hw_queue(),
             tag: rq.tag(),
         };
+        let urgent = is_long_read(&extent);
         let (transmit, other, queued) = rq.start();
-        self.dispatch(cx, connection, place, wire, (transmit, other), last);
+        self.dispatch(cx, connection, place, (transmit, other), last, urgent);
         queued
     }
 
@@ -307,9 +299,9 @@ impl Session {
         cx: &'a Dispatch<'_>,
         mut connection: ArcBorrow<'a, Connection>,
         place: Place,
-        mut wire: proto::Request,
-        (mut transmit, mut other): (Request, Request),
+        (mut transmit, mut other): (Unsent, Unanswered),
         last: bool,
+        urgent: bool,
     ) {
         let Some(slot) = self.table.slot(place.hw_queue, place.tag) else {
             // There is a slot for every tag of every queue, so this cannot be; both handles go, and
@@ -318,11 +310,10 @@ impl Session {
         };
         loop {
             let generation = slot.start(connection.index(), other);
-            wire.cookie = self.table.cookie(generation, place.hw_queue, place.tag).0;
-            let Err(back) = connection.push(transmit, wire) else {
+            let Err(back) = connection.push(transmit) else {
                 // `commit_rqs` names the hardware queue, which is another connection's here.
                 if last || u32::from(connection.index()) != place.hw_queue {
-                    connection.kick(is_long_read(&wire));
+                    connection.kick(urgent);
                 }
                 return;
             };
@@ -331,15 +322,15 @@ impl Session {
             let Ok(ours) = slot.claim(generation, connection.index()) else {
                 // It has given the command back. What was not sent was not done, whatever a reply
                 // that came first may say.
-                transmit.decide(Verdict::Requeue);
+                transmit.overrule(Outcome::Requeue);
                 return;
             };
             other = ours;
-            match self.pick(cx) {
+            match self.pick(cx, self.table.fate.see()) {
                 Some(next) => connection = next,
                 None => {
                     // It was started, so it cannot be left to the block layer: once around.
-                    other.decide(Verdict::Requeue);
+                    other.decide(Outcome::Requeue);
                     return;
                 }
             }
@@ -361,9 +352,26 @@ impl Session {
         self.slots.get(index)?.get(cx)
     }
 
+    /// The connection for a request (`nbd_handle_cmd()`), or what becomes of the request for want of one.
+    fn pick_or_refuse<'a>(
+        &self,
+        cx: &'a Dispatch<'_>,
+    ) -> Result<ArcBorrow<'a, Connection>, Status> {
+        loop {
+            // Before the connections are looked at, so that one that comes back meanwhile is noticed.
+            let fate = self.table.fate.see();
+            if let Some(connection) = self.pick(cx, fate) {
+                return Ok(connection);
+            }
+            if let Some(status) = self.wait_or_fail(cx, fate) {
+                return Err(status);
+            }
+        }
+    }
+
     /// The hardware queue's own connection, or one that lives (`find_fallback()`).
-    fn pick<'a>(&self, cx: &'a Dispatch<'_>) -> Option<ArcBorrow<'a, Connection>> {
-        if self.table.is_disconnected() && !self.table.is_disconnect_requested() {
+    fn pick<'a>(&self, cx: &'a Dispatch<'_>, fate: Seen) -> Option<ArcBorrow<'a, Connection>> {
+        if fate.is_over() {
             return None;
         }
         let own = self.connection(cx, cx.hw_queue() as usize);
@@ -375,38 +383,37 @@ impl Session {
     }
 
     /// No connection lives: a request waits for one to come back, or fails (`wait_for_reconnect()`).
-    /// nbd.c waits in `queue_rq`; here the block layer keeps the request.
-    fn wait_or_fail(&self, cx: &Dispatch<'_>) -> Status {
-        if self.replacing.load(Acquire) {
+    /// nbd.c waits in `queue_rq`; here the block layer keeps the request. Returns nothing where the
+    /// session's fate has changed since it was `fate`.
+    fn wait_or_fail(&self, cx: &Dispatch<'_>, fate: Seen) -> Option<Status> {
+        let waits = self.replacing.load(Acquire) || (!fate.is_disconnected() && self.is_patient());
+        if waits {
             cx.run_again(LOOK_AGAIN_MS);
-            return Status::DEV_RESOURCE;
+            return Some(Status::DEV_RESOURCE);
         }
+        match self.table.fate.exhaust(fate) {
+            Exhausted::Changed => return None,
+            Exhausted::Now if !fate.is_wanted() => pr_err!(
+                "nbd{}: no connection left, I/O fails until the device is connected anew\n",
+                self.table.device
+            ),
+            Exhausted::Now | Exhausted::Before => {}
+        }
+        Some(Status::IOERR)
+    }
+
+    /// Whether requests have not waited long enough yet. They begin to, where none has waited so far.
+    fn is_patient(&self) -> bool {
         let patience = self.dead_timeout_jiffies.load(Relaxed);
-        if patience == 0 || self.table.is_disconnected() {
-            self.no_connection_left();
-            return Status::IOERR;
+        if patience == 0 {
+            return false;
         }
         let now = task::jiffies() | 1;
         let since = match self.waiting_since.cmpxchg(0, now, Full) {
             Ok(_) => now,
             Err(since) => since,
         };
-        if now.wrapping_sub(since) as u64 >= patience {
-            self.no_connection_left();
-            return Status::IOERR;
-        }
-        cx.run_again(LOOK_AGAIN_MS);
-        Status::DEV_RESOURCE
-    }
-
-    fn no_connection_left(&self) {
-        let wanted = self.table.is_disconnect_requested();
-        if self.table.mark_disconnected() && !wanted {
-            pr_err!(
-                "nbd{}: no connection left, I/O fails until the device is connected anew\n",
-                self.table.device
-            );
-        }
+        (now.wrapping_sub(since) as u64) < patience
     }
 
     /// `nbd_xmit_timeout()`: a request's time is up. May sleep.
@@ -439,9 +446,8 @@ impl Session {
                 count
             );
         }
-        // Whoever clears the connection away gives this request back too, and it may be written again
-        // elsewhere: as little as possible of the old one should still reach the server.
-        connection.as_arc_borrow().die(Ending::Reset);
+        // Whoever clears the connection away gives this request back too.
+        connection.as_arc_borrow().die();
     }
 
     fn warn_of_stuck(&self, rq: &Overdue<'_>, connection: &Connection) {
@@ -457,6 +463,6 @@ impl Session {
     }
 }
 
-fn is_long_read(wire: &proto::Request) -> bool {
-    wire.command == proto::Command::Read && wire.len_bytes >= LONG_READ_BYTES
+fn is_long_read(extent: &Extent) -> bool {
+    extent.op == Op::Read && extent.len_bytes >= LONG_READ_BYTES
 }

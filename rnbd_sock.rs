@@ -4,8 +4,8 @@
 //!
 //! No thread waits for a connection. What is to be sent is sent by whoever queues it, or by a work item
 //! when the socket was full; what comes in is received where the socket tells of it, if it is little, or
-//! by a work item. Death is declared by anybody and carried out by that work item, with the lock for
-//! receiving, so that receiving and reaping never run at the same time.
+//! by a work item. Death is declared by anybody, who also ends the socket; then that work item clears the
+//! connection away, with the lock for receiving, so that receiving and reaping never run at the same time.
 
 mod receiving;
 mod sending;
@@ -26,7 +26,7 @@ use kernel::{
     fmt, impl_has_delayed_work, impl_has_work, new_delayed_work, new_mutex, new_work,
     prelude::*,
     sync::{
-        atomic::{Acquire, Atomic, Full},
+        atomic::{Acquire, Atomic, Full, Release},
         Arc, ArcBorrow, Completion, Mutex,
     },
     workqueue::{DelayedWork, Work, WorkItem},
@@ -37,12 +37,14 @@ use sending::Sending;
 /// run.
 const ROUNDS: u32 = 8;
 
-/// It lives.
+/// Commands can be given to it.
 const ALIVE: u32 = 0;
-/// It was declared dead, and the work item has yet to clear it away.
-const DYING: u32 = 1;
+/// It was declared dead: nobody begins to send any more. What was sent before may still leave.
+const ENDING: u32 = 1;
+/// Its socket was ended: what has not left yet never will. The work item has yet to clear it away.
+const ENDED: u32 = 2;
 /// It was cleared away.
-const DEAD: u32 = 2;
+const DEAD: u32 = 3;
 
 /// See the module's documentation.
 #[pin_data]
@@ -65,6 +67,8 @@ pub(crate) struct Connection {
     receive_work: Work<Connection, 1>,
     #[pin]
     transmit_work: DelayedWork<Connection, 2>,
+    #[pin]
+    link_dead_work: Work<Connection, 3>,
 }
 
 impl_has_work! {
@@ -72,6 +76,9 @@ impl_has_work! {
 }
 impl_has_delayed_work! {
     impl HasDelayedWork<Self, 2> for Connection { self.transmit_work }
+}
+impl_has_work! {
+    impl HasWork<Self, 3> for Connection { self.link_dead_work }
 }
 
 impl WorkItem<1> for Connection {
@@ -87,6 +94,15 @@ impl WorkItem<2> for Connection {
 
     fn run(this: Arc<Connection>) {
         this.as_arc_borrow().transmit_work();
+    }
+}
+
+impl WorkItem<3> for Connection {
+    type Pointer = Arc<Connection>;
+
+    /// Tells user space that the connection is dead. Not on the queue of the I/O: it may wait for memory.
+    fn run(this: Arc<Connection>) {
+        rnbd_events::link_dead(this.table.device);
     }
 }
 
@@ -125,7 +141,7 @@ impl Connection {
     ///
     /// `EBUSY` where another device, or another part of the kernel, uses the socket.
     pub(crate) fn new(index: u16, table: Arc<Table>, socket: Socket) -> Result<Arc<Self>> {
-        let sending = Sending::new(table.capacity())?;
+        let sending = Sending::new()?;
         let receive = Receive::new()?;
         let this = Arc::pin_init(
             pin_init!(Connection {
@@ -140,6 +156,7 @@ impl Connection {
                 receive: TryLock::new(receive),
                 receive_work <- new_work!("rnbd::receive"),
                 transmit_work <- new_delayed_work!("rnbd::transmit"),
+                link_dead_work <- new_work!("rnbd::link_dead"),
             }),
             GFP_KERNEL,
         )?;
@@ -192,13 +209,29 @@ impl Connection {
         self.reaped.wait_for_completion();
     }
 
-    /// Declares the connection dead. What is in flight on it is given back soon after. May sleep.
-    pub(crate) fn die(self: ArcBorrow<'_, Self>, ending: Ending) {
-        if self.state.cmpxchg(ALIVE, DYING, Full).is_err() {
+    /// Declares the connection dead, and ends its socket (`nbd_mark_nsock_dead()`). What is in flight on
+    /// it is given back soon after, but not before: it may be sent again elsewhere or be reported as
+    /// failed, so nothing of it may leave this machine afterwards. May sleep.
+    pub(crate) fn die(self: ArcBorrow<'_, Self>) {
+        if self.state.cmpxchg(ALIVE, ENDING, Full).is_err() {
             return;
         }
+        if !self.table.fate.see().is_wanted() {
+            self.queue_link_dead();
+        }
+        // Where nothing is owed a disconnect may be on its way, which is still to be delivered.
+        let ending = if self.owes_nothing() {
+            Ending::Polite
+        } else {
+            Ending::Reset
+        };
         self.socket.end(ending);
+        self.state.store(ENDED, Release);
         self.queue_receive();
+    }
+
+    fn queue_link_dead(self: ArcBorrow<'_, Self>) {
+        let _ = wq::SLOW.get().enqueue::<Arc<Self>, 3>(self.into());
     }
 
     fn queue_receive(self: ArcBorrow<'_, Self>) {
@@ -242,10 +275,10 @@ impl Connection {
             Ok(false) => {}
             Err(e) => {
                 self.receive_failed(e);
-                self.die(Ending::Polite);
+                self.die();
             }
         }
-        if self.state.cmpxchg(DYING, DEAD, Full).is_ok() {
+        if self.state.cmpxchg(ENDED, DEAD, Full).is_ok() {
             self.reap(receive);
         }
         false
@@ -258,18 +291,13 @@ impl Connection {
             hooked.stop();
         }
         if let Some(payload) = receive.current.take() {
-            payload.decide(self.table.verdict_of_lost());
+            payload.into_side().decide(self.table.outcome_of_lost());
         }
         self.give_back_unsent();
         // Nobody sends any more: the socket is anybody's.
         drop(hooked);
         self.table.reclaim(self.index);
-        if !self.table.is_disconnected() {
-            rnbd_events::link_dead(self.table.device);
-        }
+        self.table.connection_gone();
         self.reaped.complete_all();
-        if self.table.connection_gone() == 0 && self.table.is_disconnect_requested() {
-            pr_info!("nbd{}: disconnected by user request\n", self.table.device);
-        }
     }
 }

@@ -5,8 +5,8 @@
 use crate::{
     kapi::{
         hook::Segment,
-        iov::{IoPage, Iov, Pieces},
-        mq::Verdict,
+        iov::{IoPage, Pieces, RecvIov, SendIov},
+        mq::{Outcome, Unanswered, Unsent},
         payload::Payload,
         sock::Socket,
     },
@@ -28,7 +28,7 @@ struct Outgoing {
     header_at: usize,
     header_left: usize,
     /// The request and its data; none for a disconnect.
-    payload: Option<Payload>,
+    payload: Option<Payload<Unsent>>,
 }
 
 impl Outgoing {
@@ -67,7 +67,7 @@ pub(crate) struct Receive {
     start: usize,
     end: usize,
     /// The command whose data is being received.
-    pub(crate) current: Option<Payload>,
+    pub(crate) current: Option<Payload<Unanswered>>,
     /// Why nothing more can be received, where that was found in a callback.
     pub(crate) failed: Option<Error>,
 }
@@ -102,11 +102,11 @@ impl Transmit {
         self.staged.is_empty()
     }
 
-    /// Has every request that was not wholly sent end as `verdict` says.
-    pub(crate) fn give_back(&mut self, verdict: Verdict) {
+    /// Has every request that was not wholly sent end with `outcome`.
+    pub(crate) fn give_back(&mut self, outcome: Outcome) {
         while let Some(message) = self.staged.pop_front() {
             if let Some(payload) = message.payload {
-                payload.decide(verdict);
+                payload.into_side().overrule(outcome);
             }
         }
     }
@@ -118,7 +118,7 @@ impl Transmit {
     ///
     /// Those of [`Socket::send()`].
     pub(crate) fn send(&mut self, socket: &Socket, more_waits: bool) -> Result<Sent> {
-        let mut iov = Iov::new(&mut self.pieces);
+        let mut iov = SendIov::new(&mut self.pieces);
         let mut whole = true;
         for message in self.staged.iter() {
             let header = message.header_left == 0
@@ -154,7 +154,7 @@ impl Transmit {
     }
 
     /// Writes a header, and puts the message at the end of what is sent.
-    pub(crate) fn stage(&mut self, wire: &proto::Request, payload: Option<Payload>) {
+    pub(crate) fn stage(&mut self, wire: &proto::Request, payload: Option<Payload<Unsent>>) {
         // Headers of messages that are staged lie behind one another, and there are fewer than fit.
         let header_at = self.next_header;
         let message = Outgoing {
@@ -190,8 +190,8 @@ impl Receive {
     /// Receives into the data that is waited for, and ahead of it. Returns how much it was, and whether
     /// it was everything that there was room for.
     pub(crate) fn fill(&mut self, socket: &Socket) -> Result<(usize, bool)> {
-        let mut iov = Iov::new(&mut self.pieces);
-        let whole = self.current.as_ref().is_none_or(|p| iov.push_payload(p));
+        let mut iov = RecvIov::new(&mut self.pieces);
+        let whole = self.current.as_mut().is_none_or(|p| iov.push_payload(p));
         if whole {
             let room = READ_AHEAD_BYTES - self.end;
             iov.push_room(&mut self.buffer, self.end, room);
@@ -230,8 +230,8 @@ impl Receive {
     /// Those of `handle`. Nothing of the stream can be understood any more.
     pub(crate) fn understand(
         &mut self,
-        handle: impl Fn(&[u8; REPLY_BYTES]) -> Result<Option<Payload>>,
-        complete: impl Fn(Payload),
+        handle: impl Fn(&[u8; REPLY_BYTES]) -> Result<Option<Payload<Unanswered>>>,
+        complete: impl Fn(Payload<Unanswered>),
     ) -> Result {
         loop {
             if let Some(mut payload) = self.current.take() {
@@ -250,7 +250,7 @@ impl Receive {
     }
 
     /// Copies what was received ahead to where it belongs.
-    fn move_to(&mut self, payload: &mut Payload) -> Result {
+    fn move_to(&mut self, payload: &mut Payload<Unanswered>) -> Result {
         let ahead = self.end - self.start;
         if ahead > 0 && payload.left_bytes() > 0 {
             self.start += self.buffer.copy_to(self.start, ahead, payload)?;
@@ -291,7 +291,7 @@ pub(crate) fn say_goodbye_on(socket: &Socket) -> Result {
     let mut page = IoPage::new()?;
     page.write(0, &proto::Request::DISCONNECT.encode())?;
     let mut pieces = Pieces::new(1)?;
-    let mut iov = Iov::new(&mut pieces);
+    let mut iov = SendIov::new(&mut pieces);
     iov.push_bytes(&page, 0, REQUEST_BYTES);
     socket.send(iov, false).map(|_| ())
 }

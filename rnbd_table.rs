@@ -6,36 +6,32 @@
 
 use crate::{
     kapi::{
-        mq::{Parked, Request, Status, Verdict},
+        mq::{Outcome, Parked, Side, Status, Unanswered},
         task,
     },
     rnbd_cmd::{Cookie, Parking, Slot},
+    rnbd_fate::Fate,
 };
 use kernel::{
     new_condvar, new_mutex,
     prelude::*,
     sync::{
-        atomic::{Acquire, Atomic, Full, Relaxed},
+        atomic::{Atomic, Relaxed},
         Arc, CondVar, Mutex,
     },
 };
 
 impl Parking for Parked {
-    type Item = Request;
+    type Item = Unanswered;
 
-    fn put(&self, item: Request) -> Option<Request> {
+    fn put(&self, item: Unanswered) -> Option<Unanswered> {
         Parked::put(self, item)
     }
 
-    fn take(&self) -> Option<Request> {
+    fn take(&self) -> Option<Unanswered> {
         Parked::take(self)
     }
 }
-
-/// The user has asked for the disconnect (`NBD_RT_DISCONNECT_REQUESTED`).
-const DISCONNECT_REQUESTED: u32 = 1 << 0;
-/// No connection is left, or none is wanted (`NBD_RT_DISCONNECTED`).
-const DISCONNECTED: u32 = 1 << 1;
 
 /// How many bits of a slot number are the tag; the hardware queue is above them, as in
 /// `blk_mq_unique_tag()`.
@@ -52,7 +48,7 @@ pub(crate) struct Table {
     slots: KVVec<Slot<Parked>>,
     /// How long a request may take; 0: for ever.
     timeout_jiffies: Atomic<u32>,
-    fate: Atomic<u32>,
+    pub(crate) fate: Fate,
     /// Connections that have not been reaped.
     #[pin]
     alive: Mutex<u32>,
@@ -80,7 +76,7 @@ impl Table {
                 depth,
                 slots,
                 timeout_jiffies: Atomic::new(timeout_jiffies),
-                fate: Atomic::new(0),
+                fate: Fate::new(),
                 alive <- new_mutex!(0),
                 all_gone <- new_condvar!(),
             }),
@@ -103,14 +99,10 @@ impl Table {
         self.slot(number >> TAG_BITS, number & ((1 << TAG_BITS) - 1))
     }
 
-    /// The cookie of a tag's command.
-    pub(crate) fn cookie(&self, generation: u32, hw_queue: u32, tag: u32) -> Cookie {
-        Cookie::new(generation, hw_queue << TAG_BITS | tag)
-    }
-
-    /// How many commands can be in flight.
-    pub(crate) fn capacity(&self) -> usize {
-        self.slots.len()
+    /// The cookie of the command that a tag's slot was started for.
+    pub(crate) fn cookie(&self, hw_queue: u32, tag: u32) -> Option<Cookie> {
+        let generation = self.slot(hw_queue, tag)?.generation();
+        Some(Cookie::new(generation, hw_queue << TAG_BITS | tag))
     }
 
     /// Claims everything in flight on `connection`, and has it sent on another one, or failed where
@@ -118,14 +110,14 @@ impl Table {
     pub(crate) fn reclaim(&self, connection: u16) {
         for slot in &self.slots {
             if let Some(request) = slot.reclaim(connection) {
-                request.decide(self.verdict_of_lost());
+                request.decide(self.outcome_of_lost());
             }
         }
     }
 
     /// Does as if a command that was claimed had not been answered. Not while its connection is cleared
     /// away.
-    pub(crate) fn forget_reply(&self, request: Request) {
+    pub(crate) fn forget_reply(&self, request: Unanswered) {
         let (hw_queue, tag) = request.tag();
         if let Some(slot) = self.slot(hw_queue, tag) {
             slot.put_back(request);
@@ -133,48 +125,12 @@ impl Table {
     }
 
     /// What becomes of a command whose connection is lost.
-    pub(crate) fn verdict_of_lost(&self) -> Verdict {
-        if self.is_disconnected() {
-            Verdict::Complete(Status::IOERR)
+    pub(crate) fn outcome_of_lost(&self) -> Outcome {
+        if self.fate.see().is_disconnected() {
+            Outcome::Complete(Status::IOERR)
         } else {
-            Verdict::Requeue
+            Outcome::Requeue
         }
-    }
-
-    /// The user wants the session to end.
-    pub(crate) fn request_disconnect(&self) {
-        self.mark(DISCONNECT_REQUESTED);
-    }
-
-    /// The session has ended, or is ending: nothing is sent again. Returns whether that is news.
-    pub(crate) fn mark_disconnected(&self) -> bool {
-        self.mark(DISCONNECTED) & DISCONNECTED == 0
-    }
-
-    /// A connection has come back, so the session has not ended for want of one.
-    pub(crate) fn clear_disconnected(&self) {
-        let mut old = self.fate.load(Relaxed);
-        while let Err(seen) = self.fate.cmpxchg(old, old & !DISCONNECTED, Full) {
-            old = seen;
-        }
-    }
-
-    fn mark(&self, bit: u32) -> u32 {
-        let mut old = self.fate.load(Relaxed);
-        while let Err(seen) = self.fate.cmpxchg(old, old | bit, Full) {
-            old = seen;
-        }
-        old
-    }
-
-    /// Whether the user has asked for the disconnect.
-    pub(crate) fn is_disconnect_requested(&self) -> bool {
-        self.fate.load(Acquire) & DISCONNECT_REQUESTED != 0
-    }
-
-    /// nbd.c's `nbd_disconnected()`.
-    pub(crate) fn is_disconnected(&self) -> bool {
-        self.fate.load(Acquire) != 0
     }
 
     /// How long a request may take, in jiffies; 0: for ever.
@@ -192,17 +148,17 @@ impl Table {
         *self.alive.lock() += 1;
     }
 
-    /// A connection has been reaped; returns how many are left. May sleep.
-    pub(crate) fn connection_gone(&self) -> u32 {
-        let left = {
-            let mut alive = self.alive.lock();
-            *alive = alive.saturating_sub(1);
-            *alive
-        };
-        if left == 0 {
-            self.all_gone.notify_all();
+    /// A connection has been reaped. May sleep.
+    pub(crate) fn connection_gone(&self) {
+        let mut alive = self.alive.lock();
+        *alive = alive.saturating_sub(1);
+        if *alive > 0 {
+            return;
         }
-        left
+        if self.fate.all_gone() {
+            pr_info!("nbd{}: disconnected by user request\n", self.device);
+        }
+        self.all_gone.notify_all();
     }
 
     /// How many connections are alive. May sleep.

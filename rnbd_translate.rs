@@ -3,8 +3,29 @@
 
 use crate::{
     kapi::mq::{Extent, Op, Status},
-    rnbd_proto::{Command, ServerError},
+    rnbd_cmd::Cookie,
+    rnbd_proto::{self as proto, Command, ServerError},
 };
+
+/// What the server is sent for a request (`nbd_send_cmd()`), if it has a command for it.
+pub(crate) fn wire_of(extent: &Extent, cookie: Cookie) -> Option<proto::Request> {
+    let command = command_of(extent.op)?;
+    let mut flags = 0;
+    if extent.fua {
+        flags |= proto::CMD_FLAG_FUA;
+    }
+    if extent.nounmap && command == Command::WriteZeroes {
+        flags |= proto::CMD_FLAG_NO_HOLE;
+    }
+    Some(proto::Request {
+        command,
+        flags,
+        cookie: cookie.0,
+        offset_bytes: extent.offset_bytes,
+        len_bytes: extent.len_bytes,
+    })
+}
+
 /// The command for an operation (`req_to_nbd_cmd_type()`).
 pub(crate) fn command_of(op: Op) -> Option<Command> {
     Some(match op {

@@ -8,6 +8,7 @@ use super::{
     bindings,
     iov::IoPage,
     lock_class::LockClass,
+    mq::Unanswered,
     payload::Payload,
     sock::{has_data, Socket},
     task::ModuleRef,
@@ -503,7 +504,7 @@ impl Segment<'_> {
     /// # Errors
     ///
     /// `EFAULT`, which cannot be.
-    pub(crate) fn move_to(&mut self, payload: &mut Payload) -> Result {
+    pub(crate) fn move_to(&mut self, payload: &mut Payload<Unanswered>) -> Result {
         let (skb, offset) = (self.skb, self.offset);
         let bytes = payload.fill(self.left_bytes, |to, done, step| {
             // SAFETY: `fill()` gives `step` bytes of room, and asks for no more than is left in all,

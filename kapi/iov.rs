@@ -3,8 +3,11 @@
 //!
 //! Source: `include/linux/bvec.h`.
 
-use super::{bindings, payload::Payload};
-use core::marker::PhantomData;
+use super::{
+    bindings,
+    mq::{Unanswered, Unsent},
+    payload::Payload,
+};
 use kernel::{alloc::AllocError, page::Page, prelude::*};
 
 /// A page of memory for headers. Its bytes are copied in and out, never referred to, so a socket may
@@ -36,8 +39,8 @@ impl IoPage {
     ///
     /// `EINVAL` where that is not within the page.
     pub(crate) fn read(&self, offset: usize, bytes: &mut [u8]) -> Result {
-        // SAFETY: `bytes` is that long. No socket call writes to the page: it would have an `Iov` that
-        // borrows the page mutably.
+        // SAFETY: `bytes` is that long. No socket call writes to the page: it would have a
+        // `RecvIov` that borrows the page mutably.
         unsafe { self.0.read_raw(bytes.as_mut_ptr(), offset, bytes.len()) }
     }
 
@@ -51,7 +54,7 @@ impl IoPage {
         &self,
         offset: usize,
         bytes: usize,
-        payload: &mut Payload,
+        payload: &mut Payload<Unanswered>,
     ) -> Result<usize> {
         payload.fill(bytes, |to, done, step| {
             // SAFETY: `fill()` gives `step` bytes of room.
@@ -73,25 +76,23 @@ impl Pieces {
     }
 }
 
-/// Memory to send from or receive into.
+/// Memory that a transfer touches.
 ///
 /// # Invariants
 ///
 /// `pieces` describe memory that lives for `'a`, `bytes` in all.
-pub(crate) struct Iov<'a> {
+pub(super) struct Iov<'a> {
     pieces: &'a mut KVec<bindings::bio_vec>,
     bytes: usize,
-    _data: PhantomData<&'a mut IoPage>,
 }
 
 impl<'a> Iov<'a> {
-    /// Nothing yet.
-    pub(crate) fn new(room: &'a mut Pieces) -> Self {
+    fn new(room: &'a mut Pieces) -> Self {
         room.0.clear();
+        // INVARIANT: There is nothing yet.
         Iov {
             pieces: &mut room.0,
             bytes: 0,
-            _data: PhantomData,
         }
     }
 
@@ -101,7 +102,7 @@ impl<'a> Iov<'a> {
     }
 
     /// How much it describes.
-    pub(crate) fn bytes(&self) -> usize {
+    pub(super) fn bytes(&self) -> usize {
         self.bytes
     }
 
@@ -114,23 +115,70 @@ impl<'a> Iov<'a> {
         pushed
     }
 
-    /// Appends what is left of `payload`. Returns whether all of it found room.
-    pub(crate) fn push_payload(&mut self, payload: &'a Payload) -> bool {
-        payload.for_each_piece(|piece| self.push(piece))
-    }
-
-    /// Appends `len` bytes of a page from `offset`, to send.
-    pub(crate) fn push_bytes(&mut self, page: &'a IoPage, offset: usize, len: usize) -> bool {
+    fn push_page(&mut self, page: *mut bindings::page, offset: usize, len: usize) -> bool {
         offset + len <= IoPage::BYTES
             && self.push(bindings::bio_vec {
-                bv_page: page.0.as_ptr(),
+                bv_page: page,
                 bv_len: len as u32,
                 bv_offset: offset as u32,
             })
     }
+}
 
-    /// Appends `len` bytes of a page from `offset`, to receive into.
+/// Memory to send from.
+pub(crate) struct SendIov<'a>(Iov<'a>);
+
+impl<'a> SendIov<'a> {
+    /// Nothing yet.
+    pub(crate) fn new(room: &'a mut Pieces) -> Self {
+        SendIov(Iov::new(room))
+    }
+
+    /// How much there is to send.
+    pub(crate) fn bytes(&self) -> usize {
+        self.0.bytes
+    }
+
+    /// Appends what is left of a write's data. Returns whether all of it found room.
+    pub(crate) fn push_payload(&mut self, payload: &'a Payload<Unsent>) -> bool {
+        payload.for_each_piece(|piece| self.0.push(piece))
+    }
+
+    /// Appends `len` bytes of a page from `offset`. Returns whether they are in the page and found room.
+    pub(crate) fn push_bytes(&mut self, page: &'a IoPage, offset: usize, len: usize) -> bool {
+        self.0.push_page(page.0.as_ptr(), offset, len)
+    }
+
+    pub(super) fn into_inner(self) -> Iov<'a> {
+        self.0
+    }
+}
+
+/// Memory to receive into, which nobody else may touch meanwhile.
+pub(crate) struct RecvIov<'a>(Iov<'a>);
+
+impl<'a> RecvIov<'a> {
+    /// Nothing yet.
+    pub(crate) fn new(room: &'a mut Pieces) -> Self {
+        RecvIov(Iov::new(room))
+    }
+
+    /// How much there is room for.
+    pub(crate) fn bytes(&self) -> usize {
+        self.0.bytes
+    }
+
+    /// Appends what is left of a read's data. Returns whether all of it found room.
+    pub(crate) fn push_payload(&mut self, payload: &'a mut Payload<Unanswered>) -> bool {
+        payload.for_each_piece(|piece| self.0.push(piece))
+    }
+
+    /// Appends `len` bytes of a page from `offset`. Returns whether they are in the page and found room.
     pub(crate) fn push_room(&mut self, page: &'a mut IoPage, offset: usize, len: usize) -> bool {
-        self.push_bytes(page, offset, len)
+        self.0.push_page(page.0.as_ptr(), offset, len)
+    }
+
+    pub(super) fn into_inner(self) -> Iov<'a> {
+        self.0
     }
 }

@@ -12,6 +12,7 @@ pub(crate) mod genl;
 pub(crate) mod hook;
 pub(crate) mod iov;
 pub(crate) mod limits;
+pub(crate) mod llist;
 mod lock_class;
 pub(crate) mod mq;
 pub(crate) mod param;

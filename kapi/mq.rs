@@ -5,8 +5,8 @@
 //! request's data and no blocking `queue_rq`. Source: `include/linux/blk-mq.h`,
 //! `Documentation/block/blk-mq.rst`.
 
-use super::bindings;
-use core::{marker::PhantomData, ptr::NonNull};
+use super::{bindings, llist::Linked};
+use core::{marker::PhantomData, mem::ManuallyDrop, ptr::NonNull};
 use kernel::{
     cpu::CpuId,
     error::to_result,
@@ -55,22 +55,56 @@ impl Op {
 
 /// How a request ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Verdict {
+pub(crate) enum Outcome {
     /// It is over, with this status.
     Complete(Status),
     /// The block layer shall dispatch it again.
     Requeue,
 }
 
+impl Outcome {
+    /// As [`Pdu`] keeps it: a `blk_status_t`, or [`REQUEUE`].
+    fn pack(self) -> u32 {
+        match self {
+            Outcome::Complete(status) => u32::from(status.0),
+            Outcome::Requeue => REQUEUE,
+        }
+    }
+}
+
 /// The driver's private data in each request.
 struct Pdu {
-    /// [`Request`] handles. The last one that goes ends the request.
+    /// [`Handle`]s. The last one that goes ends the request.
     handles: Atomic<i32>,
-    /// How it ends: a `blk_status_t`, or [`REQUEUE`].
-    verdict: Atomic<u32>,
+    /// How it ends, as its [`Unanswered`] says: see [`Outcome::pack()`].
+    outcome: Atomic<u32>,
+    /// How it ends all the same, as its [`Unsent`] says, where that is not [`NOT_OVERRULED`].
+    overruled: Atomic<u32>,
+    /// The next one in a list of requests that wait to be sent.
+    next: Atomic<*mut bindings::request>,
 }
 
 const REQUEUE: u32 = 1 << 8;
+const NOT_OVERRULED: u32 = 1 << 9;
+
+impl Pdu {
+    fn new() -> Self {
+        Pdu {
+            handles: Atomic::new(0),
+            outcome: Atomic::new(0),
+            overruled: Atomic::new(NOT_OVERRULED),
+            next: Atomic::new(core::ptr::null_mut()),
+        }
+    }
+
+    /// How the request ends. Both sides have said what they had to.
+    fn ends_as(&self) -> u32 {
+        match self.overruled.load(Relaxed) {
+            NOT_OVERRULED => self.outcome.load(Relaxed),
+            overruled => overruled,
+        }
+    }
+}
 
 /// A request that `queue_rq` was given and that has not been started.
 ///
@@ -81,14 +115,22 @@ pub(crate) struct NewRequest {
     rq: NonNull<bindings::request>,
 }
 
-/// A request in flight. Two handles are made when it starts; when both are gone it ends.
+/// One of the two handles of a request in flight. When both are gone it ends.
 ///
 /// # Invariants
 ///
 /// `rq` was started and has not ended, and this handle is counted in its `Pdu::handles`.
-pub(crate) struct Request {
+struct Handle {
     rq: NonNull<bindings::request>,
 }
+
+/// The transmit side's handle of a request: as long as it exists the request's data may be sent. To drop
+/// it says that all was sent.
+pub(crate) struct Unsent(Handle);
+
+/// The other handle of a request, for whoever decides how it ends: who has the answer, or gives it up. To
+/// drop it fails the request.
+pub(crate) struct Unanswered(Handle);
 
 /// What became of a request in `queue_rq`: only the request itself makes one.
 pub(crate) struct Queued(Status);
@@ -158,55 +200,105 @@ impl NewRequest {
         Queued(status)
     }
 
-    /// Starts it, and with it its timer: one handle for the transmit side, one for the other side.
-    pub(crate) fn start(self) -> (Request, Request, Queued) {
+    /// Starts it, and with it its timer.
+    pub(crate) fn start(self) -> (Unsent, Unanswered, Queued) {
+        // SAFETY: By the type invariant the driver holds the request, which is of a tag set of ours.
+        let pdu = unsafe { pdu(self.rq) };
+        pdu.outcome.store(u32::from(Status::IOERR.0), Relaxed);
+        pdu.overruled.store(NOT_OVERRULED, Relaxed);
+        pdu.handles.store(2, Release);
         // SAFETY: By the type invariant the driver holds the request and it was not started.
-        unsafe {
-            let pdu = pdu(self.rq);
-            pdu.verdict.store(u32::from(Status::IOERR.0), Relaxed);
-            pdu.handles.store(2, Release);
-            bindings::blk_mq_start_request(self.rq.as_ptr());
-        }
+        unsafe { bindings::blk_mq_start_request(self.rq.as_ptr()) };
         // INVARIANT: It was started just now, and two handles are counted.
         (
-            Request { rq: self.rq },
-            Request { rq: self.rq },
+            Unsent(Handle { rq: self.rq }),
+            Unanswered(Handle { rq: self.rq }),
             Queued(Status::OK),
         )
     }
 }
 
 // SAFETY: A request may be worked on from any task.
-unsafe impl Send for Request {}
-// SAFETY: What `&Request` offers reads fields that do not change while the request is in flight.
-unsafe impl Sync for Request {}
+unsafe impl Send for Handle {}
+// SAFETY: What `&Handle` offers reads fields that do not change while the request is in flight.
+unsafe impl Sync for Handle {}
 
-impl Request {
-    /// What it asks for.
-    pub(crate) fn extent(&self) -> Extent {
-        // SAFETY: By the type invariant the request is in flight while this handle lives.
-        unsafe { extent(self.rq) }
+/// Keeps [`Side`] to the two types below.
+mod sealed {
+    use super::{bindings, NonNull};
+
+    /// What has a handle.
+    pub(crate) trait HasHandle {
+        /// The request of the handle, which is in flight as long as `self` lives.
+        fn rq(&self) -> NonNull<bindings::request>;
+    }
+}
+use sealed::HasHandle;
+
+/// One of the two sides of a request in flight.
+pub(crate) trait Side: HasHandle {
+    /// Of which operation it may touch the data: to send, or to receive.
+    const MOVES: Op;
+
+    /// What the request asks for.
+    fn extent(&self) -> Extent {
+        // SAFETY: By the invariant of `Handle` the request is in flight while `self` lives.
+        unsafe { extent(self.rq()) }
     }
 
-    /// Says how the request ends, and lets go of it. Whoever has claimed it says so; the transmit side
-    /// says so only to overrule that, which it may until its handle goes.
-    pub(crate) fn decide(self, verdict: Verdict) {
-        let value = match verdict {
-            Verdict::Complete(status) => u32::from(status.0),
-            Verdict::Requeue => REQUEUE,
-        };
-        // SAFETY: By the type invariant the request is in flight.
-        unsafe { pdu(self.rq) }.verdict.store(value, Relaxed);
+    /// The request's hardware queue and its tag.
+    fn tag(&self) -> (u32, u32) {
+        // SAFETY: By the invariant of `Handle` the request is in flight while `self` lives; the hardware
+        // context lives as long as the queue has requests.
+        unsafe {
+            let rq = self.rq().as_ptr();
+            ((*(*rq).mq_hctx).queue_num, (*rq).tag as u32)
+        }
+    }
+}
+
+impl Side for Unsent {
+    const MOVES: Op = Op::Write;
+}
+
+impl HasHandle for Unsent {
+    fn rq(&self) -> NonNull<bindings::request> {
+        self.0.rq
+    }
+}
+
+impl Side for Unanswered {
+    const MOVES: Op = Op::Read;
+}
+
+impl HasHandle for Unanswered {
+    fn rq(&self) -> NonNull<bindings::request> {
+        self.0.rq
+    }
+}
+
+impl Unsent {
+    /// The request was not wholly sent: it ends with `outcome`, whatever the other side has said or will
+    /// say.
+    pub(crate) fn overrule(self, outcome: Outcome) {
+        self.0.pdu().overruled.store(outcome.pack(), Relaxed);
+    }
+}
+
+impl Unanswered {
+    /// Says how the request ends, and lets go of it.
+    pub(crate) fn decide(self, outcome: Outcome) {
+        self.0.pdu().outcome.store(outcome.pack(), Relaxed);
     }
 
     /// Whether its reply is to be forgotten, since somebody tests what happens then
     /// (`blk_should_fake_timeout()`).
     #[cfg(CONFIG_FAIL_IO_TIMEOUT)]
     pub(crate) fn forgets_reply(&self) -> bool {
-        // SAFETY: By the type invariant the request is in flight, so its queue is valid; its flags are
-        // looked at without a lock in C too.
+        // SAFETY: By the invariant of `Handle` the request is in flight, so its queue is valid; its flags
+        // are looked at without a lock in C too.
         unsafe {
-            let queue = (*self.rq.as_ptr()).q;
+            let queue = (*self.rq().as_ptr()).q;
             let flags = (&raw const (*queue).queue_flags).read_volatile();
             flags & (1 << bindings::QUEUE_FLAG_FAIL_IO) != 0
                 && bindings::__blk_should_fake_timeout(queue)
@@ -218,19 +310,13 @@ impl Request {
     pub(crate) fn forgets_reply(&self) -> bool {
         false
     }
+}
 
-    /// Its hardware queue and its tag.
-    pub(crate) fn tag(&self) -> (u32, u32) {
-        // SAFETY: By the type invariant the request is in flight while this handle lives; the hardware
-        // context lives as long as the queue has requests.
-        unsafe {
-            let rq = self.rq.as_ptr();
-            ((*(*rq).mq_hctx).queue_num, (*rq).tag as u32)
-        }
-    }
-
-    pub(super) fn as_ptr(&self) -> *mut bindings::request {
-        self.rq.as_ptr()
+impl Handle {
+    fn pdu(&self) -> &Pdu {
+        // SAFETY: By the type invariant the request is in flight, and only requests of our tag sets are
+        // started.
+        unsafe { pdu(self.rq) }
     }
 
     /// Ends the request, or has the block layer end it on the CPU that it came from.
@@ -242,8 +328,7 @@ impl Request {
         // SAFETY: The request is the driver's until the calls below, and there is no handle through
         // which anybody else could end it.
         unsafe {
-            let verdict = pdu(rq).verdict.load(Relaxed);
-            if verdict == REQUEUE {
+            if pdu(rq).ends_as() == REQUEUE {
                 bindings::blk_mq_requeue_request(rq.as_ptr(), true);
             } else if !Self::ends_elsewhere(rq) {
                 Self::end_here(rq);
@@ -274,26 +359,49 @@ impl Request {
     ///
     /// As for [`Self::end()`].
     unsafe fn end_here(rq: NonNull<bindings::request>) {
-        // SAFETY: The caller promises that the request is nobody else's. Its verdict is a status.
-        unsafe {
-            let verdict = pdu(rq).verdict.load(Relaxed);
-            bindings::blk_mq_end_request(rq.as_ptr(), verdict as u8);
-        }
+        // SAFETY: No handle is left, so the request is nobody else's.
+        let status = unsafe { pdu(rq) }.ends_as();
+        // SAFETY: The request was started, nobody else can end it, and it is not to be requeued, so what
+        // it ends with is a status.
+        unsafe { bindings::blk_mq_end_request(rq.as_ptr(), status as u8) };
     }
 }
 
-impl Drop for Request {
+impl Drop for Handle {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant the request is in flight and this handle is counted.
-        let left = unsafe { pdu(self.rq) }.handles.fetch_sub(1, Full);
-        if left == 1 {
+        // By the type invariant this handle is counted. Whoever ends the request sees what both sides
+        // have said: this orders it.
+        if self.pdu().handles.fetch_sub(1, Full) == 1 {
             // SAFETY: This was the last handle.
             unsafe { Self::end(self.rq) };
         }
     }
 }
 
-/// Room for one parked [`Request`] handle.
+// SAFETY: The pointer comes back as it was, and the place for the next one belongs to whoever has the
+// one `Unsent` that a request has. Requests are aligned to more than a byte.
+unsafe impl Linked for Unsent {
+    type Raw = bindings::request;
+
+    fn into_raw(self) -> *mut bindings::request {
+        ManuallyDrop::new(self).0.rq.as_ptr()
+    }
+
+    unsafe fn from_raw(raw: *mut bindings::request) -> Self {
+        // INVARIANT: The handle that `into_raw()` has given up is still counted.
+        // SAFETY: The caller has it from `into_raw()`, where it was not null.
+        Unsent(Handle {
+            rq: unsafe { NonNull::new_unchecked(raw) },
+        })
+    }
+
+    unsafe fn next<'a>(raw: *mut bindings::request) -> &'a Atomic<*mut bindings::request> {
+        // SAFETY: The caller has it from `into_raw()`, and its handle keeps the request in flight.
+        unsafe { &pdu(NonNull::new_unchecked(raw)).next }
+    }
+}
+
+/// Room for one parked [`Unanswered`] handle.
 ///
 /// # Invariants
 ///
@@ -310,20 +418,18 @@ impl Parked {
         }
     }
 
-    fn exchange(&self, new: *mut bindings::request) -> Option<Request> {
+    fn exchange(&self, new: *mut bindings::request) -> Option<Unanswered> {
         // INVARIANT: Ownership of what was parked moves to the value returned here.
-        NonNull::new(self.ptr.xchg(new, Full)).map(|rq| Request { rq })
+        NonNull::new(self.ptr.xchg(new, Full)).map(|rq| Unanswered(Handle { rq }))
     }
 
     /// Parks a handle; gives back what was there before.
-    pub(crate) fn put(&self, request: Request) -> Option<Request> {
-        let rq = request.rq.as_ptr();
-        core::mem::forget(request);
-        self.exchange(rq)
+    pub(crate) fn put(&self, request: Unanswered) -> Option<Unanswered> {
+        self.exchange(ManuallyDrop::new(request).0.rq.as_ptr())
     }
 
     /// Takes the handle out.
-    pub(crate) fn take(&self) -> Option<Request> {
+    pub(crate) fn take(&self) -> Option<Unanswered> {
         self.exchange(core::ptr::null_mut())
     }
 }
@@ -502,10 +608,10 @@ impl<T: Operations> VTable<T> {
     ///
     /// # Safety
     ///
-    /// `rq` must be a request that [`Request::ends_elsewhere()`] has left to the block layer.
+    /// `rq` must be a request that [`Handle::ends_elsewhere()`] has left to the block layer.
     unsafe extern "C" fn complete(rq: *mut bindings::request) {
         // SAFETY: The caller promises so; the last handle was gone before that.
-        unsafe { Request::end_here(NonNull::new_unchecked(rq)) };
+        unsafe { Handle::end_here(NonNull::new_unchecked(rq)) };
     }
 
     /// `blk_mq_ops.init_request`
@@ -521,12 +627,7 @@ impl<T: Operations> VTable<T> {
     ) -> ffi::c_int {
         // SAFETY: `cmd_size` bytes lie behind the request, enough for a `Pdu` and aligned for one: a
         // request's size is a multiple of its alignment, which is that of a pointer.
-        unsafe {
-            rq.add(1).cast::<Pdu>().write(Pdu {
-                handles: Atomic::new(0),
-                verdict: Atomic::new(0),
-            })
-        };
+        unsafe { rq.add(1).cast::<Pdu>().write(Pdu::new()) };
         0
     }
 

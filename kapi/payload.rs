@@ -3,7 +3,7 @@
 
 use super::{
     bindings,
-    mq::{Op, Request, Verdict},
+    mq::{Op, Side, Unanswered},
 };
 use kernel::prelude::*;
 
@@ -95,27 +95,29 @@ impl Position {
     }
 }
 
-/// A request's handle and a position in its data.
-pub(crate) struct Payload {
-    request: Request,
+/// One side's handle of a request, and a position in the data that this side moves: that of a write for
+/// the side that sends, that of a read for the side that receives.
+pub(crate) struct Payload<S: Side> {
+    side: S,
     position: Position,
 }
 
-// SAFETY: The bios belong to the request, whose handle this owns and which is `Send`.
-unsafe impl Send for Payload {}
+// SAFETY: The bios belong to the request, whose handle this owns and which may be sent.
+unsafe impl<S: Side + Send> Send for Payload<S> {}
 
-impl Payload {
-    /// The data of a request whose operation is `op`, from the start; none for any other request.
-    pub(crate) fn new(request: Request, op: Op) -> Self {
-        let extent = request.extent();
-        let left_bytes = if extent.op == op {
+impl<S: Side> Payload<S> {
+    /// The request's data, from the start; none where this side has none to move.
+    pub(crate) fn new(side: S) -> Self {
+        let extent = side.extent();
+        let left_bytes = if extent.op == S::MOVES {
             extent.len_bytes as usize
         } else {
             0
         };
-        // SAFETY: The request is in flight while this holds its handle.
-        let position = unsafe { Position::start((*request.as_ptr()).bio, left_bytes) };
-        Payload { request, position }
+        // SAFETY: The request is in flight while this holds its handle, and it has the bios of so much data
+        // where it is a read or a write, which are all that are moved.
+        let position = unsafe { Position::start((*side.rq().as_ptr()).bio, left_bytes) };
+        Payload { side, position }
     }
 
     /// What is left of the data.
@@ -123,14 +125,9 @@ impl Payload {
         self.position.left_bytes
     }
 
-    /// Says how the request ends, and lets go of it.
-    pub(crate) fn decide(self, verdict: Verdict) {
-        self.request.decide(verdict);
-    }
-
     /// The request's handle.
-    pub(crate) fn into_request(self) -> Request {
-        self.request
+    pub(crate) fn into_side(self) -> S {
+        self.side
     }
 
     /// Moves on by `bytes`, at most to the end.
@@ -145,6 +142,22 @@ impl Payload {
         }
     }
 
+    /// Calls `each` with the pieces from here on until it returns false or the data ends. Returns
+    /// whether the end was reached. The position stays.
+    pub(super) fn for_each_piece(&self, mut each: impl FnMut(bindings::bio_vec) -> bool) -> bool {
+        let mut position = self.position;
+        while let Some(piece) = position.piece() {
+            let len = piece.bv_len;
+            if !each(piece) {
+                return false;
+            }
+            position.step(len);
+        }
+        true
+    }
+}
+
+impl Payload<Unanswered> {
     /// Fills at most `bytes` of the memory from here on and moves on by that. `copy` is given where to
     /// copy to, how much came before, and how much is to come. Returns how much it was.
     ///
@@ -167,8 +180,8 @@ impl Payload {
             let step = (bytes - done)
                 .min(piece.bv_len as usize)
                 .min(bindings::PAGE_SIZE - in_page);
-            // SAFETY: The piece lies within the data of a request in flight, which is a read's when
-            // its data comes in; the mapping is used within this block.
+            // SAFETY: The piece lies within the data of a request in flight, which is a read, since this side
+            // moves no other data; the mapping is used within this block.
             unsafe {
                 let page = piece.bv_page.add(at / bindings::PAGE_SIZE);
                 let mapped = bindings::kmap_local_page(page).cast::<u8>();
@@ -180,19 +193,5 @@ impl Payload {
             done += step;
         }
         Ok(done)
-    }
-
-    /// Calls `each` with the pieces from here on until it returns false or the data ends. Returns
-    /// whether the end was reached. The position stays.
-    pub(super) fn for_each_piece(&self, mut each: impl FnMut(bindings::bio_vec) -> bool) -> bool {
-        let mut position = self.position;
-        while let Some(piece) = position.piece() {
-            let len = piece.bv_len;
-            if !each(piece) {
-                return false;
-            }
-            position.step(len);
-        }
-        true
     }
 }

@@ -4,7 +4,10 @@
 //!
 //! The `kernel` crate (7.3) has no sockets. Source: `include/linux/net.h`, `include/net/sock.h`.
 
-use super::{bindings, iov::Iov};
+use super::{
+    bindings,
+    iov::{Iov, RecvIov, SendIov},
+};
 use core::{mem::MaybeUninit, ptr::NonNull};
 use kernel::{error::to_result, prelude::*};
 
@@ -112,12 +115,12 @@ impl Socket {
     ///
     /// `EAGAIN` where nothing fits, or for want of memory; anything else means that the connection is
     /// gone.
-    pub(crate) fn send(&self, data: Iov<'_>, more: bool) -> Result<usize> {
+    pub(crate) fn send(&self, data: SendIov<'_>, more: bool) -> Result<usize> {
         let mut flags = bindings::MSG_DONTWAIT | bindings::MSG_NOSIGNAL;
         if more {
             flags |= bindings::MSG_MORE;
         }
-        let sent = self.transfer(data, bindings::ITER_SOURCE, |socket, msg| {
+        let sent = self.transfer(data.into_inner(), bindings::ITER_SOURCE, |socket, msg| {
             // SAFETY: The socket is valid; `msg` describes memory that lives during the call.
             unsafe {
                 (*msg).msg_flags = flags;
@@ -138,8 +141,8 @@ impl Socket {
     ///
     /// `EAGAIN` where nothing is there; `EPIPE` at the end of the stream; anything else means that the
     /// connection is gone.
-    pub(crate) fn receive(&self, data: Iov<'_>) -> Result<usize> {
-        let got = self.transfer(data, bindings::ITER_DEST, |socket, msg| {
+    pub(crate) fn receive(&self, data: RecvIov<'_>) -> Result<usize> {
+        let got = self.transfer(data.into_inner(), bindings::ITER_DEST, |socket, msg| {
             let flags = bindings::MSG_DONTWAIT | bindings::MSG_NOSIGNAL;
             // SAFETY: The socket is valid; `msg` describes memory that lives during the call.
             unsafe { bindings::sock_recvmsg(socket, msg, flags as i32) }

@@ -6,7 +6,7 @@ use super::{Connection, DEAD};
 use crate::{
     kapi::{
         hook::{Arrival, Segment},
-        mq::{Op, Request, Status, Verdict},
+        mq::{Outcome, Side, Status, Unanswered},
         payload::Payload,
     },
     rnbd_cmd::{Cookie, Refused},
@@ -33,7 +33,7 @@ impl Connection {
 
     pub(super) fn receive_failed(&self, error: Error) {
         // What breaks the protocol was said where it was found.
-        let said = error == EPROTO || self.table.is_disconnected() || !self.is_alive();
+        let said = error == EPROTO || self.table.fate.see().is_wanted() || !self.is_alive();
         if said || !self.table.log.allow() {
             return;
         }
@@ -121,12 +121,12 @@ impl Connection {
     fn understand(&self, receive: &mut Receive) -> Result {
         receive.understand(
             |header| self.handle_reply(header),
-            |payload| self.complete(payload.into_request(), Status::OK),
+            |payload| self.complete(payload.into_side(), Status::OK),
         )
     }
 
     /// nbd.c's `nbd_handle_reply()`: finds and claims the command. Returns it where data follows.
-    fn handle_reply(&self, header: &[u8; REPLY_BYTES]) -> Result<Option<Payload>> {
+    fn handle_reply(&self, header: &[u8; REPLY_BYTES]) -> Result<Option<Payload<Unanswered>>> {
         let reply = Reply::decode(header).map_err(|magic| {
             self.complain(format_args!("wrong magic ({:#010x})", magic.0));
             EPROTO
@@ -155,20 +155,20 @@ impl Connection {
             self.complete(request, status_of(error, op));
             return Ok(None);
         }
-        let payload = Payload::new(request, Op::Read);
+        let payload = Payload::new(request);
         if payload.left_bytes() > 0 {
             return Ok(Some(payload));
         }
-        self.complete(payload.into_request(), Status::OK);
+        self.complete(payload.into_side(), Status::OK);
         Ok(None)
     }
 
     /// Ends a command that was answered. The receive lock is held, so nobody clears the connection away.
-    fn complete(&self, request: Request, status: Status) {
+    fn complete(&self, request: Unanswered, status: Status) {
         if request.forgets_reply() {
             self.table.forget_reply(request);
         } else {
-            request.decide(Verdict::Complete(status));
+            request.decide(Outcome::Complete(status));
         }
     }
 
@@ -182,7 +182,7 @@ impl Connection {
         }
     }
 
-    fn complain_of_error(&self, request: &Request, error: u32) {
+    fn complain_of_error(&self, request: &Unanswered, error: u32) {
         if !self.table.log.allow() {
             return;
         }

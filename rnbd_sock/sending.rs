@@ -5,22 +5,22 @@
 use super::Connection;
 use crate::{
     kapi::{
-        mq::{Op, Request},
+        llist::{Batch, List},
+        mq::{Outcome, Side, Status, Unsent},
         payload::Payload,
-        sock::Ending,
         task, wq,
     },
     rnbd_proto as proto,
-    rnbd_ring::Ring,
     rnbd_stream::Transmit,
+    rnbd_translate::wire_of,
 };
 use kernel::{
-    new_mutex, new_spinlock,
+    new_mutex,
     prelude::*,
     sync::{
         atomic::{Acquire, Atomic, Full, Relaxed, Release},
         barrier::smp_mb,
-        Arc, ArcBorrow, Mutex, SpinLock,
+        Arc, ArcBorrow, Mutex,
     },
     time::msecs_to_jiffies,
 };
@@ -30,16 +30,11 @@ const BUDGET: u32 = 32;
 /// How long to wait where a socket has room and still takes nothing, for want of memory.
 const NO_MEMORY_DELAY_MS: u32 = 10;
 
-/// A command that waits to be sent.
-struct Queued {
-    request: Request,
-    wire: proto::Request,
-}
-
-/// What waits to be sent and was not looked at by a sender.
-struct Backlog {
-    queue: Ring<Queued>,
-    closed: bool,
+/// What a sender has taken over.
+struct Outbox {
+    /// Commands that wait for a place among what is staged.
+    waiting: Batch<Unsent>,
+    transmit: Transmit,
 }
 
 /// Who submitted last, and how often that task had slept by then. Wrong where several submit.
@@ -87,54 +82,42 @@ pub(super) struct Sending {
     full: Atomic<bool>,
     /// A disconnect is to be sent.
     say_goodbye: Atomic<bool>,
+    /// Commands that no sender has taken over.
+    backlog: List<Unsent>,
     #[pin]
-    backlog: SpinLock<Backlog>,
-    #[pin]
-    transmit: Mutex<Transmit>,
+    outbox: Mutex<Outbox>,
 }
 
 impl Sending {
-    /// For at most `capacity` commands at a time.
+    /// Nothing to send.
     ///
     /// # Errors
     ///
     /// `ENOMEM`.
-    pub(super) fn new(capacity: usize) -> Result<impl PinInit<Self>> {
-        let backlog = Backlog {
-            queue: Ring::new(capacity)?,
-            closed: false,
+    pub(super) fn new() -> Result<impl PinInit<Self>> {
+        let outbox = Outbox {
+            waiting: Batch::empty(),
+            transmit: Transmit::new()?,
         };
-        let transmit = Transmit::new()?;
         Ok(pin_init!(Sending {
             submitter: Submitter::nobody(),
             full: Atomic::new(false),
             say_goodbye: Atomic::new(false),
-            backlog <- new_spinlock!(backlog),
-            transmit <- new_mutex!(transmit),
+            backlog: List::new(),
+            outbox <- new_mutex!(outbox),
         }))
     }
 }
 
 impl Connection {
-    /// Puts a command at the end of the queue. It is sent by the next [`Self::kick()`].
+    /// Puts a command, whose slot in the table was started, at the end of the queue. It is sent by the
+    /// next [`Self::kick()`].
     ///
     /// # Errors
     ///
     /// Gives the request back where the connection is dead.
-    pub(crate) fn push(
-        &self,
-        request: Request,
-        wire: proto::Request,
-    ) -> core::result::Result<(), Request> {
-        let mut backlog = self.sending.backlog.lock();
-        if backlog.closed {
-            return Err(request);
-        }
-        // There is a place for every tag, so that it is never full.
-        backlog
-            .queue
-            .push_back(Queued { request, wire })
-            .map_err(|queued| queued.request)
+    pub(crate) fn push(&self, request: Unsent) -> Result<(), Unsent> {
+        self.sending.backlog.push(request)
     }
 
     /// Has sent what waits: at once where `urgent` or nothing else is going on, or else by a work item,
@@ -187,11 +170,15 @@ impl Connection {
         let mut refused = 0;
         // What is left of a connection that is dead is given back by whoever clears it away.
         while self.is_alive() {
-            let Some(mut transmit) = self.sending.transmit.try_lock() else {
+            let Some(mut outbox) = self.sending.outbox.try_lock() else {
                 return;
             };
-            let stop = self.transmit_all(&mut transmit);
-            drop(transmit);
+            // Whoever declares it dead takes the lock after that, and ends the socket after that.
+            if !self.is_alive() {
+                return;
+            }
+            let stop = self.transmit_all(&mut outbox);
+            drop(outbox);
             match stop {
                 Ok(Stop::Idle) => {}
                 Ok(Stop::Budget) => return self.queue_transmit(0),
@@ -204,8 +191,8 @@ impl Connection {
                 }
                 Err(e) => return self.send_failed(e),
             }
-            // Somebody may have queued more and found the lock taken: pairs with the lock of the
-            // backlog in `push()`, before which nothing orders a failed `try_lock()`.
+            // Somebody may have queued more and found the lock taken: pairs with the exchange in
+            // `List::push()`, which orders that before the failed `try_lock()`.
             smp_mb(Full);
             if !self.has_backlog() {
                 return;
@@ -213,8 +200,16 @@ impl Connection {
         }
     }
 
+    /// Whether all that was begun to be sent was sent and answered. Of a connection that lives this may
+    /// be wrong as soon as it is said; of one that was declared dead it stays true, because nobody begins
+    /// to send. May sleep.
+    pub(super) fn owes_nothing(&self) -> bool {
+        let outbox = self.sending.outbox.lock();
+        outbox.transmit.is_empty() && self.traffic.awaited() == 0
+    }
+
     fn has_backlog(&self) -> bool {
-        !self.sending.backlog.lock().queue.is_empty() || self.sending.say_goodbye.load(Acquire)
+        !self.sending.backlog.is_empty() || self.sending.say_goodbye.load(Acquire)
     }
 
     /// The socket has taken less than it was given, and nothing at all the last `refused` times: has the
@@ -236,7 +231,7 @@ impl Connection {
     }
 
     fn send_failed(self: ArcBorrow<'_, Self>, error: Error) {
-        if !self.table.is_disconnected() && self.is_alive() && self.table.log.allow() {
+        if !self.table.fate.see().is_wanted() && self.is_alive() && self.table.log.allow() {
             pr_err!(
                 "nbd{}: connection {}: send failed ({:?}), closing it\n",
                 self.table.device,
@@ -244,16 +239,16 @@ impl Connection {
                 error
             );
         }
-        self.die(Ending::Polite);
+        self.die();
     }
 
-    fn transmit_all(&self, transmit: &mut Transmit) -> Result<Stop> {
+    fn transmit_all(&self, outbox: &mut Outbox) -> Result<Stop> {
         for _ in 0..BUDGET {
-            let more_waits = self.stage(transmit);
-            if transmit.is_empty() {
+            let more_waits = self.stage(outbox);
+            if outbox.transmit.is_empty() {
                 return Ok(Stop::Idle);
             }
-            let sent = match transmit.send(&self.socket, more_waits) {
+            let sent = match outbox.transmit.send(&self.socket, more_waits) {
                 Ok(sent) => sent,
                 Err(e) if e == EAGAIN => return Ok(Stop::Full { sent_some: false }),
                 Err(e) => return Err(e),
@@ -266,37 +261,46 @@ impl Connection {
         Ok(Stop::Budget)
     }
 
-    /// Moves what waits to the sender, headers written. Returns whether something is left.
-    fn stage(&self, transmit: &mut Transmit) -> bool {
-        if transmit.has_place()
+    /// Stages what waits, headers written. Returns whether something is left.
+    fn stage(&self, outbox: &mut Outbox) -> bool {
+        if outbox.transmit.has_place()
             && self.sending.say_goodbye.load(Acquire)
             && self.sending.say_goodbye.xchg(false, Full)
         {
-            transmit.stage(&proto::Request::DISCONNECT, None);
+            outbox.transmit.stage(&proto::Request::DISCONNECT, None);
         }
-        while transmit.has_place() {
-            let queued = self.sending.backlog.lock().queue.pop_front();
-            let Some(queued) = queued else { return false };
-            let payload = Payload::new(queued.request, Op::Write);
-            transmit.stage(&queued.wire, Some(payload));
+        while outbox.transmit.has_place() {
+            if outbox.waiting.is_empty() {
+                outbox.waiting = self.sending.backlog.take();
+            }
+            let Some(request) = outbox.waiting.pop() else {
+                return false;
+            };
+            match self.wire_of(&request) {
+                Some(wire) => outbox.transmit.stage(&wire, Some(Payload::new(request))),
+                // `queue_rq` has refused what there is no command for, and there is a slot for every tag.
+                None => request.overrule(Outcome::Complete(Status::IOERR)),
+            }
         }
-        !self.sending.backlog.lock().queue.is_empty()
+        !outbox.waiting.is_empty() || !self.sending.backlog.is_empty()
+    }
+
+    fn wire_of(&self, request: &Unsent) -> Option<proto::Request> {
+        let (hw_queue, tag) = request.tag();
+        wire_of(&request.extent(), self.table.cookie(hw_queue, tag)?)
     }
 
     /// Gives back what was not sent, or not wholly. A reply does not help it: a server that has
     /// answered a write that it has not read has not written it.
     pub(super) fn give_back_unsent(&self) {
-        let verdict = self.table.verdict_of_lost();
-        let mut transmit = self.sending.transmit.lock();
-        transmit.give_back(verdict);
+        let outcome = self.table.outcome_of_lost();
+        let mut outbox = self.sending.outbox.lock();
+        outbox.transmit.give_back(outcome);
+        let waiting = core::mem::replace(&mut outbox.waiting, Batch::empty());
         // Nothing comes after this.
-        self.sending.backlog.lock().closed = true;
-        loop {
-            // Letting go may end the request, which is not for under a spin lock.
-            let queued = self.sending.backlog.lock().queue.pop_front();
-            match queued {
-                Some(queued) => queued.request.decide(verdict),
-                None => return,
+        for mut batch in [waiting, self.sending.backlog.close()] {
+            while let Some(request) = batch.pop() {
+                request.overrule(outcome);
             }
         }
     }

@@ -48,7 +48,7 @@ mod script;
 
 use kapi::{
     hook::Segment,
-    mq::{Extent, Log, Op, Request, Status, Verdict},
+    mq::{Extent, Log, Op, Outcome, Request, Side, Status, Unanswered, Unsent},
     payload::Payload,
     sock::Socket,
 };
@@ -67,16 +67,16 @@ const OURS: u16 = 0;
 const OTHER: u16 = 1;
 
 #[derive(Default)]
-struct Parked(RefCell<Option<Request>>);
+struct Parked(RefCell<Option<Unanswered>>);
 
 impl Parking for Parked {
-    type Item = Request;
+    type Item = Unanswered;
 
-    fn put(&self, item: Request) -> Option<Request> {
+    fn put(&self, item: Unanswered) -> Option<Unanswered> {
         self.0.borrow_mut().replace(item)
     }
 
-    fn take(&self) -> Option<Request> {
+    fn take(&self) -> Option<Unanswered> {
         self.0.borrow_mut().take()
     }
 }
@@ -167,10 +167,12 @@ impl Connection {
             op,
             offset_bytes,
             len_bytes,
+            fua: false,
+            nounmap: false,
         };
         let number = slot as u32;
         let request = Request::new(number, extent, piece_bytes, &self.decided);
-        let generation = self.slots[slot].start(connection, request);
+        let generation = self.slots[slot].start(connection, Unanswered(request));
         let cookie = Cookie::new(generation, number);
         self.started[slot] = Some(cookie);
         if ours {
@@ -182,20 +184,13 @@ impl Connection {
     fn stage(&mut self, number: u32, extent: Extent, piece_bytes: usize, cookie: Cookie) {
         let request = Request::new(number, extent, piece_bytes, &self.given_back);
         request.data.borrow_mut().fill(number as u8 + 1);
-        let command = rnbd_translate::command_of(extent.op).expect("a command");
-        let wire = rnbd_proto::Request {
-            command,
-            flags: 0,
-            cookie: cookie.0,
-            offset_bytes: extent.offset_bytes,
-            len_bytes: extent.len_bytes,
-        };
+        let wire = rnbd_translate::wire_of(&extent, cookie).expect("a command");
         self.to_send.extend(wire.encode());
         if extent.op == Op::Write {
             self.to_send.extend(&*request.data.borrow());
         }
         self.transmit
-            .stage(&wire, Some(Payload::new(request, Op::Write)));
+            .stage(&wire, Some(Payload::new(Unsent(request))));
     }
 
     /// As `Connection::receive_here()` of `rnbd_sock/receiving.rs`.
@@ -254,7 +249,7 @@ impl Connection {
         let slots = &self.slots;
         self.receive.understand(
             |header| handle_reply(slots, header),
-            |payload| payload.decide(Verdict::Complete(Status::OK)),
+            |payload| payload.into_side().decide(Outcome::Complete(Status::OK)),
         )
     }
 
@@ -272,11 +267,11 @@ impl Connection {
     /// What is still in flight is given back, and nothing is lost.
     fn finish(mut self) {
         if let Some(payload) = self.receive.current.take() {
-            payload.decide(Verdict::Requeue);
+            payload.into_side().decide(Outcome::Requeue);
         }
         for slot in &self.slots {
             if let Some(request) = slot.reclaim(OURS) {
-                request.decide(Verdict::Requeue);
+                request.decide(Outcome::Requeue);
             }
         }
         let ended = self.decided.borrow().len();
@@ -302,20 +297,20 @@ impl Connection {
 fn handle_reply(
     slots: &[Slot<Parked>],
     header: &[u8; rnbd_proto::REPLY_BYTES],
-) -> Result<Option<Payload>> {
+) -> Result<Option<Payload<Unanswered>>> {
     let reply = Reply::decode(header).map_err(|_| EPROTO)?;
     let cookie = Cookie(reply.cookie);
     let slot = slots.get(cookie.slot() as usize).ok_or(EPROTO)?;
     let request = slot.claim(cookie.generation(), OURS).map_err(|_| EPROTO)?;
     if let Some(error) = ServerError::from_wire(reply.error) {
         let op = request.extent().op;
-        request.decide(Verdict::Complete(rnbd_translate::status_of(error, op)));
+        request.decide(Outcome::Complete(rnbd_translate::status_of(error, op)));
         return Ok(None);
     }
-    let payload = Payload::new(request, Op::Read);
+    let payload = Payload::new(request);
     if payload.left_bytes() > 0 {
         return Ok(Some(payload));
     }
-    payload.decide(Verdict::Complete(Status::OK));
+    payload.into_side().decide(Outcome::Complete(Status::OK));
     Ok(None)
 }

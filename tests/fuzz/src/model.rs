@@ -2,7 +2,7 @@
 //! What a stream of replies means, byte by byte and with nothing of the module's. Numbers are written out
 //! once more: a constant that is wrong must not make its own test pass.
 
-use crate::kapi::mq::{Op, Status, Verdict};
+use crate::kapi::mq::{Op, Outcome, Status};
 
 /// A command that a reply may be for.
 struct InFlight {
@@ -23,7 +23,7 @@ pub(crate) struct Model {
     pub(crate) started: usize,
     pub(crate) dead: bool,
     /// How commands ended, in order, and what their memory had in it then.
-    pub(crate) decided: Vec<(u32, Verdict, Vec<u8>)>,
+    pub(crate) decided: Vec<(u32, Outcome, Vec<u8>)>,
 }
 
 impl Model {
@@ -100,7 +100,7 @@ impl Model {
     }
 
     fn end(&mut self, command: &InFlight, status: u8, data: Vec<u8>) {
-        let verdict = Verdict::Complete(Status(status));
-        self.decided.push((command.slot as u32, verdict, data));
+        let outcome = Outcome::Complete(Status(status));
+        self.decided.push((command.slot as u32, outcome, data));
     }
 }

@@ -103,7 +103,7 @@ pub(crate) mod kapi {
         }
 
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-        pub(crate) enum Verdict {
+        pub(crate) enum Outcome {
             Complete(Status),
             Requeue,
         }
@@ -113,10 +113,12 @@ pub(crate) mod kapi {
             pub(crate) op: Op,
             pub(crate) offset_bytes: u64,
             pub(crate) len_bytes: u32,
+            pub(crate) fua: bool,
+            pub(crate) nounmap: bool,
         }
 
         /// What was decided about a command, and its data then.
-        pub(crate) type Log = Rc<RefCell<Vec<(u32, Verdict, Vec<u8>)>>>;
+        pub(crate) type Log = Rc<RefCell<Vec<(u32, Outcome, Vec<u8>)>>>;
 
         /// A handle of a command.
         pub(crate) struct Request {
@@ -142,53 +144,93 @@ pub(crate) mod kapi {
                 }
             }
 
-            pub(crate) fn extent(&self) -> Extent {
-                self.extent
-            }
-
-            pub(crate) fn decide(self, verdict: Verdict) {
+            fn end(self, outcome: Outcome) {
                 let data = self.data.borrow().clone();
-                self.log.borrow_mut().push((self.number, verdict, data));
+                self.log.borrow_mut().push((self.number, outcome, data));
+            }
+        }
+
+        pub(crate) struct Unsent(pub(crate) Request);
+        pub(crate) struct Unanswered(pub(crate) Request);
+
+        impl Unsent {
+            pub(crate) fn overrule(self, outcome: Outcome) {
+                self.0.end(outcome);
+            }
+        }
+
+        impl Unanswered {
+            pub(crate) fn decide(self, outcome: Outcome) {
+                self.0.end(outcome);
+            }
+        }
+
+        pub(crate) trait Side {
+            const MOVES: Op;
+
+            fn request(&self) -> &Request;
+
+            fn extent(&self) -> Extent {
+                self.request().extent
+            }
+        }
+
+        impl Side for Unsent {
+            const MOVES: Op = Op::Write;
+
+            fn request(&self) -> &Request {
+                &self.0
+            }
+        }
+
+        impl Side for Unanswered {
+            const MOVES: Op = Op::Read;
+
+            fn request(&self) -> &Request {
+                &self.0
             }
         }
     }
 
     pub(crate) mod payload {
-        use super::mq::{Op, Request, Verdict};
+        use super::mq::{Side, Unanswered};
 
-        pub(crate) struct Payload {
-            pub(super) request: Request,
+        pub(crate) struct Payload<S> {
+            pub(super) side: S,
             pub(super) at: usize,
             pub(super) end: usize,
         }
 
-        impl Payload {
-            pub(crate) fn new(request: Request, op: Op) -> Self {
-                let end = if request.extent.op == op {
-                    request.extent.len_bytes as usize
+        impl<S: Side> Payload<S> {
+            pub(crate) fn new(side: S) -> Self {
+                let extent = side.extent();
+                let end = if extent.op == S::MOVES {
+                    extent.len_bytes as usize
                 } else {
                     0
                 };
                 let at = 0;
-                Payload { request, at, end }
+                Payload { side, at, end }
             }
 
             pub(crate) fn left_bytes(&self) -> usize {
                 self.end - self.at
             }
 
-            pub(crate) fn decide(self, verdict: Verdict) {
-                self.request.decide(verdict);
+            pub(crate) fn into_side(self) -> S {
+                self.side
             }
 
             pub(crate) fn advance(&mut self, bytes: usize) {
                 self.at += bytes.min(self.left_bytes());
             }
+        }
 
+        impl Payload<Unanswered> {
             pub(super) fn fill(&mut self, bytes: &[u8]) -> usize {
                 let bytes = &bytes[..bytes.len().min(self.left_bytes())];
                 let end = self.at + bytes.len();
-                self.request.data.borrow_mut()[self.at..end].copy_from_slice(bytes);
+                self.side.request().data.borrow_mut()[self.at..end].copy_from_slice(bytes);
                 self.at = end;
                 bytes.len()
             }
@@ -200,12 +242,16 @@ pub(crate) mod kapi {
     }
 
     pub(crate) mod iov {
-        pub(crate) use super::sock::{IoPage, Iov, Pieces};
+        pub(crate) use super::sock::{IoPage, Iov as RecvIov, Iov as SendIov, Pieces};
     }
 
     /// Sockets, and what in the module has files of its own.
     pub(crate) mod sock {
-        use super::{Memory, payload::Payload};
+        use super::{
+            Memory,
+            mq::{Side, Unanswered},
+            payload::Payload,
+        };
         use crate::prelude::*;
         use std::cell::{Cell, RefCell};
         use std::collections::VecDeque;
@@ -238,7 +284,7 @@ pub(crate) mod kapi {
                 &self,
                 offset: usize,
                 bytes: usize,
-                payload: &mut Payload,
+                payload: &mut Payload<Unanswered>,
             ) -> Result<usize> {
                 let page = self.0.borrow();
                 Ok(payload.fill(page.get(offset..offset + bytes).ok_or(EINVAL)?))
@@ -256,6 +302,7 @@ pub(crate) mod kapi {
             }
         }
 
+        /// `SendIov` and `RecvIov`.
         pub(crate) struct Iov<'a> {
             pieces: &'a mut Vec<Piece>,
             room: usize,
@@ -285,12 +332,13 @@ pub(crate) mod kapi {
                 fits
             }
 
-            pub(crate) fn push_payload(&mut self, payload: &'a Payload) -> bool {
-                let size = payload.request.piece_bytes;
+            pub(crate) fn push_payload<S: Side>(&mut self, payload: &Payload<S>) -> bool {
+                let request = payload.side.request();
+                let size = request.piece_bytes;
                 let mut at = payload.at;
                 while at < payload.end {
                     let end = (at / size * size + size).min(payload.end);
-                    if !self.push(&payload.request.data, at, end) {
+                    if !self.push(&request.data, at, end) {
                         return false;
                     }
                     at = end;
@@ -376,7 +424,7 @@ pub(crate) mod kapi {
                 Ok(bytes)
             }
 
-            pub(crate) fn move_to(&mut self, payload: &mut Payload) -> Result {
+            pub(crate) fn move_to(&mut self, payload: &mut Payload<Unanswered>) -> Result {
                 let moved = payload.fill(self.0);
                 self.0 = &self.0[moved..];
                 Ok(())

@@ -5,9 +5,14 @@
 //! - `ring`: the queue, against one that is known to work
 //! - `stream`: what a server sends, in whatever pieces: what `make fuzz` has found, once more
 //! - `ownership`: who ends a command, in all interleavings that the memory model allows ([loom])
-//! - `session`: the same for a command that is handed to connections which die meanwhile
+//! - `fate`: whether a session goes on, by itself
+//! - `list`: the list of what waits to be sent, while it is filled, emptied and closed
+//! - `sending`: who sends what waits, and when there is room
+//! - `session`: a command that is handed to connections which die meanwhile and come back, and the
+//!   session's fate
 //! - `receiving`: the lock that nobody waits for, between a socket's callback and a work item
-//! - `mutants`: that `ownership` and `session` would notice if `rnbd_cmd.rs` were wrong
+//! - `mutants`: that the models would notice if `rnbd_cmd.rs`, `rnbd_fate.rs` or `kapi/llist.rs` were
+//!   wrong
 //!
 //! `cargo test` runs all of it.
 #![cfg(test)]
@@ -29,6 +34,10 @@ mod atomic;
 mod rnbd_cmd;
 #[allow(clippy::all)]
 #[rustfmt::skip]
+#[path = "../../../rnbd_fate.rs"]
+mod rnbd_fate;
+#[allow(clippy::all)]
+#[rustfmt::skip]
 #[path = "../../../rnbd_proto.rs"]
 mod rnbd_proto;
 #[allow(clippy::all)]
@@ -37,14 +46,23 @@ mod rnbd_proto;
 mod rnbd_ring;
 #[allow(clippy::all)]
 #[rustfmt::skip]
+#[path = "../../../kapi/llist.rs"]
+mod llist;
+#[allow(clippy::all)]
+#[rustfmt::skip]
 #[path = "../../../kapi/try_lock.rs"]
 mod try_lock;
 
 mod blk_mq;
+mod connection;
+mod fate;
+mod list;
 mod mutants;
 mod ownership;
+mod parts;
 mod receiving;
 mod ring;
+mod sending;
 mod session;
 mod stream;
 mod wire;

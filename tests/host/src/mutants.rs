@@ -1,24 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The models notice what is wrong: each variant of `rnbd_cmd.rs` that `build.rs` has spoilt makes
-//! the model that it names fail, and for the right reason.
+//! The models notice what is wrong: each variant of `rnbd_cmd.rs`, `rnbd_fate.rs` or `kapi/llist.rs` that
+//! `build.rs` has spoilt makes the model that it names fail, and for the right reason.
 
 use crate::{
-    atomic,
-    ownership::{self, commands, explore},
-    session,
+    atomic, llist,
+    parts::{commands, fails, fates, lists, parts},
+    rnbd_cmd, rnbd_fate,
 };
-
-/// A test that passes when `model` fails on `module` with `complaint`.
-macro_rules! mutant {
-    ($module:ident, $($model:ident)::+, $complaint:literal) => {
-        commands!($module);
-
-        #[test]
-        #[should_panic(expected = $complaint)]
-        fn $module() {
-            explore($($model)::+::<$module::Slot<crate::blk_mq::Parked>>, None);
-        }
-    };
-}
 
 include!(concat!(env!("OUT_DIR"), "/mutants.rs"));

@@ -1,104 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Who ends a command: `rnbd_cmd.rs` in all interleavings, with each contender in a thread of its own.
 //!
-//! The models are written against [`Commands`], so that the same ones run over `rnbd_cmd.rs` and over
+//! The models are written against [`Parts`], so that the same ones run over `rnbd_cmd.rs` and over
 //! its spoilt variants (`mutants`).
 
 use crate::{
-    blk_mq::{Parked, Request, Tag, Verdict},
-    rnbd_cmd::{self, Refused, Slot},
+    blk_mq::{Parked, Tag, Unanswered, Unsent, Verdict},
+    parts::{Commands, Parts, models},
+    rnbd_cmd::{Refused, Slot},
 };
-use loom::{
-    model::Builder,
-    thread::{self, JoinHandle},
-};
-use std::sync::{
-    Arc,
-    atomic::{AtomicUsize, Ordering},
-};
-
-/// A [`Slot`], or a variant of it.
-pub(crate) trait Commands: Send + Sync + 'static {
-    fn new() -> Self;
-    fn start(&self, connection: u16, other: Request) -> u32;
-    fn claim(&self, generation: u32, connection: u16) -> Option<Request>;
-    fn reclaim(&self, connection: u16) -> Option<Request>;
-    fn put_back(&self, other: Request);
-}
-
-/// Implements [`Commands`] for the `Slot` of a module like `rnbd_cmd`.
-macro_rules! commands {
-    ($module:ident) => {
-        impl $module::Parking for crate::blk_mq::Parked {
-            type Item = crate::blk_mq::Request;
-
-            fn put(&self, request: Self::Item) -> Option<Self::Item> {
-                crate::blk_mq::Parked::put(self, request)
-            }
-
-            fn take(&self) -> Option<Self::Item> {
-                crate::blk_mq::Parked::take(self)
-            }
-        }
-
-        impl crate::ownership::Commands for $module::Slot<crate::blk_mq::Parked> {
-            fn new() -> Self {
-                $module::Slot::new(crate::blk_mq::Parked::empty())
-            }
-
-            fn start(&self, connection: u16, other: crate::blk_mq::Request) -> u32 {
-                self.start(connection, other)
-            }
-
-            fn claim(&self, generation: u32, connection: u16) -> Option<crate::blk_mq::Request> {
-                self.claim(generation, connection).ok()
-            }
-
-            fn reclaim(&self, connection: u16) -> Option<crate::blk_mq::Request> {
-                self.reclaim(connection)
-            }
-
-            fn put_back(&self, other: crate::blk_mq::Request) {
-                self.put_back(other)
-            }
-        }
-    };
-}
-pub(crate) use commands;
-commands!(rnbd_cmd);
-
-/// Runs `model` once for each interleaving; where `preemptions` are given, for each in which no more
-/// threads than that are interrupted by another one where they could have gone on.
-pub(crate) fn explore(model: fn(), preemptions: Option<usize>) {
-    let runs = Arc::new(AtomicUsize::new(0));
-    let counted = runs.clone();
-    let mut builder = Builder::new();
-    builder.preemption_bound = preemptions;
-    builder.check(move || {
-        counted.fetch_add(1, Ordering::Relaxed);
-        model();
-    });
-    println!("{} interleavings", runs.load(Ordering::Relaxed));
-}
-
-/// Tests that run models over `rnbd_cmd.rs`.
-macro_rules! models {
-    ($($model:ident $(within $preemptions:literal preemptions)?),+ $(,)?) => {
-        mod hold {
-            $(
-                #[test]
-                fn $model() {
-                    let preemptions: &[usize] = &[$($preemptions)?];
-                    crate::ownership::explore(
-                        super::$model::<crate::rnbd_cmd::Slot<crate::blk_mq::Parked>>,
-                        preemptions.first().copied(),
-                    );
-                }
-            )+
-        }
-    };
-}
-pub(crate) use models;
+use loom::thread::{self, JoinHandle};
+use std::sync::Arc;
 
 /// A tag and its slot: what the contenders share.
 struct Shared<S> {
@@ -115,7 +27,7 @@ impl<S: Commands> Shared<S> {
     }
 
     /// Puts a command in flight; returns the transmit side's handle and the generation.
-    fn start(&self, connection: u16) -> (Request, u32) {
+    fn start(&self, connection: u16) -> (Unsent, u32) {
         let (transmit, other) = self.tag.start();
         (transmit, self.slot.start(connection, other))
     }
@@ -140,18 +52,18 @@ impl<S: Commands> Shared<S> {
 }
 
 /// Completes what a reply has claimed; returns whether it has claimed anything.
-fn complete(claimed: Option<Request>) -> bool {
+fn complete(claimed: Option<Unanswered>) -> bool {
     claimed.map(|r| r.decide(Verdict::Complete)).is_some()
 }
 
 /// Sends a write: its data is read until the transmit side lets go.
-fn send(transmit: Request) {
-    transmit.read_pages();
+fn send(transmit: Unsent) {
+    transmit.0.read_pages();
 }
 
 /// A server that answers a write before it has read it cannot make pages go that are being sent.
-fn write_is_answered_while_it_is_sent<S: Commands>() {
-    let shared = Shared::<S>::new();
+fn write_is_answered_while_it_is_sent<P: Parts>() {
+    let shared = Shared::<P::Slot>::new();
     let (transmit, generation) = shared.start(0);
     let reply = shared.reply(generation, 0);
     send(transmit);
@@ -160,12 +72,12 @@ fn write_is_answered_while_it_is_sent<S: Commands>() {
 }
 
 /// A read's data comes in before the transmit side has let go, which does not touch it.
-fn read_is_answered_while_it_is_sent<S: Commands>() {
-    let shared = Shared::<S>::new();
+fn read_is_answered_while_it_is_sent<P: Parts>() {
+    let shared = Shared::<P::Slot>::new();
     let (transmit, generation) = shared.start(0);
     let reply = shared.spawn(move |slot| {
         let request = slot.claim(generation, 0).expect("a good reply was refused");
-        request.write_pages();
+        request.0.write_pages();
         request.decide(Verdict::Complete);
     });
     drop(transmit);
@@ -174,8 +86,8 @@ fn read_is_answered_while_it_is_sent<S: Commands>() {
 }
 
 /// A reply and the death of the connection: one of the two decides, and the command ends as it says.
-fn reply_or_death<S: Commands>() {
-    let shared = Shared::<S>::new();
+fn reply_or_death<P: Parts>() {
+    let shared = Shared::<P::Slot>::new();
     let (transmit, generation) = shared.start(0);
     let reply = shared.reply(generation, 0);
     let death = shared.reap(0);
@@ -191,8 +103,8 @@ fn reply_or_death<S: Commands>() {
 
 /// A reply that fault injection has the receiver forget leaves the command where it was: nobody else
 /// gets it, and it goes with its connection, which the receiver itself clears away.
-fn forgotten_reply<S: Commands>() {
-    let shared = Shared::<S>::new();
+fn forgotten_reply<P: Parts>() {
+    let shared = Shared::<P::Slot>::new();
     let (transmit, generation) = shared.start(0);
     let receiver = shared.spawn(move |slot| {
         slot.put_back(slot.claim(generation, 0).expect("a good reply was refused"));
@@ -207,8 +119,8 @@ fn forgotten_reply<S: Commands>() {
 }
 
 /// Of two equal replies, even at once, one is accepted; a third one is not.
-fn repeated_reply<S: Commands>() {
-    let shared = Shared::<S>::new();
+fn repeated_reply<P: Parts>() {
+    let shared = Shared::<P::Slot>::new();
     let (transmit, generation) = shared.start(0);
     let first = shared.reply(generation, 0);
     let second = shared.reply(generation, 0);
@@ -223,8 +135,8 @@ fn repeated_reply<S: Commands>() {
 
 /// A server may guess the cookie of a command that is just being started. Its reply is accepted or
 /// not, but the command is not lost.
-pub(crate) fn reply_to_a_command_that_is_being_started<S: Commands>() {
-    let shared = Shared::<S>::new();
+pub(crate) fn reply_to_a_command_that_is_being_started<P: Parts>() {
+    let shared = Shared::<P::Slot>::new();
     let guess = shared.reply(1, 0);
     let (transmit, generation) = shared.start(0);
     assert_eq!(generation, 1, "the guess was meant to be a good one");
@@ -238,8 +150,8 @@ pub(crate) fn reply_to_a_command_that_is_being_started<S: Commands>() {
 
 /// What is in flight on one connection is out of reach for the others: for their servers, which may
 /// know its cookie, and for their deaths.
-pub(crate) fn reply_and_death_of_another_connection<S: Commands>() {
-    let shared = Shared::<S>::new();
+pub(crate) fn reply_and_death_of_another_connection<P: Parts>() {
+    let shared = Shared::<P::Slot>::new();
     let (transmit, generation) = shared.start(0);
     let reply = shared.reply(generation, 1);
     let death = shared.reap(1);
@@ -255,8 +167,8 @@ pub(crate) fn reply_and_death_of_another_connection<S: Commands>() {
 
 /// The tag goes to its next command, on the same connection, while the first one's reply is
 /// repeated.
-pub(crate) fn old_reply_after_reuse_of_the_tag<S: Commands>() {
-    let shared = Shared::<S>::new();
+pub(crate) fn old_reply_after_reuse_of_the_tag<P: Parts>() {
+    let shared = Shared::<P::Slot>::new();
     let (transmit, generation) = shared.start(0);
     let replies = shared.spawn(move |slot| {
         let first = complete(slot.claim(generation, 0));
@@ -264,7 +176,7 @@ pub(crate) fn old_reply_after_reuse_of_the_tag<S: Commands>() {
         complete(slot.claim(generation, 0))
     });
     send(transmit);
-    shared.tag.wait_ended(1);
+    shared.tag.wait_ended();
 
     let (transmit, generation) = shared.start(0);
     send(transmit);
@@ -276,13 +188,13 @@ pub(crate) fn old_reply_after_reuse_of_the_tag<S: Commands>() {
 
 /// A command is lost with its connection and sent on another one, while the lost connection still
 /// gets the reply to it.
-fn reply_after_requeue_to_another_connection<S: Commands>() {
-    let shared = Shared::<S>::new();
+fn reply_after_requeue_to_another_connection<P: Parts>() {
+    let shared = Shared::<P::Slot>::new();
     let (transmit, generation) = shared.start(0);
     let late = shared.reply(generation, 0);
     let death = shared.reap(0);
     send(transmit);
-    let mut expected = vec![shared.tag.wait_ended(1)];
+    let mut expected = vec![shared.tag.wait_ended()];
 
     if expected == [Verdict::Requeue] {
         let (transmit, generation) = shared.start(1);

@@ -1,0 +1,264 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Who sends what waits: whoever has the lock, for all, or a work item when there is room again. Nothing
+//! dies here. The steps are in `connection`.
+
+use crate::{
+    connection::{Conditions, Connection, LeftOut, Table},
+    parts::{Commands, Module, Parts, explore, models},
+};
+use loom::thread::{self, JoinHandle};
+use std::sync::Arc;
+
+struct Sender<P: Parts> {
+    table: Arc<Table<P>>,
+    connection: Connection<P>,
+}
+
+impl<P: Parts> Sender<P> {
+    fn new(left_out: LeftOut, tags: usize, limit: Option<usize>) -> Arc<Self> {
+        let table = Table::new(left_out, tags);
+        let conditions = Conditions {
+            limit,
+            ..Conditions::default()
+        };
+        Arc::new(Sender {
+            connection: Connection::new(0, &table, conditions),
+            table,
+        })
+    }
+
+    fn spawn(self: &Arc<Self>, run: impl FnOnce(&Self) + 'static) -> JoinHandle<()> {
+        let sender = self.clone();
+        thread::spawn(move || run(&sender))
+    }
+
+    fn submit(&self, tag: usize) {
+        self.push(tag);
+        self.connection.kick();
+    }
+
+    fn push(&self, tag: usize) {
+        let (transmit, other) = self.table.tags[tag].start();
+        self.table.slots[tag].start(0, other);
+        assert!(self.connection.push(transmit).is_ok());
+    }
+
+    /// The connection's work item for sending.
+    fn work(self: &Arc<Self>) -> JoinHandle<()> {
+        self.spawn(|s| {
+            while s.connection.transmit_work.wait_queued() {
+                s.connection.transmit_work();
+            }
+        })
+    }
+
+    /// What was sent is answered.
+    fn answer(&self) {
+        self.connection.leave();
+        self.connection.receive_work();
+    }
+}
+
+/// Two tasks submit at the same time: both commands are sent, though one task may have done it all.
+fn the_last_command_is_sent_without<P: Parts>(left_out: LeftOut) {
+    let sender = Sender::<P>::new(left_out, 2, None);
+    let other = sender.spawn(|s| s.submit(1));
+    sender.submit(0);
+    other.join().unwrap();
+    assert_eq!(sender.connection.sent().0, 2, "a command was not sent");
+    sender.answer();
+}
+
+pub(crate) fn the_last_command_is_sent<P: Parts>() {
+    the_last_command_is_sent_without::<P>(LeftOut::Nothing);
+}
+
+/// The same where one of them leaves the sending to the work item.
+fn what_is_left_to_the_work_item_is_sent_without<P: Parts>(left_out: LeftOut) {
+    let sender = Sender::<P>::new(left_out, 2, None);
+    let worker = sender.work();
+    let other = sender.spawn(|s| {
+        s.push(1);
+        s.connection.queue_transmit();
+    });
+    sender.submit(0);
+    other.join().unwrap();
+    sender.connection.transmit_work.stop();
+    worker.join().unwrap();
+    assert_eq!(sender.connection.sent().0, 2, "a command was not sent");
+    sender.answer();
+}
+
+fn what_is_left_to_the_work_item_is_sent<P: Parts>() {
+    what_is_left_to_the_work_item_is_sent_without::<P>(LeftOut::Nothing);
+}
+
+/// The user says goodbye while a task submits.
+fn the_goodbye_is_sent_without<P: Parts>(left_out: LeftOut) {
+    let sender = Sender::<P>::new(left_out, 1, None);
+    let user = sender.spawn(|s| s.connection.say_goodbye());
+    sender.submit(0);
+    user.join().unwrap();
+    assert_eq!(sender.connection.sent(), (1, 1), "the goodbye was not sent");
+    sender.answer();
+}
+
+fn the_goodbye_is_sent<P: Parts>() {
+    the_goodbye_is_sent_without::<P>(LeftOut::Nothing);
+}
+
+/// The socket is full, and an acknowledgement makes room, while a command is submitted: it is sent, by
+/// whomever, although nothing comes after it.
+fn room_is_noticed_without<P: Parts>(left_out: LeftOut) {
+    let sender = Sender::<P>::new(left_out, 1, Some(1));
+    let worker = sender.work();
+    let network = sender.spawn(|s| s.connection.acknowledge());
+    sender.submit(0);
+    network.join().unwrap();
+    sender.connection.transmit_work.stop();
+    worker.join().unwrap();
+    assert_eq!(sender.connection.sent().0, 1, "a command was not sent");
+    sender.answer();
+}
+
+fn room_is_noticed<P: Parts>() {
+    room_is_noticed_without::<P>(LeftOut::Nothing);
+}
+
+/// The same with two commands, for which room is made one by one.
+fn room_for_two_is_noticed_without<P: Parts>(left_out: LeftOut) {
+    let sender = Sender::<P>::new(left_out, 2, Some(2));
+    let worker = sender.work();
+    let network = sender.spawn(|s| {
+        s.connection.acknowledge();
+        s.connection.acknowledge();
+    });
+    sender.push(0);
+    sender.submit(1);
+    network.join().unwrap();
+    sender.connection.transmit_work.stop();
+    worker.join().unwrap();
+    assert_eq!(sender.connection.sent().0, 2, "a command was not sent");
+    sender.answer();
+}
+
+fn room_for_two_is_noticed<P: Parts>() {
+    room_for_two_is_noticed_without::<P>(LeftOut::Nothing);
+}
+
+/// The same with two tasks that submit.
+fn room_for_both_is_noticed<P: Parts>() {
+    let sender = Sender::<P>::new(LeftOut::Nothing, 2, Some(2));
+    let worker = sender.work();
+    let network = sender.spawn(|s| {
+        s.connection.acknowledge();
+        s.connection.acknowledge();
+    });
+    let other = sender.spawn(|s| s.submit(1));
+    sender.submit(0);
+    other.join().unwrap();
+    network.join().unwrap();
+    sender.connection.transmit_work.stop();
+    worker.join().unwrap();
+    assert_eq!(sender.connection.sent().0, 2, "a command was not sent");
+    sender.answer();
+}
+
+models! {
+    the_last_command_is_sent,
+    what_is_left_to_the_work_item_is_sent within 4 preemptions,
+    the_goodbye_is_sent,
+    room_is_noticed,
+    room_for_two_is_noticed within 3 preemptions,
+    room_for_both_is_noticed within 2 preemptions,
+}
+
+#[test]
+#[should_panic(expected = "a command was not sent")]
+fn who_sends_must_look_again() {
+    explore(
+        || the_last_command_is_sent_without::<Module>(LeftOut::LookingAgain),
+        None,
+    );
+}
+
+#[test]
+#[should_panic(expected = "a command was not sent")]
+fn who_sends_must_look_again_for_the_work_item() {
+    explore(
+        || what_is_left_to_the_work_item_is_sent_without::<Module>(LeftOut::LookingAgain),
+        Some(4),
+    );
+}
+
+#[test]
+#[should_panic(expected = "a command was not sent")]
+fn who_looks_again_must_see_what_came_before() {
+    explore(
+        || the_last_command_is_sent_without::<Module>(LeftOut::BarrierBeforeLookingAgain),
+        None,
+    );
+}
+
+#[test]
+#[should_panic(expected = "the goodbye was not sent")]
+fn who_says_goodbye_must_be_seen() {
+    explore(
+        || the_goodbye_is_sent_without::<Module>(LeftOut::BarrierAfterGoodbye),
+        None,
+    );
+}
+
+#[test]
+#[should_panic(expected = "a command was not sent")]
+fn who_waits_for_room_must_look_for_it() {
+    explore(
+        || room_is_noticed_without::<Module>(LeftOut::LookingForRoom),
+        None,
+    );
+}
+
+#[test]
+#[should_panic(expected = "a command was not sent")]
+fn who_waits_for_room_must_say_so_first() {
+    explore(
+        || room_is_noticed_without::<Module>(LeftOut::WaitingBeforeLooking),
+        None,
+    );
+}
+
+#[test]
+#[should_panic(expected = "a command was not sent")]
+fn who_looks_for_room_must_have_said_that_it_waits() {
+    explore(
+        || room_is_noticed_without::<Module>(LeftOut::BarrierBeforeLookingForRoom),
+        None,
+    );
+}
+
+#[test]
+#[should_panic(expected = "a command was not sent")]
+fn who_tells_of_room_must_have_made_it() {
+    explore(
+        || room_is_noticed_without::<Module>(LeftOut::BarrierAfterRoom),
+        None,
+    );
+}
+
+#[test]
+#[should_panic(expected = "a command was not sent")]
+fn who_takes_its_turn_must_not_undo_what_comes_after() {
+    explore(
+        || room_for_two_is_noticed_without::<Module>(LeftOut::OrderingOfTurns),
+        Some(3),
+    );
+}
+
+#[test]
+#[should_panic(expected = "a command was not sent")]
+fn who_waits_for_room_must_not_be_undone_by_who_came_before() {
+    explore(
+        || room_for_two_is_noticed_without::<Module>(LeftOut::OrderingOfWaiting),
+        Some(3),
+    );
+}
