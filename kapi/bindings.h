@@ -24,6 +24,7 @@
 //bindgen: --allowlist-function lock_sock_nested
 //bindgen: --allowlist-function release_sock
 //bindgen: --allowlist-function tcp_read_sock
+//bindgen: --allowlist-function tcp_stream_memory_free
 
 /* Macros with casts, which bindgen cannot read. Kbuild strips the prefix from their names. */
 #define RNBD_CONST(type, name) const type RNBD_CONST_##name = (__force type)name

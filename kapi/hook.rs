@@ -10,7 +10,7 @@ use super::{
     lock_class::LockClass,
     mq::Unanswered,
     payload::Payload,
-    sock::{has_data, Socket},
+    sock::{has_data, has_upper_layer, Socket},
     task::ModuleRef,
 };
 use core::{marker::PhantomData, mem::MaybeUninit};
@@ -328,7 +328,7 @@ unsafe extern "C" fn write_space<T: Events>(sk: *mut bindings::sock) {
     unsafe {
         with_hook::<T, _>(sk, |hook| {
             // TLS may have taken more than there was room for, and now sends the rest.
-            let below_tls = !is_unix(sk) && !is_plain_tcp(sk);
+            let below_tls = !is_unix(sk) && has_upper_layer(sk);
             if let Some(saved) = hook.write_space.filter(|_| below_tls) {
                 saved(sk);
             }

@@ -189,21 +189,48 @@ impl Socket {
         }
     }
 
-    /// Whether enough room has become free that sending again is worth it
-    /// (`sk_stream_is_writeable()`, `unix_writable()`).
+    /// Whether there is an upper layer protocol on top of TCP, such as TLS. It can come at any time; once it
+    /// is there it stays until the socket goes.
+    #[expect(dead_code)]
+    pub(crate) fn has_upper_layer(&self) -> bool {
+        // SAFETY: By the type invariant `sk` is valid.
+        self.is_tcp() && unsafe { has_upper_layer(self.sk()) }
+    }
+
+    /// Whether the socket takes something if it is sent now (`sk_stream_is_writeable()`,
+    /// `unix_writable()`). May be out of date at once; that there is room is announced by
+    /// [`Events::writable`](super::hook::Events::writable), where [`Self::has_room_to_wake()`] then says
+    /// so too.
     pub(crate) fn has_room(&self) -> bool {
+        self.is_writeable(false)
+    }
+
+    /// Whether so much room has become free that it is worth to wake up who waits for it, as
+    /// `sk_stream_write_space()` asks. The same as [`Self::has_room()`], but that with
+    /// `TCP_NOTSENT_LOWAT` no more than half of that is unsent.
+    #[expect(dead_code)]
+    pub(crate) fn has_room_to_wake(&self) -> bool {
+        self.is_writeable(true)
+    }
+
+    fn is_writeable(&self, wake: bool) -> bool {
         let sk = self.sk();
-        // SAFETY: By the type invariant `sk` is valid; these are looked at without its lock in C too.
-        unsafe {
-            let limit = (&raw const (*sk).sk_sndbuf).read_volatile();
-            if self.family() == bindings::AF_UNIX {
-                let used = (&raw const (*sk).sk_wmem_alloc.refs.counter).read_volatile();
-                used.saturating_mul(4) <= limit
-            } else {
-                let used = (&raw const (*sk).sk_wmem_queued).read_volatile();
-                limit.saturating_sub(used) >= used >> 1
-            }
+        // SAFETY: By the type invariant `sk` is valid; C reads the limit without a lock, too.
+        let limit = unsafe { (&raw const (*sk).sk_sndbuf).read_volatile() };
+        if self.family() == bindings::AF_UNIX {
+            // SAFETY: `sk` is valid; `refcount_read()` is a plain read as well.
+            let used = unsafe { (&raw const (*sk).sk_wmem_alloc.refs.counter).read_volatile() };
+            return used.saturating_mul(4) <= limit;
         }
+        // SAFETY: `sk` is valid; `sk_stream_wspace()` reads it without a lock, too.
+        let used = unsafe { (&raw const (*sk).sk_wmem_queued).read_volatile() };
+        if used >= limit || limit.saturating_sub(used) < used >> 1 {
+            return false;
+        }
+        // SAFETY: What is neither UNIX nor another kind is TCP by the type invariant, and this is the
+        // `stream_memory_free()` of all that TCP is or has on top. It is called without a lock in C, too.
+        // kernel::bindings' and our `struct sock` are the same type in C.
+        unsafe { bindings::tcp_stream_memory_free(sk.cast(), i32::from(wake)) }
     }
 
     /// Ends the connection: nothing more is sent or received. May sleep.
@@ -248,6 +275,21 @@ impl Drop for Socket {
         // SAFETY: By the type invariant we hold a reference to the file (`sockfd_put()`).
         unsafe { bindings::fput((*self.socket.as_ptr()).file) };
     }
+}
+
+/// Whether there is an upper layer protocol on top of TCP.
+///
+/// # Safety
+///
+/// `sk` must be a TCP socket, valid during the call.
+pub(super) unsafe fn has_upper_layer(sk: *mut bindings::sock) -> bool {
+    // SAFETY: A TCP socket is a `struct inet_connection_sock`; the pointer in it is only compared.
+    let ops = unsafe {
+        sk.byte_add(bindings::OFFSET_ULP_OPS)
+            .cast::<*const u8>()
+            .read_volatile()
+    };
+    !ops.is_null()
 }
 
 /// Whether something lies in a socket that was not received yet.
