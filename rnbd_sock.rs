@@ -66,19 +66,24 @@ pub(crate) struct Connection {
     #[pin]
     receive_work: Work<Connection, 1>,
     #[pin]
-    transmit_work: DelayedWork<Connection, 2>,
+    transmit_work: Work<Connection, 2>,
     #[pin]
     link_dead_work: Work<Connection, 3>,
+    #[pin]
+    retry_work: DelayedWork<Connection, 4>,
 }
 
 impl_has_work! {
     impl HasWork<Self, 1> for Connection { self.receive_work }
 }
-impl_has_delayed_work! {
-    impl HasDelayedWork<Self, 2> for Connection { self.transmit_work }
+impl_has_work! {
+    impl HasWork<Self, 2> for Connection { self.transmit_work }
 }
 impl_has_work! {
     impl HasWork<Self, 3> for Connection { self.link_dead_work }
+}
+impl_has_delayed_work! {
+    impl HasDelayedWork<Self, 4> for Connection { self.retry_work }
 }
 
 impl WorkItem<1> for Connection {
@@ -103,6 +108,14 @@ impl WorkItem<3> for Connection {
     /// Tells user space that the connection is dead. Not on the queue of the I/O: it may wait for memory.
     fn run(this: Arc<Connection>) {
         rnbd_events::link_dead(this.table.device);
+    }
+}
+
+impl WorkItem<4> for Connection {
+    type Pointer = Arc<Connection>;
+
+    fn run(this: Arc<Connection>) {
+        this.as_arc_borrow().transmit_work();
     }
 }
 
@@ -155,8 +168,9 @@ impl Connection {
                 sending <- sending,
                 receive: TryLock::new(receive),
                 receive_work <- new_work!("rnbd::receive"),
-                transmit_work <- new_delayed_work!("rnbd::transmit"),
+                transmit_work <- new_work!("rnbd::transmit"),
                 link_dead_work <- new_work!("rnbd::link_dead"),
+                retry_work <- new_delayed_work!("rnbd::retry"),
             }),
             GFP_KERNEL,
         )?;

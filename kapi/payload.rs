@@ -3,7 +3,7 @@
 
 use super::{
     bindings,
-    mq::{Op, Side, Unanswered},
+    mq::{Side, Unanswered},
 };
 use kernel::prelude::*;
 

@@ -191,7 +191,6 @@ impl Socket {
 
     /// Whether there is an upper layer protocol on top of TCP, such as TLS. It can come at any time; once it
     /// is there it stays until the socket goes.
-    #[expect(dead_code)]
     pub(crate) fn has_upper_layer(&self) -> bool {
         // SAFETY: By the type invariant `sk` is valid.
         self.is_tcp() && unsafe { has_upper_layer(self.sk()) }
@@ -208,7 +207,6 @@ impl Socket {
     /// Whether so much room has become free that it is worth to wake up who waits for it, as
     /// `sk_stream_write_space()` asks. The same as [`Self::has_room()`], but that with
     /// `TCP_NOTSENT_LOWAT` no more than half of that is unsent.
-    #[expect(dead_code)]
     pub(crate) fn has_room_to_wake(&self) -> bool {
         self.is_writeable(true)
     }

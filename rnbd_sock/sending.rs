@@ -68,6 +68,8 @@ impl Submitter {
 enum Stop {
     /// There is nothing to do.
     Idle,
+    /// The current task has a signal, for which TLS does not wait for its lock. A work item has none.
+    Signal,
     /// There may be more; somebody else should have a turn.
     Budget,
     /// The socket takes no more now.
@@ -120,15 +122,19 @@ impl Connection {
         self.sending.backlog.push(request)
     }
 
-    /// Has sent what waits: at once where `urgent` or nothing else is going on, or else by a work item,
+    /// Sends what waits: at once where `urgent` or nothing else is going on, or else by a work item,
     /// so that what follows soon can go with it in one call. May sleep.
     pub(crate) fn kick(self: ArcBorrow<'_, Self>, urgent: bool) {
         let goes_on = self.sending.submitter.goes_on();
+        // Pairs with `take_turn()`, and with the exchange in `List::push()` before this.
         if self.sending.full.load(Acquire) {
             return;
         }
-        if !urgent && (goes_on || self.traffic.awaited() > 0) {
-            self.queue_transmit(0);
+        // TLS takes locks of its own, which whoever submits may be in the way of: nvme-tcp leaves its
+        // sends to a work item, too.
+        let by_work = self.socket.has_upper_layer();
+        if by_work || (!urgent && (goes_on || self.traffic.awaited() > 0)) {
+            self.queue_transmit();
         } else {
             self.transmit_backlog();
         }
@@ -137,6 +143,8 @@ impl Connection {
     /// Sends a disconnect after what is being sent now. May sleep.
     pub(crate) fn say_goodbye(self: ArcBorrow<'_, Self>) {
         self.sending.say_goodbye.store(true, Release);
+        // Who has the lock looks again afterwards: pairs with the barrier in `transmit_backlog()`.
+        smp_mb(Full);
         // At once: the socket is ended soon.
         if !self.sending.full.load(Acquire) {
             self.transmit_backlog();
@@ -145,24 +153,33 @@ impl Connection {
 
     /// The socket tells of room. Returns whether that was waited for.
     pub(super) fn room_came(self: ArcBorrow<'_, Self>) -> bool {
-        if !self.sending.full.load(Relaxed) || !self.socket.has_room() {
+        // Pairs with the barrier in `wait_for_room()`: either the flag is seen here, or the room there. A
+        // UNIX socket's room was made with no more than release ordering (`sock_wfree()`).
+        smp_mb(Full);
+        if !self.sending.full.load(Relaxed) || !self.socket.has_room_to_wake() {
             return false;
         }
-        self.queue_transmit(0);
+        self.queue_transmit();
         true
     }
 
     /// The work item.
     pub(super) fn transmit_work(self: ArcBorrow<'_, Self>) {
-        self.sending.full.store(false, Release);
+        self.take_turn();
         self.transmit_backlog();
     }
 
-    fn queue_transmit(self: ArcBorrow<'_, Self>, delay_ms: u32) {
-        let delay = msecs_to_jiffies(delay_ms);
+    fn queue_transmit(self: ArcBorrow<'_, Self>) {
+        // Where it is queued already it will see whatever we have seen.
+        let _ = wq::IO.get().enqueue::<Arc<Self>, 2>(self.into());
+    }
+
+    /// A work item of its own, so that it cannot hold up one that is not to wait.
+    fn queue_retry(self: ArcBorrow<'_, Self>) {
+        let delay = msecs_to_jiffies(NO_MEMORY_DELAY_MS);
         let _ = wq::IO
             .get()
-            .enqueue_delayed::<Arc<Self>, 2>(self.into(), delay);
+            .enqueue_delayed::<Arc<Self>, 4>(self.into(), delay);
     }
 
     /// Sends until nothing waits. Whoever has the lock sends for all.
@@ -181,7 +198,7 @@ impl Connection {
             drop(outbox);
             match stop {
                 Ok(Stop::Idle) => {}
-                Ok(Stop::Budget) => return self.queue_transmit(0),
+                Ok(Stop::Budget | Stop::Signal) => return self.queue_transmit(),
                 Ok(Stop::Full { sent_some }) => {
                     refused = if sent_some { 0 } else { refused + 1 };
                     if !self.wait_for_room(refused) {
@@ -208,6 +225,13 @@ impl Connection {
         outbox.transmit.is_empty() && self.traffic.awaited() == 0
     }
 
+    /// Whoever queues a command from here on may send it. Full ordering: who has queued one before and
+    /// still saw the socket full has left it to the caller, who is to find it, or else to find that
+    /// somebody has the lock who will.
+    fn take_turn(&self) {
+        self.sending.full.xchg(false, Full);
+    }
+
     fn has_backlog(&self) -> bool {
         !self.sending.backlog.is_empty() || self.sending.say_goodbye.load(Acquire)
     }
@@ -216,17 +240,18 @@ impl Connection {
     /// rest sent when it can be. Returns whether that is now.
     fn wait_for_room(self: ArcBorrow<'_, Self>, refused: u32) -> bool {
         self.sending.full.store(true, Release);
-        // Room that became free before this was not announced to us; what comes after it is.
+        // Room that became free before this was not announced to us; what comes after it is. Pairs with
+        // the barrier in `room_came()`.
         smp_mb(Full);
         if !self.socket.has_room() {
             return false;
         }
         if refused > 1 {
             // There is room, and still it takes nothing: it wants for memory, which nobody announces.
-            self.queue_transmit(NO_MEMORY_DELAY_MS);
+            self.queue_retry();
             return false;
         }
-        self.sending.full.store(false, Release);
+        self.take_turn();
         true
     }
 
@@ -251,6 +276,7 @@ impl Connection {
             let sent = match outbox.transmit.send(&self.socket, more_waits) {
                 Ok(sent) => sent,
                 Err(e) if e == EAGAIN => return Ok(Stop::Full { sent_some: false }),
+                Err(e) if e == EINTR || e == ERESTARTSYS => return Ok(Stop::Signal),
                 Err(e) => return Err(e),
             };
             self.traffic.sent(sent.bytes, sent.requests);

@@ -155,6 +155,11 @@ impl Plan {
     /// Connects, and does not wait for anything.
     pub fn start(&self, server: &Server) -> Client {
         let sockets = (0..self.connections).map(|_| self.socket(server)).collect();
+        self.start_over(sockets)
+    }
+
+    /// As [`Self::start`], over connections that are there already.
+    pub fn start_over(&self, sockets: Vec<OwnedFd>) -> Client {
         Client::start(self, sockets)
     }
 
@@ -238,7 +243,7 @@ impl Client {
         }
     }
 
-    fn wait_ready(&self, size: u64) {
+    pub fn wait_ready(&self, size: u64) {
         wait_connected(self.index, self.tid, size);
     }
 

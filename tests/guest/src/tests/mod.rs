@@ -16,6 +16,7 @@ mod integrity;
 mod io;
 mod ioctl;
 mod journals;
+mod late_writes;
 mod limits;
 mod long;
 mod module;
@@ -49,6 +50,7 @@ pub fn all() -> Vec<Test> {
         hostile_user::tests(),
         timeouts::tests(),
         endings::tests(),
+        late_writes::tests(),
         signals::tests(),
         tls::tests(),
         netlink::tests(),

@@ -22,7 +22,7 @@ use crate::netlink::{Netlink, Setup};
 use crate::programs::{sh, try_sh};
 use crate::proto::Command;
 use crate::server::{Server, Transport, ok};
-use crate::sys::Buffer;
+use crate::sys::{Buffer, set_socket_option};
 use crate::test;
 use crate::volatile::{Honesty, Host};
 
@@ -40,6 +40,7 @@ pub fn tests() -> Vec<Test> {
         test!(a_firewall_forgets_connections),
         test!(the_window_is_closed),
         test!(a_byte_at_a_time),
+        test!(little_may_be_unsent),
     ]
 }
 
@@ -345,6 +346,48 @@ fn the_window_is_closed(_: &Guest) {
         }
     });
     finish(&bench, findings);
+}
+
+/// With `TCP_NOTSENT_LOWAT`, or the system's `tcp_notsent_lowat`, a socket takes little ahead of what the
+/// congestion window lets go. Whoever sends has to wait for that, not for a time.
+fn little_may_be_unsent(_: &Guest) {
+    const TCP_NOTSENT_LOWAT: i32 = 25;
+    const LEN: usize = 1 << 20;
+    let took = |unsent: Option<u32>| {
+        let path = Path::new("left", 1);
+        let server = Server::new();
+        let socket = path.connect(|socket| server.serve_socket(socket)).unwrap();
+        if let Some(bytes) = unsent {
+            let value = bytes.to_ne_bytes();
+            set_socket_option(&socket, libc::IPPROTO_TCP, TCP_NOTSENT_LOWAT, &value)
+                .expect("TCP_NOTSENT_LOWAT");
+        }
+        let netlink = Netlink::open();
+        let setup = Setup::new(8 * LEN as u64).index(0).sockets([socket]);
+        assert_eq!(netlink.connect(&setup), Ok(0));
+        drop(setup);
+        let direct = device::open(0, libc::O_DIRECT).expect("the device");
+        path.netem("delay 5ms");
+        let data = Buffer::filled(LEN, |data| pattern(1, 0, data));
+        // The congestion window grows.
+        direct.write_all_at(&data, 0).expect("to write");
+        let began = Instant::now();
+        for part in 1..8 {
+            direct
+                .write_all_at(&data, part * LEN as u64)
+                .expect("to write");
+        }
+        let took = began.elapsed();
+        path.heal();
+        assert!(server.peek(7 * LEN as u64, LEN) == *data);
+        drop(direct);
+        netlink.disconnect(0).unwrap();
+        super::integrity::wait_free(&netlink, 0);
+        took
+    };
+    let (usual, little) = (took(None), took(Some(4096)));
+    say(&format!("with little unsent {little:?}, else {usual:?}"));
+    assert!(little < 4 * usual + Duration::from_secs(1), "it dragged on");
 }
 
 /// So much of a reply comes byte by byte.

@@ -4,17 +4,21 @@
 
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
 use rustix::io::Errno;
+use rustix::net::SendFlags;
+use rustix::thread::gettid;
 
 use crate::device::{Plan, Rig, assert_usable, errno, pattern};
-use crate::harness::{Guest, Test};
+use crate::harness::{Guest, Test, Until};
 use crate::programs::sh;
 use crate::proto::{REPLY_LEN, Request};
-use crate::server::{Conn, Transport};
-use crate::sys::Buffer;
+use crate::server::{Conn, Server, Transport};
+use crate::sys::{self, Buffer};
 use crate::test;
 
 pub fn tests() -> Vec<Test> {
@@ -26,6 +30,7 @@ pub fn tests() -> Vec<Test> {
         test!(many_at_a_time),
         test!(closed_in_the_middle_of_the_data),
         test!(stuck_servers_time_out),
+        test!(signals_do_no_harm),
     ]
 }
 
@@ -54,6 +59,53 @@ fn data_of_many_sizes(_: &Guest) {
         write_and_read_back(&rig, round as u64, 4096, len * KIB);
     }
     assert_eq!(rig.disconnect(), Ok(0));
+}
+
+/// TLS waits for the lock of its senders interruptibly, whatever the flags: somebody else who sends on the
+/// socket, and a signal for whoever submits, must not end the connection.
+fn signals_do_no_harm(_: &Guest) {
+    const ROUNDS: u64 = 600;
+    sh("modprobe tls");
+    sys::handle_and_ignore(libc::SIGUSR1, false);
+    let server = Server::new();
+    let plan = plan();
+    let socket = server.connect(Transport::Tls);
+    let others = socket.try_clone().unwrap();
+    let client = plan.start_over(vec![socket]);
+    client.wait_ready(16 << 20);
+    let rig = Rig {
+        server,
+        client,
+        index: 0,
+    };
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let _done = Until(&done);
+        for _ in 0..2 {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    // Nothing, but with the lock.
+                    let _ = rustix::net::send(&others, &[], SendFlags::NOSIGNAL);
+                }
+            });
+        }
+        let (say_tid, tid) = mpsc::channel();
+        let rig = &rig;
+        let writer = scope.spawn(move || {
+            let direct = rig.direct();
+            say_tid.send(gettid()).unwrap();
+            let data = Buffer::new(4 * KIB);
+            for round in 0..ROUNDS {
+                direct.write_all_at(&data, round * 4096).expect("to write");
+            }
+        });
+        let tid = tid.recv().unwrap();
+        while !writer.is_finished() {
+            sys::signal_thread(tid, libc::SIGUSR1);
+            thread::sleep(Duration::from_micros(100));
+        }
+        writer.join().unwrap();
+    });
 }
 
 /// Each piece is a record of its own.

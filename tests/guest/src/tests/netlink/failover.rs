@@ -12,19 +12,21 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 
 use super::{MIB, move_data, read_one};
-use crate::device::{Plan, USUAL_FLAGS, assert_pattern, pattern};
+use crate::device::{Plan, SOON, USUAL_FLAGS, assert_pattern, pattern};
 use crate::driver::Driver;
-use crate::harness::{Guest, Test, run_on};
+use crate::harness::{Guest, Test, Until, run_on, wait_until};
 use crate::netlink::{Link, Netlink, Setup};
-use crate::proto::{CAN_MULTI_CONN, Command, Request};
+use crate::proto::{self, CAN_MULTI_CONN, Command, Request};
 use crate::server::{Conn, Transport};
-use crate::sys::Buffer;
+use crate::sys::{Buffer, ioctl_number};
 use crate::test;
 
 pub fn tests() -> Vec<Test> {
     vec![
         test!(news_of_dead_connections),
+        test!(news_under_load),
         test!(reconfigure_revives_a_device),
+        test!(a_device_revived_after_nbd_disconnect_is_as_new),
         test!(reads_wait_for_a_new_connection),
         test!(requests_in_flight_are_sent_again),
         test!(requests_wait_no_longer_than_told),
@@ -54,6 +56,58 @@ fn news_of_dead_connections(_: &Guest) {
     let rig = Plan::new(MIB).attach();
     rig.server.kill();
     assert_eq!(news.expect_dead_link(), 0);
+}
+
+/// Whoever is to redial has to hear of each death, also where a request finds out first that there is no
+/// connection left.
+fn news_under_load(_: &Guest) {
+    let link = Setup::new(MIB).attach().settle();
+    let news = Netlink::listen();
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        for _ in 0..4 {
+            let (direct, done) = (link.direct(), &done);
+            scope.spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    // It fails while there is no connection.
+                    let _ = read_one(&direct, 0);
+                }
+            });
+        }
+        let _done = Until(&done);
+        for _ in 0..80 {
+            thread::sleep(Duration::from_millis(10));
+            link.kill_server();
+            assert_eq!(news.expect_dead_link(), link.index);
+            assert_eq!(link.revive(), Ok(()));
+        }
+    });
+    assert_eq!(news.dead_link(), None, "one each");
+}
+
+/// The user's wish to disconnect is fulfilled with the last connection.
+fn a_device_revived_after_nbd_disconnect_is_as_new(_: &Guest) {
+    let link = Setup::new(MIB).dead_timeout(20).attach().settle();
+    let direct = link.direct();
+    ioctl_number(&direct, proto::DISCONNECT, 0).expect("NBD_DISCONNECT");
+    let ended = wait_until(SOON, || link.server.living() == 0);
+    assert!(ended.is_ok(), "the server heard no goodbye");
+    // Until the driver has seen the end of the stream there is nothing to replace.
+    let revived = wait_until(SOON, || {
+        link.revive().expect("RECONFIGURE");
+        link.server.living() == 1 && read_one(&direct, 0).is_ok()
+    });
+    assert!(revived.is_ok(), "it was not revived");
+    let news = Netlink::listen();
+    link.kill_server();
+    assert_eq!(news.expect_dead_link(), link.index);
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| read_one(&direct, 0));
+        thread::sleep(Duration::from_millis(400));
+        assert!(!reader.is_finished(), "it was to wait");
+        assert_eq!(link.revive(), Ok(()));
+        assert_eq!(reader.join().unwrap(), Ok(()));
+    });
 }
 
 fn reconfigure_revives_a_device(_: &Guest) {
