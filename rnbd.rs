@@ -27,7 +27,12 @@ mod rnbd_table;
 mod rnbd_traffic;
 mod rnbd_translate;
 
-use kapi::{disk::Major, genl::Family, hook::Callbacks, task, wq};
+use kapi::{
+    disk::Major,
+    genl::{Group, Registration},
+    hook::Callbacks,
+    task, wq,
+};
 use kernel::{prelude::*, sync::Arc};
 use rnbd_dev::Layout;
 use rnbd_netlink::Netlink;
@@ -39,7 +44,7 @@ const DISK_MAX_PARTS: u64 = 256;
 /// Everything that the module holds, in the order in which it goes: first nobody can ask for anything
 /// any more, then the devices go, then what they work with.
 struct Rnbd {
-    _netlink: Pin<KBox<Family<Netlink>>>,
+    _netlink: Registration<Netlink>,
     _devices: AllDevices,
     _slow: wq::Running,
     _callbacks: Callbacks,
@@ -70,11 +75,13 @@ impl kernel::Module for Rnbd {
         })?;
         let io = wq::IO.start(c"rnbd", wq::Kind::Reclaim)?;
         let slow = wq::SLOW.start(c"rnbd-del", wq::Kind::Plain)?;
-        let registry = Registry::new(layout)?;
+        let events = Group::new(rnbd_events::GROUP)?;
+        let registry = Registry::new(layout, events.clone())?;
         let devices = AllDevices(registry.clone());
-        let netlink = Family::register(Netlink {
+        let netlink = Netlink {
             registry: registry.clone(),
-        })?;
+        };
+        let netlink = Registration::new(netlink, events)?;
         registry.with(|devices| {
             for index in 0..count {
                 // As nbd.c: the module loads with the devices that could be made. One may be there

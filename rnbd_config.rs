@@ -387,6 +387,7 @@ impl Device {
     fn start_locked(&self, config: &mut Config, timeout_jiffies: u32) -> Result<Arc<Session>> {
         let options = Options {
             device: self.index,
+            events: self.events.clone(),
             hw_queues: self.disk.hw_queues(),
             depth: QUEUE_DEPTH,
             flags: config.flags,

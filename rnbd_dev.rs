@@ -5,6 +5,7 @@
 use crate::{
     kapi::{
         disk::{BlockDevice, Disk, DiskRef, File, Numbers},
+        genl::Group,
         limits::{Features, FixedLimits},
         mq::{Dispatch, Expiry, NewRequest, Operations, Overdue, Queued, Status, TagSet},
         published::Published,
@@ -76,6 +77,8 @@ pub(crate) struct Device {
     graveyard: Arc<dyn Graveyard>,
     /// Where debugfs shows the devices.
     pub(crate) debugfs: Dir,
+    /// Where user space is told of dead connections.
+    pub(crate) events: Arc<Group>,
     /// The process that started the session, as sysfs shows it; 0 while there is none.
     pub(crate) pid: Atomic<i32>,
     /// What the user calls the image, as sysfs shows it.
@@ -93,6 +96,7 @@ pub(crate) fn add(
     index: u32,
     layout: Layout,
     debugfs: Dir,
+    events: Arc<Group>,
     graveyard: Arc<dyn Graveyard>,
 ) -> Result<Disk<Device>> {
     let tags = KBox::pin_init(TagSet::new(layout.hw_queues, QUEUE_DEPTH), GFP_KERNEL)?;
@@ -123,6 +127,7 @@ pub(crate) fn add(
             stuck_jiffies: layout.stuck_jiffies,
             graveyard,
             debugfs,
+            events,
             pid: Atomic::new(0),
             backend <- new_mutex!(None),
             session: disk.published(),

@@ -39,7 +39,6 @@ pub(crate) struct Netlink {
 impl Commands for Netlink {
     const NAME: &'static CStr = c"nbd";
     const VERSION: u32 = 1;
-    const GROUP: &'static CStr = c"nbd_mc_group";
     /// `nbd_attr_policy`
     const POLICY: &'static [Policy] = &[
         Policy::ANY,

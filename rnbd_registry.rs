@@ -2,7 +2,7 @@
 //! All devices: which there are, and how they come and go (nbd.c's `nbd_index_idr`).
 
 use crate::{
-    kapi::{disk::Disk, wq},
+    kapi::{disk::Disk, genl::Group, wq},
     rnbd_dev::{self, Device, Graveyard, Layout},
 };
 use kernel::{
@@ -26,6 +26,8 @@ pub(crate) struct Registry {
     layout: Layout,
     /// `/sys/kernel/debug/nbd`
     debugfs: Dir,
+    /// Where user space is told of dead connections.
+    events: Arc<Group>,
     /// Held while a device is added, removed or controlled by netlink; never by who holds a lock of a
     /// device.
     #[pin]
@@ -107,11 +109,12 @@ impl Graveyard for Registry {
 
 impl Registry {
     /// No device yet. May sleep.
-    pub(crate) fn new(layout: Layout) -> Result<Arc<Self>> {
+    pub(crate) fn new(layout: Layout, events: Arc<Group>) -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Registry {
                 layout,
                 debugfs: Dir::new(c"nbd"),
+                events,
                 devices <- new_mutex!(RBTree::new()),
                 sweep <- new_work!("rnbd::sweep"),
             }),
@@ -144,7 +147,8 @@ impl Registry {
     ) -> Result {
         let mut layout = self.layout;
         layout.hw_queues = hw_queues.unwrap_or(layout.hw_queues);
-        let disk = rnbd_dev::add(index, layout, self.debugfs.clone(), self.clone())?;
+        let (debugfs, events) = (self.debugfs.clone(), self.events.clone());
+        let disk = rnbd_dev::add(index, layout, debugfs, events, self.clone())?;
         devices.try_create_and_insert(index, Arc::new(disk, GFP_KERNEL)?, GFP_KERNEL)?;
         Ok(())
     }

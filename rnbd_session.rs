@@ -5,6 +5,7 @@
 use crate::{
     kapi::{
         disk::DiskRef,
+        genl::Group,
         mq::{
             Dispatch, Extent, NewRequest, Op, Outcome, Overdue, Queued, Status, Unanswered, Unsent,
         },
@@ -65,6 +66,8 @@ struct Owned {
 pub(crate) struct Options {
     /// The device's index.
     pub(crate) device: u32,
+    /// Where user space is told of dead connections.
+    pub(crate) events: Arc<Group>,
     /// The device's hardware queues, and the tags of each.
     pub(crate) hw_queues: u32,
     pub(crate) depth: u32,
@@ -93,6 +96,7 @@ impl Session {
     pub(crate) fn new(disk: &DiskRef, sockets: &[Socket], options: Options) -> Result<Arc<Self>> {
         let table = Table::new(
             options.device,
+            options.events,
             options.hw_queues,
             options.depth,
             options.timeout_jiffies,

@@ -107,7 +107,7 @@ impl WorkItem<3> for Connection {
 
     /// Tells user space that the connection is dead. Not on the queue of the I/O: it may wait for memory.
     fn run(this: Arc<Connection>) {
-        rnbd_events::link_dead(this.table.device);
+        rnbd_events::link_dead(&this.table.events, this.table.device);
     }
 }
 

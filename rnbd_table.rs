@@ -6,6 +6,7 @@
 
 use crate::{
     kapi::{
+        genl::Group,
         mq::{Outcome, Parked, Side, Status, Unanswered},
         task,
     },
@@ -42,6 +43,8 @@ const TAG_BITS: u32 = 16;
 pub(crate) struct Table {
     /// The device's index, for messages.
     pub(crate) device: u32,
+    /// Where user space is told of dead connections.
+    pub(crate) events: Arc<Group>,
     /// Limits what a bad server can write into the log.
     pub(crate) log: Ratelimit,
     depth: u32,
@@ -60,6 +63,7 @@ impl Table {
     /// A table for `connections` hardware queues of `depth` tags. May sleep.
     pub(crate) fn new(
         device: u32,
+        events: Arc<Group>,
         connections: u32,
         depth: u32,
         timeout_jiffies: u32,
@@ -72,6 +76,7 @@ impl Table {
         Arc::pin_init(
             pin_init!(Table {
                 device,
+                events,
                 log: Ratelimit::new(),
                 depth,
                 slots,
