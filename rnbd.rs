@@ -21,6 +21,7 @@ mod rnbd_proto;
 mod rnbd_registry;
 mod rnbd_ring;
 mod rnbd_session;
+mod rnbd_shared;
 mod rnbd_sock;
 mod rnbd_stream;
 mod rnbd_table;
@@ -37,6 +38,7 @@ use kernel::{prelude::*, sync::Arc};
 use rnbd_dev::Layout;
 use rnbd_netlink::Netlink;
 use rnbd_registry::Registry;
+use rnbd_shared::Shared;
 
 /// `DISK_MAX_PARTS`
 const DISK_MAX_PARTS: u64 = 256;
@@ -73,10 +75,15 @@ impl kernel::Module for Rnbd {
             pr_err!("cannot have major {}: is nbd.ko loaded?\n", rnbd_dev::MAJOR);
             EIO
         })?;
-        let io = wq::IO.start(c"rnbd", wq::Kind::Reclaim)?;
-        let slow = wq::SLOW.start(c"rnbd-del", wq::Kind::Plain)?;
+        let io = wq::Queue::start(c"rnbd", wq::Kind::Reclaim)?;
+        let slow = wq::Queue::start(c"rnbd-del", wq::Kind::Plain)?;
         let events = Group::new(rnbd_events::GROUP)?;
-        let registry = Registry::new(layout, events.clone())?;
+        let shared = Shared {
+            io: io.queue(),
+            slow: slow.queue(),
+            events: events.clone(),
+        };
+        let registry = Registry::new(layout, shared)?;
         let devices = AllDevices(registry.clone());
         let netlink = Netlink {
             registry: registry.clone(),

@@ -387,7 +387,7 @@ impl Device {
     fn start_locked(&self, config: &mut Config, timeout_jiffies: u32) -> Result<Arc<Session>> {
         let options = Options {
             device: self.index,
-            events: self.events.clone(),
+            shared: self.shared.clone(),
             hw_queues: self.disk.hw_queues(),
             depth: QUEUE_DEPTH,
             flags: config.flags,

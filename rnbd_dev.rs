@@ -5,7 +5,6 @@
 use crate::{
     kapi::{
         disk::{BlockDevice, Disk, DiskRef, File, Numbers},
-        genl::Group,
         limits::{Features, FixedLimits},
         mq::{Dispatch, Expiry, NewRequest, Operations, Overdue, Queued, Status, TagSet},
         published::Published,
@@ -14,6 +13,7 @@ use crate::{
     rnbd_config::Config,
     rnbd_ioctl,
     rnbd_session::Session,
+    rnbd_shared::Shared,
 };
 use kernel::{
     debugfs::Dir,
@@ -77,8 +77,8 @@ pub(crate) struct Device {
     graveyard: Arc<dyn Graveyard>,
     /// Where debugfs shows the devices.
     pub(crate) debugfs: Dir,
-    /// Where user space is told of dead connections.
-    pub(crate) events: Arc<Group>,
+    /// What all devices share.
+    pub(crate) shared: Shared,
     /// The process that started the session, as sysfs shows it; 0 while there is none.
     pub(crate) pid: Atomic<i32>,
     /// What the user calls the image, as sysfs shows it.
@@ -96,7 +96,7 @@ pub(crate) fn add(
     index: u32,
     layout: Layout,
     debugfs: Dir,
-    events: Arc<Group>,
+    shared: Shared,
     graveyard: Arc<dyn Graveyard>,
 ) -> Result<Disk<Device>> {
     let tags = KBox::pin_init(TagSet::new(layout.hw_queues, QUEUE_DEPTH), GFP_KERNEL)?;
@@ -127,7 +127,7 @@ pub(crate) fn add(
             stuck_jiffies: layout.stuck_jiffies,
             graveyard,
             debugfs,
-            events,
+            shared,
             pid: Atomic::new(0),
             backend <- new_mutex!(None),
             session: disk.published(),

@@ -2,8 +2,9 @@
 //! All devices: which there are, and how they come and go (nbd.c's `nbd_index_idr`).
 
 use crate::{
-    kapi::{disk::Disk, genl::Group, wq},
+    kapi::disk::Disk,
     rnbd_dev::{self, Device, Graveyard, Layout},
+    rnbd_shared::Shared,
 };
 use kernel::{
     debugfs::Dir,
@@ -26,8 +27,7 @@ pub(crate) struct Registry {
     layout: Layout,
     /// `/sys/kernel/debug/nbd`
     debugfs: Dir,
-    /// Where user space is told of dead connections.
-    events: Arc<Group>,
+    shared: Shared,
     /// Held while a device is added, removed or controlled by netlink; never by who holds a lock of a
     /// device.
     #[pin]
@@ -57,7 +57,7 @@ impl WorkItem for Registry {
                 return;
             };
             match Burial::new(this.clone(), index, device.clone()) {
-                Ok(burial) => drop(wq::SLOW.get().enqueue(burial)),
+                Ok(burial) => drop(this.shared.slow.enqueue(burial)),
                 Err(_) => this.bury(index, &device),
             }
         }
@@ -103,18 +103,19 @@ impl WorkItem for Burial {
 impl Graveyard for Registry {
     fn bury_later(self: Arc<Self>) {
         // Where it is queued already it will see this one too.
-        let _ = wq::SLOW.get().enqueue(self);
+        let slow = self.shared.slow.clone();
+        let _ = slow.enqueue(self);
     }
 }
 
 impl Registry {
     /// No device yet. May sleep.
-    pub(crate) fn new(layout: Layout, events: Arc<Group>) -> Result<Arc<Self>> {
+    pub(crate) fn new(layout: Layout, shared: Shared) -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Registry {
                 layout,
                 debugfs: Dir::new(c"nbd"),
-                events,
+                shared,
                 devices <- new_mutex!(RBTree::new()),
                 sweep <- new_work!("rnbd::sweep"),
             }),
@@ -147,8 +148,8 @@ impl Registry {
     ) -> Result {
         let mut layout = self.layout;
         layout.hw_queues = hw_queues.unwrap_or(layout.hw_queues);
-        let (debugfs, events) = (self.debugfs.clone(), self.events.clone());
-        let disk = rnbd_dev::add(index, layout, debugfs, events, self.clone())?;
+        let (debugfs, shared) = (self.debugfs.clone(), self.shared.clone());
+        let disk = rnbd_dev::add(index, layout, debugfs, shared, self.clone())?;
         devices.try_create_and_insert(index, Arc::new(disk, GFP_KERNEL)?, GFP_KERNEL)?;
         Ok(())
     }

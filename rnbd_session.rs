@@ -5,7 +5,6 @@
 use crate::{
     kapi::{
         disk::DiskRef,
-        genl::Group,
         mq::{
             Dispatch, Extent, NewRequest, Op, Outcome, Overdue, Queued, Status, Unanswered, Unsent,
         },
@@ -15,6 +14,7 @@ use crate::{
     },
     rnbd_fate::{Exhausted, Seen},
     rnbd_proto::flags,
+    rnbd_shared::Shared,
     rnbd_sock::Connection,
     rnbd_table::Table,
     rnbd_translate::{command_of, Described},
@@ -66,8 +66,8 @@ struct Owned {
 pub(crate) struct Options {
     /// The device's index.
     pub(crate) device: u32,
-    /// Where user space is told of dead connections.
-    pub(crate) events: Arc<Group>,
+    /// What all devices share.
+    pub(crate) shared: Shared,
     /// The device's hardware queues, and the tags of each.
     pub(crate) hw_queues: u32,
     pub(crate) depth: u32,
@@ -96,7 +96,7 @@ impl Session {
     pub(crate) fn new(disk: &DiskRef, sockets: &[Socket], options: Options) -> Result<Arc<Self>> {
         let table = Table::new(
             options.device,
-            options.events,
+            options.shared,
             options.hw_queues,
             options.depth,
             options.timeout_jiffies,

@@ -15,7 +15,7 @@ use crate::{
         hook::{Arrival, Events, Hooked},
         sock::{Ending, Socket},
         try_lock::TryLock,
-        wq,
+        wq::{HasQueue, Queue},
     },
     rnbd_events,
     rnbd_stream::Receive,
@@ -86,6 +86,12 @@ impl_has_delayed_work! {
     impl HasDelayedWork<Self, 4> for Connection { self.retry_work }
 }
 
+impl HasQueue for Connection {
+    fn queue(&self) -> &Queue {
+        &self.table.shared.io
+    }
+}
+
 impl WorkItem<1> for Connection {
     type Pointer = Arc<Connection>;
 
@@ -107,7 +113,7 @@ impl WorkItem<3> for Connection {
 
     /// Tells user space that the connection is dead. Not on the queue of the I/O: it may wait for memory.
     fn run(this: Arc<Connection>) {
-        rnbd_events::link_dead(&this.table.events, this.table.device);
+        rnbd_events::link_dead(&this.table.shared.events, this.table.device);
     }
 }
 
@@ -245,12 +251,12 @@ impl Connection {
     }
 
     fn queue_link_dead(self: ArcBorrow<'_, Self>) {
-        let _ = wq::SLOW.get().enqueue::<Arc<Self>, 3>(self.into());
+        let _ = self.table.shared.slow.enqueue::<Arc<Self>, 3>(self.into());
     }
 
     fn queue_receive(self: ArcBorrow<'_, Self>) {
         // Where it is queued already it will see whatever we have seen.
-        let _ = wq::IO.get().enqueue::<Arc<Self>, 1>(self.into());
+        let _ = self.table.shared.io.enqueue::<Arc<Self>, 1>(self.into());
     }
 
     /// Runs `receive`, unless somebody receives just now, who then looks again. Has the work item go on

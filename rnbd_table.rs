@@ -6,12 +6,12 @@
 
 use crate::{
     kapi::{
-        genl::Group,
         mq::{Outcome, Parked, Side, Status, Unanswered},
         task,
     },
     rnbd_cmd::{Cookie, Parking, Slot},
     rnbd_fate::Fate,
+    rnbd_shared::Shared,
 };
 use kernel::{
     new_condvar, new_mutex,
@@ -43,8 +43,8 @@ const TAG_BITS: u32 = 16;
 pub(crate) struct Table {
     /// The device's index, for messages.
     pub(crate) device: u32,
-    /// Where user space is told of dead connections.
-    pub(crate) events: Arc<Group>,
+    /// What all devices share.
+    pub(crate) shared: Shared,
     /// Limits what a bad server can write into the log.
     pub(crate) log: Ratelimit,
     depth: u32,
@@ -63,7 +63,7 @@ impl Table {
     /// A table for `connections` hardware queues of `depth` tags. May sleep.
     pub(crate) fn new(
         device: u32,
-        events: Arc<Group>,
+        shared: Shared,
         connections: u32,
         depth: u32,
         timeout_jiffies: u32,
@@ -76,7 +76,7 @@ impl Table {
         Arc::pin_init(
             pin_init!(Table {
                 device,
-                events,
+                shared,
                 log: Ratelimit::new(),
                 depth,
                 slots,

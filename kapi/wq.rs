@@ -3,24 +3,13 @@
 //! none of which may be relied on to write out dirty memory, or can be waited for when a module goes.
 
 use super::bindings;
+use core::ptr::NonNull;
 use kernel::{
     prelude::*,
-    sync::atomic::{Acquire, Atomic, Full},
-    workqueue::Queue,
+    sync::{Arc, Completion},
+    time::Jiffies,
+    workqueue::{HasDelayedWork, RawWorkItem, WorkItem},
 };
-
-/// A workqueue of the module.
-///
-/// # Invariants
-///
-/// The pointer is null, or a workqueue that lives until the [`Running`] guard goes.
-pub(crate) struct ModuleQueue(Atomic<*mut bindings::workqueue_struct>);
-
-/// For sending, receiving and clearing away connections: gets on without memory.
-pub(crate) static IO: ModuleQueue = ModuleQueue(Atomic::new(core::ptr::null_mut()));
-
-/// For work that may wait for anything, such as removing a disk.
-pub(crate) static SLOW: ModuleQueue = ModuleQueue(Atomic::new(core::ptr::null_mut()));
 
 /// What a workqueue must be able to do.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -31,42 +20,125 @@ pub(crate) enum Kind {
     Plain,
 }
 
-impl ModuleQueue {
-    /// Makes the workqueue. The module drops the guard when nothing is left that could queue work on
-    /// it. May sleep.
-    pub(crate) fn start(&'static self, name: &'static CStr, kind: Kind) -> Result<Running> {
+/// A workqueue. Whoever may queue work holds a reference.
+///
+/// # Invariants
+///
+/// `raw` is a workqueue that is destroyed only after `unused` has completed, which `drop` does.
+pub(crate) struct Queue {
+    raw: NonNull<bindings::workqueue_struct>,
+    unused: Arc<Completion>,
+}
+
+// SAFETY: Every task may queue work, and let go of a workqueue.
+unsafe impl Send for Queue {}
+// SAFETY: Several tasks may queue work at a time; the workqueue's own locks protect it.
+unsafe impl Sync for Queue {}
+
+impl Queue {
+    /// Makes a workqueue, which goes with the guard that is returned. May sleep.
+    pub(crate) fn start(name: &CStr, kind: Kind) -> Result<Running> {
+        let unused = Arc::pin_init(Completion::new(), GFP_KERNEL)?;
         let mut flags = bindings::wq_flags_WQ_UNBOUND;
         if kind == Kind::Reclaim {
             flags |= bindings::wq_flags_WQ_MEM_RECLAIM;
         }
-        // SAFETY: The name has no format in it; 0 asks for the default number of workers.
-        let queue = unsafe { bindings::alloc_workqueue_noprof(name.as_char_ptr(), flags, 0) };
-        if queue.is_null() {
-            return Err(ENOMEM);
-        }
-        self.0.xchg(queue, Full);
-        Ok(Running(self))
+        let format = c"%s".as_char_ptr();
+        // SAFETY: The format asks for one string, which follows 0 for the default number of workers.
+        let raw = unsafe { bindings::alloc_workqueue_noprof(format, flags, 0, name.as_char_ptr()) };
+        let raw = NonNull::new(raw).ok_or(ENOMEM)?;
+        // INVARIANT: It was made just now, and only the guard destroys it, when `unused` has completed.
+        // Where there is no memory for the `Queue`, that is dropped.
+        let workqueue = Workqueue {
+            raw,
+            unused: unused.clone(),
+        };
+        let queue = Arc::new(Queue { raw, unused }, GFP_KERNEL)?;
+        Ok(Running {
+            queue,
+            _workqueue: workqueue,
+        })
     }
 
-    /// The workqueue; the system's while it is not there.
-    pub(crate) fn get(&'static self) -> &'static Queue {
-        let queue = self.0.load(Acquire);
-        if queue.is_null() {
-            return kernel::workqueue::system();
-        }
-        // SAFETY: By the type invariant it lives until the guard goes, which the module keeps for as
-        // long as anything of it can call this.
-        unsafe { Queue::from_raw(queue) }
+    /// Queues work; gives it back where it is queued already.
+    pub(crate) fn enqueue<W, const ID: u64>(&self, work: W) -> W::EnqueueOutput
+    where
+        W: RawWorkItem<ID> + Send + 'static,
+    {
+        self.raw().enqueue(work)
+    }
+
+    fn raw(&self) -> &kernel::workqueue::Queue {
+        // SAFETY: By the type invariant it is not destroyed before `self` is dropped.
+        unsafe { kernel::workqueue::Queue::from_raw(self.raw.as_ptr()) }
     }
 }
 
-/// Keeps a workqueue of the module.
-pub(crate) struct Running(&'static ModuleQueue);
-
-impl Drop for Running {
+impl Drop for Queue {
     fn drop(&mut self) {
-        let queue = self.0 .0.xchg(core::ptr::null_mut(), Full);
-        // SAFETY: `start()` made it. This waits until all work in it is over.
-        unsafe { bindings::destroy_workqueue(queue) };
+        self.unused.complete_all();
+    }
+}
+
+/// What can be queued for later: it knows its workqueue, and so keeps it until then.
+pub(crate) trait HasQueue {
+    /// The workqueue.
+    fn queue(&self) -> &Queue;
+}
+
+/// Queues work on its workqueue in `delay`; gives it back where it is queued already.
+pub(crate) fn enqueue_delayed<T, const ID: u64>(
+    work: Arc<T>,
+    delay: Jiffies,
+) -> core::result::Result<(), Arc<T>>
+where
+    T: HasQueue + HasDelayedWork<T, ID> + WorkItem<ID, Pointer = Arc<T>> + Send + Sync + 'static,
+{
+    let queue = work.queue().raw.as_ptr();
+    // SAFETY: A timer refers to the workqueue until the work is due, and until then owns a reference to
+    // the `T`. `HasQueue::queue()` has lent the `Queue` for as long as there is one, and by the type
+    // invariant the workqueue is not destroyed before the `Queue` is dropped.
+    let queue = unsafe { kernel::workqueue::Queue::from_raw(queue) };
+    queue.enqueue_delayed(work, delay)
+}
+
+/// Keeps a workqueue. When it goes, it waits until nobody has a [`Queue`] of it any more and all work is
+/// over. So it must not go in work of that queue, or where a reference is held: it would wait for ever.
+pub(crate) struct Running {
+    // It goes before the workqueue, which waits for that.
+    queue: Arc<Queue>,
+    _workqueue: Workqueue,
+}
+
+impl Running {
+    /// The workqueue.
+    pub(crate) fn queue(&self) -> Arc<Queue> {
+        self.queue.clone()
+    }
+}
+
+/// A workqueue that is destroyed when this goes. Not by the last [`Queue`]: that may go anywhere, also in
+/// work of the workqueue itself, which could not wait for its own end.
+///
+/// # Invariants
+///
+/// `raw` is a workqueue that is destroyed only here; `unused` completes when the only [`Queue`] of it
+/// is dropped.
+struct Workqueue {
+    raw: NonNull<bindings::workqueue_struct>,
+    unused: Arc<Completion>,
+}
+
+// SAFETY: Every task may destroy a workqueue.
+unsafe impl Send for Workqueue {}
+// SAFETY: `&Workqueue` offers nothing.
+unsafe impl Sync for Workqueue {}
+
+impl Drop for Workqueue {
+    fn drop(&mut self) {
+        self.unused.wait_for_completion();
+        // SAFETY: By the type invariant nobody has destroyed it, and nobody can queue work on it any more
+        // or has it queued later, since the `Queue` was dropped. This waits for the work that is queued.
+        unsafe { bindings::destroy_workqueue(self.raw.as_ptr()) };
     }
 }

@@ -171,15 +171,13 @@ impl Connection {
 
     fn queue_transmit(self: ArcBorrow<'_, Self>) {
         // Where it is queued already it will see whatever we have seen.
-        let _ = wq::IO.get().enqueue::<Arc<Self>, 2>(self.into());
+        let _ = self.table.shared.io.enqueue::<Arc<Self>, 2>(self.into());
     }
 
     /// A work item of its own, so that it cannot hold up one that is not to wait.
     fn queue_retry(self: ArcBorrow<'_, Self>) {
         let delay = msecs_to_jiffies(NO_MEMORY_DELAY_MS);
-        let _ = wq::IO
-            .get()
-            .enqueue_delayed::<Arc<Self>, 4>(self.into(), delay);
+        let _ = wq::enqueue_delayed::<Self, 4>(self.into(), delay);
     }
 
     /// Sends until nothing waits. Whoever has the lock sends for all.
