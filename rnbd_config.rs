@@ -4,7 +4,7 @@
 
 use crate::{
     kapi::{
-        disk::{Disk, File, Sectors},
+        disk::{File, Sectors},
         limits::{valid_block_size, Features},
         sock::{BadSocket, Ending, Socket},
         task::{self, ModuleRef, TaskId},
@@ -405,7 +405,7 @@ impl Device {
 
     /// Publishes a session, and shows it to user space.
     fn show(&self, config: &mut Config, session: &Arc<Session>) -> Result {
-        Disk::<Device>::add_file(&self.disk, File::Pid).inspect_err(|_| {
+        self.add_file(File::Pid).inspect_err(|_| {
             pr_err!("nbd{}: cannot make the file pid\n", self.index);
         })?;
         config.started = true;
@@ -518,7 +518,7 @@ impl Device {
         if let Some(backend) = request.backend {
             *self.backend.lock() = Some(CString::try_from_fmt(fmt!("{}", Bytes(backend)))?);
         }
-        Disk::<Device>::add_file(&self.disk, File::Backend)?;
+        self.add_file(File::Backend)?;
         config.has_backend_file = true;
         Ok(())
     }

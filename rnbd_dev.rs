@@ -4,7 +4,7 @@
 
 use crate::{
     kapi::{
-        disk::{BlockDevice, Disk, DiskRef, File, Numbers},
+        disk::{BlockDevice, Disk, File, GenDisk, Numbers},
         limits::{Features, FixedLimits},
         mq::{Dispatch, Expiry, NewRequest, Operations, Overdue, Queued, Status, TagSet},
         published::Published,
@@ -66,14 +66,16 @@ pub(crate) struct State {
     pub(crate) buried: bool,
 }
 
-/// See the module's documentation. Lives in the disk.
+/// See the module's documentation: the disk, and with it the driver's part.
+pub(crate) type Device = GenDisk<Nbd>;
+
+/// The driver's part of a disk (`struct nbd_device`).
 #[pin_data]
-pub(crate) struct Device {
+pub(crate) struct Nbd {
     pub(crate) index: u32,
     partitions: bool,
     /// As in [`Layout`].
     pub(crate) stuck_jiffies: usize,
-    pub(crate) disk: DiskRef,
     graveyard: Arc<dyn Graveyard>,
     /// Where debugfs shows the devices.
     pub(crate) debugfs: Dir,
@@ -98,8 +100,8 @@ pub(crate) fn add(
     debugfs: Dir,
     shared: Shared,
     graveyard: Arc<dyn Graveyard>,
-) -> Result<Disk<Device>> {
-    let tags = KBox::pin_init(TagSet::new(layout.hw_queues, QUEUE_DEPTH), GFP_KERNEL)?;
+) -> Result<Disk<Nbd>> {
+    let tags = Arc::pin_init(TagSet::new(layout.hw_queues, QUEUE_DEPTH), GFP_KERNEL)?;
     // The limits are nbd.c's.
     let limits = FixedLimits {
         max_hw_sectors: 65536,
@@ -120,8 +122,8 @@ pub(crate) fn add(
         doomed: false,
         buried: false,
     };
-    Disk::add(tags, limits, numbers, fmt!("nbd{index}"), |disk| {
-        try_pin_init!(Device {
+    Disk::add(tags, limits, numbers, fmt!("nbd{index}"), |queue| {
+        try_pin_init!(Nbd {
             index,
             partitions: layout.part_shift > 0,
             stuck_jiffies: layout.stuck_jiffies,
@@ -130,14 +132,13 @@ pub(crate) fn add(
             shared,
             pid: Atomic::new(0),
             backend <- new_mutex!(None),
-            session: disk.published(),
+            session: queue.published(),
             state <- new_mutex!(state),
-            disk,
         })
     })
 }
 
-impl Operations for Device {
+impl Operations for Nbd {
     fn queue_rq(&self, cx: &Dispatch<'_>, rq: NewRequest, last: bool) -> Queued {
         match self.session.get(cx) {
             Some(session) => session.queue_rq(cx, rq, last),
@@ -158,34 +159,34 @@ impl Operations for Device {
     }
 }
 
-impl BlockDevice for Device {
+impl BlockDevice for Nbd {
     /// `nbd_open()`
-    fn open(&self) -> Result {
-        let mut state = self.state.lock();
+    fn open(device: &Device) -> Result {
+        let mut state = device.state.lock();
         if state.doomed {
             return Err(ENXIO);
         }
         if state.config.as_ref().is_none_or(|c| c.is_disconnected()) {
-            self.scan_partitions_later();
+            device.scan_partitions_later();
         }
-        self.config_or_new(&mut state)?.references += 1;
+        device.config_or_new(&mut state)?.references += 1;
         Ok(())
     }
 
     /// `nbd_release()`
-    fn release(&self, openers: u32) {
+    fn release(device: &Device, openers: u32) {
         let disconnect = openers == 0
-            && self
+            && device
                 .with_config(|config| Ok(config.disconnect_on_close))
                 .unwrap_or(false);
         if disconnect {
-            self.disconnect_and_put();
+            device.disconnect_and_put();
         }
-        self.put_config();
+        device.put_config();
     }
 
-    fn ioctl(&self, cmd: u32, arg: usize) -> Result<usize> {
-        rnbd_ioctl::ioctl(self, cmd, arg)
+    fn ioctl(device: &Device, cmd: u32, arg: usize) -> Result<usize> {
+        rnbd_ioctl::ioctl(device, cmd, arg)
     }
 
     fn pid(&self) -> i32 {
@@ -271,11 +272,11 @@ impl Device {
             self.disk.uevent_change();
         }
         if config.started {
-            Disk::<Device>::remove_file(&self.disk, File::Pid);
+            self.remove_file(File::Pid);
         }
         self.pid.store(0, Relaxed);
         if config.has_backend_file {
-            Disk::<Device>::remove_file(&self.disk, File::Backend);
+            self.remove_file(File::Backend);
         }
         // Also where the file could not be made: the next image is another one.
         *self.backend.lock() = None;

@@ -3,7 +3,7 @@
 
 use crate::{
     kapi::disk::Disk,
-    rnbd_dev::{self, Device, Graveyard, Layout},
+    rnbd_dev::{self, Graveyard, Layout, Nbd},
     rnbd_shared::Shared,
 };
 use kernel::{
@@ -19,7 +19,7 @@ use kernel::{
 const MINOR_BITS: u32 = 20;
 
 /// The devices, by index.
-pub(crate) type Devices = RBTree<u32, Arc<Disk<Device>>>;
+pub(crate) type Devices = RBTree<u32, Arc<Disk<Nbd>>>;
 
 /// See the module's documentation.
 #[pin_data]
@@ -69,7 +69,7 @@ impl WorkItem for Registry {
 struct Burial {
     registry: Arc<Registry>,
     index: u32,
-    device: Arc<Disk<Device>>,
+    device: Arc<Disk<Nbd>>,
     #[pin]
     work: Work<Burial>,
 }
@@ -79,7 +79,7 @@ impl_has_work! {
 }
 
 impl Burial {
-    fn new(registry: Arc<Registry>, index: u32, device: Arc<Disk<Device>>) -> Result<Arc<Self>> {
+    fn new(registry: Arc<Registry>, index: u32, device: Arc<Disk<Nbd>>) -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Burial {
                 registry,
@@ -155,7 +155,7 @@ impl Registry {
     }
 
     /// Removes a device. Nobody gets its index before it is gone. May sleep.
-    fn bury(&self, index: u32, device: &Disk<Device>) {
+    fn bury(&self, index: u32, device: &Disk<Nbd>) {
         device.remove();
         let node = self.with(|devices| devices.remove(&index));
         drop(node);

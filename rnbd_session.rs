@@ -208,10 +208,11 @@ impl Session {
         let index = place.connection.index();
         // What an allocation would have written out to make room may wait for this very connection.
         let new = task::without_io(|| Connection::new(index, self.table.clone(), socket.clone()))?;
+        slot.replace(disk, new.clone())
+            .inspect_err(|_| new.as_arc_borrow().die())?;
         place.connection = new.clone();
         place.reconnects = place.reconnects.saturating_add(1);
         // In this order: who sees that something has come back finds it.
-        slot.replace(new.clone());
         self.table.fate.revive();
         self.waiting_since.store(0, Relaxed);
         new.as_arc_borrow().begin();
@@ -349,7 +350,7 @@ impl Session {
     }
 
     fn connection<'a>(
-        &self,
+        &'a self,
         cx: &'a Dispatch<'_>,
         index: usize,
     ) -> Option<ArcBorrow<'a, Connection>> {
@@ -358,7 +359,7 @@ impl Session {
 
     /// The connection for a request (`nbd_handle_cmd()`), or what becomes of the request for want of one.
     fn pick_or_refuse<'a>(
-        &self,
+        &'a self,
         cx: &'a Dispatch<'_>,
     ) -> Result<ArcBorrow<'a, Connection>, Status> {
         loop {
@@ -374,7 +375,7 @@ impl Session {
     }
 
     /// The hardware queue's own connection, or one that lives (`find_fallback()`).
-    fn pick<'a>(&self, cx: &'a Dispatch<'_>, fate: Seen) -> Option<ArcBorrow<'a, Connection>> {
+    fn pick<'a>(&'a self, cx: &'a Dispatch<'_>, fate: Seen) -> Option<ArcBorrow<'a, Connection>> {
         if fate.is_over() {
             return None;
         }

@@ -19,18 +19,19 @@ use kernel::{
         atomic::{Atomic, Full, Relaxed},
         Arc,
     },
+    types::Opaque,
 };
 
-/// What user space can do with a disk. All of it may sleep.
+/// The driver's part of a disk, and what user space can do with it. All of it may sleep.
 pub(crate) trait BlockDevice: Operations {
     /// Somebody opens the disk or a partition. The disk's `open_mutex` is held.
-    fn open(&self) -> Result;
+    fn open(disk: &GenDisk<Self>) -> Result;
 
     /// Somebody has closed it. `openers`: how many are left. The disk's `open_mutex` is held.
-    fn release(&self, openers: u32);
+    fn release(disk: &GenDisk<Self>, openers: u32);
 
     /// An ioctl that the block layer does not handle itself, native or compat.
-    fn ioctl(&self, cmd: u32, arg: usize) -> Result<usize>;
+    fn ioctl(disk: &GenDisk<Self>, cmd: u32, arg: usize) -> Result<usize>;
 
     /// The number in the sysfs file `pid`.
     fn pid(&self) -> i32;
@@ -43,7 +44,11 @@ pub(crate) trait BlockDevice: Operations {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Sectors(pub(crate) u64);
 
-/// A block device's major number, registered.
+/// A block device's major number.
+///
+/// # Invariants
+///
+/// It is registered for `name`.
 pub(crate) struct Major {
     major: u32,
     name: &'static CStr,
@@ -56,15 +61,16 @@ impl Major {
     ///
     /// `EBUSY` where somebody has it.
     pub(crate) fn register(major: u32, name: &'static CStr) -> Result<Self> {
-        // SAFETY: `name` lives for ever; there is no probe function.
+        // SAFETY: `name` ends with a zero and lives for ever; there is no probe function.
         to_result(unsafe { bindings::__register_blkdev(major, name.as_char_ptr(), None) })?;
+        // INVARIANT: It was registered just now.
         Ok(Major { major, name })
     }
 }
 
 impl Drop for Major {
     fn drop(&mut self) {
-        // SAFETY: It was registered with these values.
+        // SAFETY: By the type invariant it is registered with these values.
         unsafe { bindings::unregister_blkdev(self.major, self.name.as_char_ptr()) };
     }
 }
@@ -76,40 +82,64 @@ pub(crate) struct Numbers {
     pub(crate) minors: u32,
 }
 
-/// A disk that user space can see, its tags, and the driver's `T` for it. Dropping it removes the disk;
-/// the `T` goes when the last user of the gendisk has gone.
+/// A disk that user space can see. Dropping it removes the disk; the `T` goes when the last user of the
+/// gendisk has gone.
 ///
 /// # Invariants
 ///
-/// `disk` was allocated and added, its `private_data` and its queue's `queuedata` are a `T` that
-/// `free_disk` frees, and its tag set is `tags`.
+/// `disk` is as [`GenDisk<T>`] says, was added, and is removed only by [`Self::remove()`]. This holds a
+/// reference to it.
 pub(crate) struct Disk<T: BlockDevice> {
     disk: NonNull<bindings::gendisk>,
-    tags: Option<Pin<KBox<TagSet<T>>>>,
     removed: Atomic<i32>,
     _data: PhantomData<KBox<T>>,
 }
 
-// SAFETY: A disk may be removed by any task, and `T` is `Send` and `Sync`.
+// SAFETY: Every task may remove a disk and let go of it, and `T` is `Send` and `Sync`.
 unsafe impl<T: BlockDevice> Send for Disk<T> {}
-// SAFETY: As above.
+// SAFETY: `&Disk` offers a `&GenDisk`, which is `Sync`, and the removal, which happens once.
 unsafe impl<T: BlockDevice> Sync for Disk<T> {}
+
+/// What a gendisk's `private_data` points to.
+#[pin_data]
+struct Private<T: BlockDevice> {
+    #[pin]
+    data: T,
+    /// The queue refers to it for as long as there is the disk.
+    _tags: Arc<TagSet<T>>,
+}
+
+/// Which queue it is. It is compared only, never looked into.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct QueueId(*mut bindings::request_queue);
+
+impl QueueId {
+    pub(super) fn new(queue: *mut bindings::request_queue) -> Self {
+        QueueId(queue)
+    }
+
+    /// Something that this queue's operations can read.
+    pub(crate) fn published<T>(self) -> Published<T> {
+        Published::new(self)
+    }
+}
 
 impl<T: BlockDevice> Disk<T> {
     /// Makes a disk and shows it to user space. `init` makes the driver's part of it. May sleep.
     pub(crate) fn add<I: PinInit<T, Error>>(
-        tags: Pin<KBox<TagSet<T>>>,
+        tags: Arc<TagSet<T>>,
         limits: FixedLimits,
         numbers: Numbers,
         name: fmt::Arguments<'_>,
-        init: impl FnOnce(DiskRef) -> I,
+        init: impl FnOnce(QueueId) -> I,
     ) -> Result<Self> {
         let mut lim: bindings::queue_limits = pin_init::zeroed();
         lim.max_hw_sectors = limits.max_hw_sectors;
         lim.max_segments = limits.max_segments;
         lim.max_segment_size = limits.max_segment_size;
         lim.io_opt = limits.io_opt_bytes;
-        // SAFETY: The tag set is set up, and outlives the disk: it is dropped after `del_gendisk()`.
+        // SAFETY: The tag set is set up, and outlives the disk: `tags` is dropped after `put_disk()` where
+        // this fails, and else with what `free_disk` frees.
         let disk = from_err_ptr(unsafe {
             bindings::__blk_mq_alloc_disk(
                 tags.as_ptr(),
@@ -118,17 +148,15 @@ impl<T: BlockDevice> Disk<T> {
                 kernel::static_lock_class!().as_ptr(),
             )
         })?;
-        // SAFETY: `from_err_ptr()` gives no null for an allocation that succeeded.
-        let disk = unsafe { NonNull::new_unchecked(disk) };
+        let disk = NonNull::new(disk).ok_or(ENOMEM)?;
         // A disk that was never added does not call `free_disk`.
-        Self::fill_and_add(disk, numbers, name, init).inspect_err(|_| {
-            // SAFETY: This is the only reference to the disk, which was not added.
+        Self::fill_and_add(disk, tags.clone(), numbers, name, init).inspect_err(|_| {
+            // SAFETY: It is a disk that was not added, and the reference is ours.
             unsafe { bindings::put_disk(disk.as_ptr()) }
         })?;
-        // INVARIANT: `fill_and_add()` saw to it.
+        // INVARIANT: `fill_and_add()` has added it; the reference is that of the allocation.
         Ok(Disk {
             disk,
-            tags: Some(tags),
             removed: Atomic::new(0),
             _data: PhantomData,
         })
@@ -136,34 +164,43 @@ impl<T: BlockDevice> Disk<T> {
 
     fn fill_and_add<I: PinInit<T, Error>>(
         disk: NonNull<bindings::gendisk>,
+        tags: Arc<TagSet<T>>,
         numbers: Numbers,
         name: fmt::Arguments<'_>,
-        init: impl FnOnce(DiskRef) -> I,
+        init: impl FnOnce(QueueId) -> I,
     ) -> Result {
         let raw = disk.as_ptr();
-        // INVARIANT: The `T` that gets this lives in the disk, so not longer than it.
-        let data = KBox::pin_init(init(DiskRef { disk }), GFP_KERNEL)?;
-        // SAFETY: The `T` stays where it is: it is only ever seen as `&T`, and dropped.
-        let data = KBox::into_raw(unsafe { Pin::into_inner_unchecked(data) });
-        // SAFETY: Nobody else knows the disk yet.
-        let added = unsafe {
+        // SAFETY: The disk was allocated, with its queue.
+        let queue = unsafe { (*raw).queue };
+        let private = KBox::pin_init(
+            try_pin_init!(Private {
+                data <- init(QueueId::new(queue)),
+                _tags: tags,
+            }? Error),
+            GFP_KERNEL,
+        )?;
+        // SAFETY: It stays where it is: it is only ever seen behind a shared reference, and dropped.
+        let private = KBox::into_raw(unsafe { Pin::into_inner_unchecked(private) });
+        // SAFETY: `private` is valid, and this only takes the address of a field.
+        let data = unsafe { &raw mut (*private).data };
+        // SAFETY: Nobody else knows the disk and its queue yet.
+        let disk_name = unsafe {
             (*raw).major = numbers.major as i32;
             (*raw).first_minor = numbers.first_minor as i32;
             (*raw).minors = numbers.minors as i32;
             (*raw).fops = &Self::FOPS;
-            (*raw).private_data = data.cast();
-            (*(*raw).queue).queuedata = data.cast();
-            Self::set_name(&mut (*raw).disk_name, name).and_then(|()| {
-                to_result(bindings::device_add_disk(
-                    core::ptr::null_mut(),
-                    raw,
-                    core::ptr::null_mut(),
-                ))
-            })
+            (*raw).private_data = private.cast();
+            (*queue).queuedata = data.cast();
+            &mut (*raw).disk_name
         };
+        let added = Self::set_name(disk_name, name).and_then(|()| {
+            let none = core::ptr::null_mut();
+            // SAFETY: The disk is complete, and is added this once.
+            to_result(unsafe { bindings::device_add_disk(none, raw, core::ptr::null_mut()) })
+        });
         added.inspect_err(|_| {
             // SAFETY: It came from `into_raw()`; the disk was not added, so nobody uses it.
-            drop(unsafe { KBox::from_raw(data) });
+            drop(unsafe { KBox::from_raw(private) });
         })
     }
 
@@ -171,25 +208,6 @@ impl<T: BlockDevice> Disk<T> {
         NameWriter { to, len: 0 }
             .write_fmt(name)
             .map_err(|_| EINVAL)
-    }
-
-    /// # Safety
-    ///
-    /// `disk` must be a disk of this type, and live for `'a`.
-    unsafe fn from_disk<'a>(disk: *mut bindings::gendisk) -> &'a T {
-        // SAFETY: The caller promises so.
-        unsafe { &*(*disk).private_data.cast::<T>() }
-    }
-
-    /// # Safety
-    ///
-    /// `dev` must be the device of a disk of this type, and the disk live for `'a`.
-    unsafe fn from_device<'a>(dev: *mut bindings::device) -> &'a T {
-        // SAFETY: The caller promises so (`dev_to_disk()`).
-        unsafe {
-            let bdev = kernel::container_of!(dev, bindings::block_device, bd_device);
-            Self::from_disk((*bdev).bd_disk)
-        }
     }
 
     /// `block_device_operations.open`
@@ -201,8 +219,9 @@ impl<T: BlockDevice> Disk<T> {
         disk: *mut bindings::gendisk,
         _mode: bindings::blk_mode_t,
     ) -> ffi::c_int {
-        // SAFETY: The block layer passes a disk of ours and holds a reference to it.
-        from_result(|| unsafe { Self::from_disk(disk) }.open().map(|()| 0))
+        // SAFETY: The block layer calls this for a disk with our `FOPS`, which it holds.
+        let disk = unsafe { GenDisk::from_raw(disk) };
+        from_result(|| T::open(disk).map(|()| 0))
     }
 
     /// `block_device_operations.release`
@@ -211,10 +230,9 @@ impl<T: BlockDevice> Disk<T> {
     ///
     /// As for [`Self::open()`].
     unsafe extern "C" fn release(disk: *mut bindings::gendisk) {
-        // SAFETY: As above.
-        let data = unsafe { Self::from_disk(disk) };
-        // SAFETY: As above.
-        data.release(unsafe { openers(disk) });
+        // SAFETY: The block layer calls this for a disk with our `FOPS`, which it holds.
+        let disk = unsafe { GenDisk::from_raw(disk) };
+        T::release(disk, disk.disk.openers());
     }
 
     /// `block_device_operations.ioctl` and `.compat_ioctl`
@@ -228,9 +246,9 @@ impl<T: BlockDevice> Disk<T> {
         cmd: ffi::c_uint,
         arg: ffi::c_ulong,
     ) -> ffi::c_int {
-        // SAFETY: The block layer passes a block device of ours that is open.
-        let data = unsafe { Self::from_disk((*bdev).bd_disk) };
-        from_result(|| data.ioctl(cmd, arg).map(|v| v as ffi::c_int))
+        // SAFETY: The block layer passes a block device that is open, of a disk with our `FOPS`.
+        let disk = unsafe { GenDisk::from_raw((*bdev).bd_disk) };
+        from_result(|| T::ioctl(disk, cmd, arg).map(|v| v as ffi::c_int))
     }
 
     /// `block_device_operations.free_disk`
@@ -239,24 +257,10 @@ impl<T: BlockDevice> Disk<T> {
     ///
     /// `disk` must be a disk of this type, and this the last use of it.
     unsafe extern "C" fn free_disk(disk: *mut bindings::gendisk) {
-        // SAFETY: `private_data` came from `KBox::into_raw()`, and this was the last reference.
-        drop(unsafe { KBox::from_raw((*disk).private_data.cast::<T>()) });
-    }
-
-    /// `device_attribute.show` of the file `pid`
-    ///
-    /// # Safety
-    ///
-    /// `dev` must be the device of a disk of this type, and `buf` a page.
-    unsafe extern "C" fn pid_show(
-        dev: *mut bindings::device,
-        _attr: *mut bindings::device_attribute,
-        buf: *mut ffi::c_char,
-    ) -> isize {
-        // SAFETY: The caller promises so.
-        let data = unsafe { Self::from_device(dev) };
-        // SAFETY: sysfs gives a page.
-        unsafe { bindings::sysfs_emit(buf, c"%d\n".as_char_ptr(), data.pid()) as isize }
+        // SAFETY: The block layer calls this for a disk with our `FOPS`.
+        let private = unsafe { (*disk).private_data.cast::<Private<T>>() };
+        // SAFETY: It came from `KBox::into_raw()`, and nobody uses the disk or its queue any more.
+        drop(unsafe { KBox::from_raw(private) });
     }
 
     const FOPS: bindings::block_device_operations = bindings::block_device_operations {
@@ -269,6 +273,114 @@ impl<T: BlockDevice> Disk<T> {
         ..pin_init::zeroed()
     };
 
+    /// Takes the disk away from user space, unless that was begun before. Waits for everything in
+    /// flight; may sleep.
+    pub(crate) fn remove(&self) {
+        if self.removed.xchg(1, Full) == 0 {
+            // SAFETY: By the type invariant it was added, and nobody has come here before.
+            unsafe { bindings::del_gendisk(self.disk.as_ptr()) };
+        }
+    }
+}
+
+impl<T: BlockDevice> core::ops::Deref for Disk<T> {
+    type Target = GenDisk<T>;
+
+    fn deref(&self) -> &GenDisk<T> {
+        // SAFETY: By the type invariant it is one, and `self` holds a reference.
+        unsafe { GenDisk::from_raw(self.disk.as_ptr()) }
+    }
+}
+
+impl<T: BlockDevice> Drop for Disk<T> {
+    fn drop(&mut self) {
+        self.remove();
+        // SAFETY: By the type invariant this is our reference.
+        unsafe { bindings::put_disk(self.disk.as_ptr()) };
+    }
+}
+
+/// A disk whose driver's part is a `T`: who has a reference to it can use both. It cannot be kept.
+///
+/// # Invariants
+///
+/// Its `private_data` is a [`Private<T>`], which `free_disk` frees.
+#[repr(transparent)]
+pub(crate) struct GenDisk<T: BlockDevice> {
+    /// What can be done with any disk.
+    pub(crate) disk: DiskRef,
+    _data: PhantomData<T>,
+}
+
+impl<T: BlockDevice> GenDisk<T> {
+    /// # Safety
+    ///
+    /// `disk` must be a disk that [`Disk::<T>::add()`] has made, and the caller hold it for `'a`.
+    unsafe fn from_raw<'a>(disk: *mut bindings::gendisk) -> &'a Self {
+        // SAFETY: By this function's precondition it is valid for `'a`, and both types are transparent.
+        // INVARIANT: `Disk::<T>::add()` has set its `private_data`.
+        unsafe { &*disk.cast::<Self>() }
+    }
+
+    /// # Safety
+    ///
+    /// `dev` must be the device of a disk that [`Disk::<T>::add()`] has made, and the caller hold it for
+    /// `'a`.
+    unsafe fn from_device<'a>(dev: *mut bindings::device) -> &'a Self {
+        // SAFETY: By this function's precondition it is a disk's, whose device is that of its first block
+        // device (`dev_to_disk()`).
+        let disk = unsafe {
+            let bdev = kernel::container_of!(dev, bindings::block_device, bd_device);
+            (*bdev).bd_disk
+        };
+        // SAFETY: By this function's precondition `Disk::<T>::add()` has made it, and the caller holds it.
+        unsafe { Self::from_raw(disk) }
+    }
+
+    /// Makes a sysfs file of this disk. May sleep.
+    pub(crate) fn add_file(&self, file: File) -> Result {
+        // SAFETY: The disk is valid and of the type that the attribute is for, which lives for ever.
+        to_result(unsafe {
+            bindings::device_create_file(self.disk.device(), Self::attribute(file))
+        })
+    }
+
+    /// Removes a sysfs file again. Waits for its readers.
+    pub(crate) fn remove_file(&self, file: File) {
+        // SAFETY: The disk is valid; where it has no such file nothing happens.
+        unsafe { bindings::device_remove_file(self.disk.device(), Self::attribute(file)) };
+    }
+
+    fn attribute(file: File) -> &'static bindings::device_attribute {
+        const fn attribute(name: &'static CStr, show: Show) -> bindings::device_attribute {
+            let mut attr: bindings::device_attribute = pin_init::zeroed();
+            attr.attr.name = kernel::str::as_char_ptr_in_const_context(name);
+            attr.attr.mode = 0o444;
+            attr.__bindgen_anon_1.show = Some(show);
+            attr
+        }
+        match file {
+            File::Pid => const { &attribute(c"pid", Self::pid_show) },
+            File::Backend => const { &attribute(c"backend", Self::backend_show) },
+        }
+    }
+
+    /// `device_attribute.show` of the file `pid`
+    ///
+    /// # Safety
+    ///
+    /// `dev` must be the device of a disk of this type, and `buf` a page.
+    unsafe extern "C" fn pid_show(
+        dev: *mut bindings::device,
+        _attr: *mut bindings::device_attribute,
+        buf: *mut ffi::c_char,
+    ) -> isize {
+        // SAFETY: `add_file()` has made the file for a disk of this type, which sysfs holds.
+        let disk = unsafe { Self::from_device(dev) };
+        // SAFETY: sysfs gives a page; the format asks for one number.
+        unsafe { bindings::sysfs_emit(buf, c"%d\n".as_char_ptr(), disk.pid()) as isize }
+    }
+
     /// `device_attribute.show` of the file `backend`
     ///
     /// # Safety
@@ -279,52 +391,24 @@ impl<T: BlockDevice> Disk<T> {
         _attr: *mut bindings::device_attribute,
         buf: *mut ffi::c_char,
     ) -> isize {
-        // SAFETY: The caller promises so.
-        unsafe { Self::from_device(dev) }.backend(|backend| {
+        // SAFETY: `add_file()` has made the file for a disk of this type, which sysfs holds.
+        let disk = unsafe { Self::from_device(dev) };
+        disk.backend(|backend| {
             let format = c"%s\n".as_char_ptr();
-            // SAFETY: sysfs gives a page; the string ends with a zero.
+            // SAFETY: sysfs gives a page; the format asks for one string, and this one ends with a zero.
             unsafe { bindings::sysfs_emit(buf, format, backend.as_char_ptr()) as isize }
         })
     }
-
-    const FILES: [bindings::device_attribute; 2] = [
-        attribute(c"pid", Self::pid_show),
-        attribute(c"backend", Self::backend_show),
-    ];
-
-    /// Makes a sysfs file of this disk. May sleep.
-    pub(crate) fn add_file(disk: &DiskRef, file: File) -> Result {
-        let files: &'static [bindings::device_attribute; 2] = &Self::FILES;
-        let [pid, backend] = files;
-        let attr = match file {
-            File::Pid => pid,
-            File::Backend => backend,
-        };
-        // SAFETY: The disk is one of ours and was added; the attribute lives for ever.
-        to_result(unsafe { bindings::device_create_file(disk.device(), attr) })
-    }
-
-    /// Removes a sysfs file again. Waits for its readers.
-    pub(crate) fn remove_file(disk: &DiskRef, file: File) {
-        let files: &'static [bindings::device_attribute; 2] = &Self::FILES;
-        let [pid, backend] = files;
-        let attr = match file {
-            File::Pid => pid,
-            File::Backend => backend,
-        };
-        // SAFETY: As above.
-        unsafe { bindings::device_remove_file(disk.device(), attr) };
-    }
 }
 
-impl<T: BlockDevice> core::ops::Deref for Disk<T> {
+impl<T: BlockDevice> core::ops::Deref for GenDisk<T> {
     type Target = T;
 
     /// The driver's part of the disk.
     fn deref(&self) -> &T {
-        // SAFETY: By the type invariant `private_data` is a `T`, which lives until the last reference
-        // to the disk goes, and `self` holds one.
-        unsafe { Self::from_disk(self.disk.as_ptr()) }
+        // SAFETY: By the type invariant it is a `Private<T>`, which lives for as long as the disk.
+        let private = unsafe { &*(*self.disk.as_ptr()).private_data.cast::<Private<T>>() };
+        &private.data
     }
 }
 
@@ -342,34 +426,6 @@ type Show = unsafe extern "C" fn(
     *mut bindings::device_attribute,
     *mut ffi::c_char,
 ) -> isize;
-
-const fn attribute(name: &'static CStr, show: Show) -> bindings::device_attribute {
-    let mut attr: bindings::device_attribute = pin_init::zeroed();
-    attr.attr.name = kernel::str::as_char_ptr_in_const_context(name);
-    attr.attr.mode = 0o444;
-    attr.__bindgen_anon_1.show = Some(show);
-    attr
-}
-
-impl<T: BlockDevice> Disk<T> {
-    /// Takes the disk away from user space, unless that was begun before. Waits for everything in
-    /// flight; may sleep.
-    pub(crate) fn remove(&self) {
-        if self.removed.xchg(1, Full) == 0 {
-            // SAFETY: By the type invariant it was added, and nobody has come here before.
-            unsafe { bindings::del_gendisk(self.disk.as_ptr()) };
-        }
-    }
-}
-
-impl<T: BlockDevice> Drop for Disk<T> {
-    fn drop(&mut self) {
-        self.remove();
-        drop(self.tags.take());
-        // SAFETY: This was our reference.
-        unsafe { bindings::put_disk(self.disk.as_ptr()) };
-    }
-}
 
 /// Writes a name into a field that is all zeroes, and leaves at least the last of them.
 struct NameWriter<'a> {
@@ -392,88 +448,80 @@ impl Write for NameWriter<'_> {
     }
 }
 
-/// # Safety
-///
-/// `disk` must be valid.
-unsafe fn openers(disk: *mut bindings::gendisk) -> u32 {
-    // SAFETY: The caller promises that `disk` is valid. Others count openers meanwhile.
-    unsafe {
-        let count = &raw mut (*(*disk).part0).bd_openers.counter;
-        Atomic::<i32>::from_ptr(count).load(Relaxed) as u32
-    }
-}
-
-/// A disk, for the part of the driver that lives in it.
+/// A disk, whatever the driver's part of it is. It cannot be kept, and there is no value of it, only
+/// references.
 ///
 /// # Invariants
 ///
-/// `disk` is valid for as long as this exists.
-pub(crate) struct DiskRef {
-    disk: NonNull<bindings::gendisk>,
-}
+/// It was made by [`Disk::add()`], with a queue, whose tag set lives as long as the disk.
+#[repr(transparent)]
+pub(crate) struct DiskRef(Opaque<bindings::gendisk>);
 
-// SAFETY: Everything that it offers may be called by any task.
-unsafe impl Send for DiskRef {}
-// SAFETY: As above.
+// SAFETY: Everything that `&DiskRef` offers may be called by any task.
 unsafe impl Sync for DiskRef {}
 
 impl DiskRef {
+    fn as_ptr(&self) -> *mut bindings::gendisk {
+        self.0.get()
+    }
+
     pub(super) fn queue(&self) -> *mut bindings::request_queue {
-        // SAFETY: By the type invariant the disk is valid; its queue does not change.
-        unsafe { (*self.disk.as_ptr()).queue }
+        // SAFETY: By the type invariant the disk has a queue, which does not change.
+        unsafe { (*self.as_ptr()).queue }
+    }
+
+    fn part0(&self) -> *mut bindings::block_device {
+        // SAFETY: A disk that is valid has a first block device, which does not change.
+        unsafe { (*self.as_ptr()).part0 }
     }
 
     fn device(&self) -> *mut bindings::device {
-        // SAFETY: By the type invariant the disk is valid (`disk_to_dev()`).
-        unsafe { &raw mut (*(*self.disk.as_ptr()).part0).bd_device }
-    }
-
-    /// Something that this disk's queue operations can read.
-    pub(crate) fn published<T>(&self) -> Published<T> {
-        Published::new(self.queue())
+        // SAFETY: The first block device lives as long as the disk (`disk_to_dev()`).
+        unsafe { &raw mut (*self.part0()).bd_device }
     }
 
     /// Something that this disk's dispatches can read.
     pub(crate) fn dispatched<T>(&self, value: Arc<T>) -> Dispatched<T> {
-        Dispatched::new(self.queue(), value)
+        Dispatched::new(QueueId::new(self.queue()), value)
     }
 
     /// Has all hardware queues run, by and by.
     pub(crate) fn run_queues(&self) {
-        // SAFETY: By the type invariant the disk is valid.
+        // SAFETY: The disk is valid.
         unsafe { bindings::blk_mq_run_hw_queues(self.queue(), true) };
     }
 
     /// How many have the disk or one of its partitions open (`disk_openers()`).
     pub(crate) fn openers(&self) -> u32 {
-        // SAFETY: By the type invariant the disk is valid.
-        unsafe { openers(self.disk.as_ptr()) }
+        // SAFETY: The first block device lives as long as the disk.
+        let count = unsafe { &raw mut (*self.part0()).bd_openers.counter };
+        // SAFETY: It is a counter that others change atomically.
+        unsafe { Atomic::<i32>::from_ptr(count).load(Relaxed) as u32 }
     }
 
     /// The disk's size (`get_capacity()`).
     pub(crate) fn capacity(&self) -> Sectors {
-        // SAFETY: By the type invariant the disk is valid. A torn read is impossible on 64 bits.
-        Sectors(unsafe {
-            (&raw const (*(*self.disk.as_ptr()).part0).bd_nr_sectors).read_volatile()
-        })
+        // SAFETY: The first block device lives as long as the disk. Others change the size meanwhile, but
+        // a torn read is impossible on 64 bits.
+        Sectors(unsafe { (&raw const (*self.part0()).bd_nr_sectors).read_volatile() })
     }
 
     /// Sets the size without telling anybody.
     pub(crate) fn set_capacity(&self, size: Sectors) {
-        // SAFETY: By the type invariant the disk is valid.
-        unsafe { bindings::set_capacity(self.disk.as_ptr(), size.0) };
+        // SAFETY: The disk is valid.
+        unsafe { bindings::set_capacity(self.as_ptr(), size.0) };
     }
 
     /// Sets the size; tells user space and the log where it has changed to or from something other
     /// than zero. Returns whether it told.
     pub(crate) fn set_capacity_and_notify(&self, size: Sectors) -> bool {
-        // SAFETY: By the type invariant the disk is valid.
-        unsafe { bindings::set_capacity_and_notify(self.disk.as_ptr(), size.0) }
+        // SAFETY: The disk is valid.
+        unsafe { bindings::set_capacity_and_notify(self.as_ptr(), size.0) }
     }
 
     /// Sends user space a "change" uevent. May sleep.
     pub(crate) fn uevent_change(&self) {
-        // SAFETY: By the type invariant the disk is valid. An event that is lost cannot be helped.
+        // SAFETY: The device is valid. An event that is lost cannot be helped.
         unsafe {
             bindings::kobject_uevent(
                 &raw mut (*self.device()).kobj,
@@ -484,54 +532,57 @@ impl DiskRef {
 
     /// Sets or clears read-only.
     pub(crate) fn set_read_only(&self, ro: bool) {
-        // SAFETY: By the type invariant the disk is valid.
-        unsafe { bindings::set_disk_ro(self.disk.as_ptr(), ro) };
+        // SAFETY: The disk is valid.
+        unsafe { bindings::set_disk_ro(self.as_ptr(), ro) };
     }
 
     /// The next open reads the partition table.
     pub(crate) fn need_partition_scan(&self) {
-        // SAFETY: By the type invariant the disk is valid; others change other bits meanwhile.
+        // SAFETY: The disk is valid; its state's bits are changed atomically.
         unsafe {
             bindings::set_bit(
                 bindings::GD_NEED_PART_SCAN as usize,
-                &raw mut (*self.disk.as_ptr()).state,
+                &raw mut (*self.as_ptr()).state,
             )
         };
     }
 
     /// Drops what is cached of the disk, and sets its size to zero. May sleep.
     pub(crate) fn invalidate(&self) {
-        // SAFETY: By the type invariant the disk is valid.
-        unsafe { bindings::invalidate_disk(self.disk.as_ptr()) };
+        // SAFETY: The disk is valid.
+        unsafe { bindings::invalidate_disk(self.as_ptr()) };
     }
 
     /// Says that the medium has changed: user space is told, what is cached is dropped. May sleep.
     pub(crate) fn force_media_change(&self) {
-        // SAFETY: By the type invariant the disk is valid.
-        unsafe { bindings::disk_force_media_change(self.disk.as_ptr()) };
+        // SAFETY: The disk is valid.
+        unsafe { bindings::disk_force_media_change(self.as_ptr()) };
+    }
+
+    fn tags(&self) -> *mut bindings::blk_mq_tag_set {
+        // SAFETY: The queue lives as long as the disk.
+        unsafe { (*self.queue()).tag_set }
     }
 
     /// Asks for `count` hardware queues; the block layer makes at most one for each CPU. The queue is
     /// frozen where the number changes. May sleep.
     pub(crate) fn set_hw_queues(&self, count: u32) {
-        // SAFETY: By the type invariant the disk is valid, and so is its queue's tag set.
-        unsafe {
-            let tags = (*self.queue()).tag_set;
-            if (*tags).nr_hw_queues != count {
-                bindings::blk_mq_update_nr_hw_queues(tags, count as i32);
-            }
+        if self.hw_queues() != count {
+            // SAFETY: By the type invariant the tag set lives as long as the disk.
+            unsafe { bindings::blk_mq_update_nr_hw_queues(self.tags(), count as i32) };
         }
     }
 
     /// How many hardware queues there are.
     pub(crate) fn hw_queues(&self) -> u32 {
-        // SAFETY: By the type invariant the disk is valid, and so is its queue's tag set.
-        unsafe { (*(*self.queue()).tag_set).nr_hw_queues }
+        // SAFETY: By the type invariant the tag set lives as long as the disk. Others may change the number
+        // meanwhile.
+        unsafe { (&raw const (*self.tags()).nr_hw_queues).read_volatile() }
     }
 
     /// How long a request may take, in jiffies.
     pub(crate) fn set_request_timeout(&self, jiffies: u32) {
-        // SAFETY: By the type invariant the disk is valid.
+        // SAFETY: The queue lives as long as the disk.
         unsafe { bindings::blk_queue_rq_timeout(self.queue(), jiffies) };
     }
 }

@@ -442,7 +442,11 @@ impl Drop for Parked {
 
 /// Proof of being inside an operation that the block layer called: its queue cannot be quiesced and
 /// frozen before it is over.
-pub(crate) trait InQueue {
+///
+/// # Safety
+///
+/// There must be no value of it, or reference to one, outside an operation of that queue.
+pub(crate) unsafe trait InQueue {
     /// The queue.
     #[doc(hidden)]
     fn queue(&self) -> *mut bindings::request_queue;
@@ -454,7 +458,8 @@ pub(crate) struct Dispatch<'a> {
     _call: PhantomData<&'a ()>,
 }
 
-impl InQueue for Dispatch<'_> {
+// SAFETY: Only `VTable` makes one, and lends it to the operation.
+unsafe impl InQueue for Dispatch<'_> {
     fn queue(&self) -> *mut bindings::request_queue {
         // SAFETY: The hardware context is valid during the call.
         unsafe { (*self.hctx).queue }
@@ -481,7 +486,8 @@ pub(crate) struct Expiry<'a> {
     _call: PhantomData<&'a ()>,
 }
 
-impl InQueue for Expiry<'_> {
+// SAFETY: Only `VTable` makes one, and lends it to the operation.
+unsafe impl InQueue for Expiry<'_> {
     fn queue(&self) -> *mut bindings::request_queue {
         self.queue
     }

@@ -4,13 +4,17 @@
 
 use super::{
     bindings,
+    disk::{DiskRef, QueueId},
     frozen::Frozen,
     mq::{Dispatch, InQueue},
 };
 use core::marker::PhantomData;
-use kernel::sync::{
-    atomic::{Acquire, Atomic, Full, Relaxed},
-    Arc, ArcBorrow,
+use kernel::{
+    prelude::*,
+    sync::{
+        atomic::{Acquire, Atomic, Full, Relaxed},
+        Arc, ArcBorrow,
+    },
 };
 
 /// An `Arc` that the operations of one queue read without a lock or a count: it is taken away only
@@ -21,19 +25,19 @@ use kernel::sync::{
 ///
 /// `ptr` is null or came from `Arc::into_raw()`.
 pub(crate) struct Published<T> {
-    queue: *mut bindings::request_queue,
+    queue: QueueId,
     ptr: Atomic<*const T>,
     _owns: PhantomData<Arc<T>>,
 }
 
-// SAFETY: It is an `Arc` that can be replaced; `queue` is only compared.
+// SAFETY: It owns an `Arc`, which every task may let go of; `queue` is only compared.
 unsafe impl<T: Send + Sync> Send for Published<T> {}
-// SAFETY: As above.
+// SAFETY: Through `&Published` several tasks may have a `&T`, and get and give `Arc`s of it.
 unsafe impl<T: Send + Sync> Sync for Published<T> {}
 
 impl<T> Published<T> {
     /// Nothing is published. For the operations of `queue`.
-    pub(super) fn new(queue: *mut bindings::request_queue) -> Self {
+    pub(super) fn new(queue: QueueId) -> Self {
         Published {
             queue,
             ptr: Atomic::new(core::ptr::null()),
@@ -41,15 +45,15 @@ impl<T> Published<T> {
         }
     }
 
-    /// What is published, for as long as the operation runs.
-    pub(crate) fn get<'a>(&self, cx: &'a impl InQueue) -> Option<&'a T> {
-        if cx.queue() != self.queue {
+    /// What is published, for as long as the operation runs; nothing for the operations of another queue.
+    pub(crate) fn get<'a>(&'a self, cx: &'a impl InQueue) -> Option<&'a T> {
+        if QueueId::new(cx.queue()) != self.queue {
             return None;
         }
         let ptr = self.ptr.load(Acquire);
-        // SAFETY: By the type invariant it is null or a live `Arc`'s. It is taken away only while this
-        // queue is frozen and quiesced, which cannot be while an operation of it runs, and `'a` ends
-        // with the operation.
+        // SAFETY: By the type invariant it is null or a live `Arc`'s. `self` is borrowed for `'a`, so it is
+        // not dropped with the `Arc`; and `retract()` takes that away only while the queue is frozen and
+        // quiesced, which it is not during `'a`, while an operation of it runs.
         unsafe { ptr.as_ref() }
     }
 
@@ -58,14 +62,14 @@ impl<T> Published<T> {
         let new = Arc::into_raw(value);
         match self.ptr.cmpxchg(core::ptr::null(), new, Full) {
             Ok(_) => Ok(()),
-            // SAFETY: `new` came from `Arc::into_raw()` above.
+            // SAFETY: `new` came from `Arc::into_raw()`, and was given to nobody.
             Err(_) => Err(unsafe { Arc::from_raw(new) }),
         }
     }
 
-    /// Takes away what is published.
+    /// Takes away what is published; nothing where another queue is frozen.
     pub(crate) fn retract(&self, frozen: &Frozen<'_>) -> Option<Arc<T>> {
-        if frozen.queue() != self.queue {
+        if QueueId::new(frozen.queue()) != self.queue {
             return None;
         }
         let old = self.ptr.xchg(core::ptr::null(), Full);
@@ -96,19 +100,19 @@ impl<T> Drop for Published<T> {
 ///
 /// `ptr` came from `Arc::into_raw()`.
 pub(crate) struct Dispatched<T> {
-    queue: *mut bindings::request_queue,
+    queue: QueueId,
     ptr: Atomic<*const T>,
     _owns: PhantomData<Arc<T>>,
 }
 
-// SAFETY: It is an `Arc` that can be replaced; `queue` is only compared.
+// SAFETY: It owns an `Arc`, which every task may let go of; `queue` is only compared.
 unsafe impl<T: Send + Sync> Send for Dispatched<T> {}
-// SAFETY: As above.
+// SAFETY: Through `&Dispatched` several tasks may have a borrowed `Arc`, and replace it.
 unsafe impl<T: Send + Sync> Sync for Dispatched<T> {}
 
 impl<T> Dispatched<T> {
     /// For `queue_rq` and `commit_rqs` of `queue`.
-    pub(super) fn new(queue: *mut bindings::request_queue, value: Arc<T>) -> Self {
+    pub(super) fn new(queue: QueueId, value: Arc<T>) -> Self {
         Dispatched {
             queue,
             ptr: Atomic::new(Arc::into_raw(value)),
@@ -116,27 +120,38 @@ impl<T> Dispatched<T> {
         }
     }
 
-    /// What it is, for as long as the operation runs.
-    pub(crate) fn get<'a>(&self, cx: &'a Dispatch<'_>) -> Option<ArcBorrow<'a, T>> {
-        if cx.queue() != self.queue {
+    /// What it is, for as long as the operation runs; nothing for the operations of another queue.
+    pub(crate) fn get<'a>(&'a self, cx: &'a Dispatch<'_>) -> Option<ArcBorrow<'a, T>> {
+        if QueueId::new(cx.queue()) != self.queue {
             return None;
         }
-        // SAFETY: By the type invariant it is a live `Arc`'s. It is let go of only after this queue
-        // was quiesced since it was replaced, which cannot be while a dispatch runs that saw it.
-        Some(unsafe { ArcBorrow::from_raw(self.ptr.load(Acquire)) })
+        let ptr = self.ptr.load(Acquire);
+        // SAFETY: By the type invariant it is a live `Arc`'s. `self` is borrowed for `'a`, so it is not
+        // dropped with the `Arc`; and `replace()` lets go of that only after the queue was quiesced, which
+        // it is not during `'a`, while a dispatch runs that saw it.
+        Some(unsafe { ArcBorrow::from_raw(ptr) })
     }
 
-    /// Replaces it. Waits until no dispatch looks at what it was. May sleep.
-    pub(crate) fn replace(&self, value: Arc<T>) {
+    /// Replaces it. `disk` is the one whose dispatches read it. Waits until none of them looks at what it
+    /// was. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` where it is another disk; then nothing was replaced.
+    pub(crate) fn replace(&self, disk: &DiskRef, value: Arc<T>) -> Result {
+        let queue = disk.queue();
+        if QueueId::new(queue) != self.queue {
+            return Err(EINVAL);
+        }
         let old = self.ptr.xchg(Arc::into_raw(value), Full);
-        // SAFETY: This lives in what the disk's queue refers to, so the queue is valid. Afterwards no
-        // dispatch runs that began before the exchange, so `old`, which came from `Arc::into_raw()`,
-        // is ours alone.
-        drop(unsafe {
-            bindings::blk_mq_quiesce_queue(self.queue);
-            bindings::blk_mq_unquiesce_queue(self.queue);
-            Arc::from_raw(old)
-        });
+        // SAFETY: The disk's queue is valid. When this returns, no dispatch runs that began before.
+        unsafe { bindings::blk_mq_quiesce_queue(queue) };
+        // SAFETY: It was quiesced just now.
+        unsafe { bindings::blk_mq_unquiesce_queue(queue) };
+        // SAFETY: By the type invariant it came from `Arc::into_raw()`, and no dispatch runs any more that
+        // saw it.
+        drop(unsafe { Arc::from_raw(old) });
+        Ok(())
     }
 }
 
