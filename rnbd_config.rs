@@ -516,7 +516,7 @@ impl Device {
             config.sockets.push(socket, GFP_KERNEL)?;
         }
         if let Some(backend) = request.backend {
-            *self.backend.lock() = Some(CString::try_from_fmt(fmt!("{}", Bytes(backend)))?);
+            *self.backend.lock() = Some(c_string(backend)?);
         }
         self.add_file(File::Backend)?;
         config.has_backend_file = true;
@@ -584,16 +584,14 @@ impl Device {
     }
 }
 
-/// Bytes that ought to be text.
-struct Bytes<'a>(&'a [u8]);
-
-impl kernel::fmt::Display for Bytes<'_> {
-    fn fmt(&self, f: &mut kernel::fmt::Formatter<'_>) -> kernel::fmt::Result {
-        for byte in self.0 {
-            kernel::fmt::Write::write_char(f, char::from(*byte))?;
-        }
-        Ok(())
-    }
+/// A copy of `bytes`, whatever they are, up to the first zero (`nla_strdup()`, as C reads what that makes).
+fn c_string(bytes: &[u8]) -> Result<CString> {
+    let text = bytes.split(|byte| *byte == 0).next().unwrap_or(&[]);
+    let mut terminated = KVec::with_capacity(text.len() + 1, GFP_KERNEL)?;
+    terminated.extend_from_slice(text, GFP_KERNEL)?;
+    terminated.push(0, GFP_KERNEL)?;
+    let text = CStr::from_bytes_with_nul(&terminated).map_err(|_| EINVAL)?;
+    Ok(CString::try_from(text)?)
 }
 
 /// A block size that the block layer takes; 0 is the default.

@@ -473,9 +473,14 @@ impl<'a> Attr<'a> {
         self.value.first_chunk().map(|b| u64::from_ne_bytes(*b))
     }
 
-    /// Its value as a string, up to the first zero byte.
+    /// Its value as a string: without the zero bytes at its end, as `nla_strcmp()` compares it.
     pub(crate) fn string(&self) -> &'a [u8] {
-        self.value.split(|b| *b == 0).next().unwrap_or(&[])
+        let len = self
+            .value
+            .iter()
+            .rposition(|b| *b != 0)
+            .map_or(0, |last| last + 1);
+        self.value.get(..len).unwrap_or(&[])
     }
 
     /// The attributes within it: type and value of each. Ends where one is malformed.

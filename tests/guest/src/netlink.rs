@@ -396,6 +396,11 @@ impl Setup {
         self.with(attr(BACKEND_IDENTIFIER, name))
     }
 
+    /// As [`Self::backend`], with nothing behind the bytes.
+    pub fn backend_bytes(self, name: &[u8]) -> Self {
+        self.with(attr(BACKEND_IDENTIFIER, Buffer::from(name)))
+    }
+
     pub fn sockets(self, sockets: impl IntoIterator<Item = OwnedFd>) -> Self {
         let sockets: Vec<OwnedFd> = sockets.into_iter().collect();
         let numbers: Vec<i32> = sockets.iter().map(descriptor).collect();

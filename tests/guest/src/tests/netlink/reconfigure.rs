@@ -2,7 +2,7 @@
 
 //! What RECONFIGURE changes of a device that is connected.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::net::UdpSocket;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -25,6 +25,7 @@ pub fn tests() -> Vec<Test> {
         test!(reconfigure_needs_no_more_sockets),
         test!(reconfigure_decides_whether_to_destroy),
         test!(backend_identifier),
+        test!(backend_identifiers_are_bytes),
     ]
 }
 
@@ -170,4 +171,35 @@ fn backend_identifier(_: &Guest) {
     let any = Setup::change(link.index).size(2 * MIB).backend("image-8");
     assert_eq!(link.netlink.reconfigure(&any), Ok(()));
     assert_eq!(device::sysfs(link.index, "backend"), "");
+}
+
+/// Whatever they are: no text in any encoding is expected.
+fn backend_identifiers_are_bytes(_: &Guest) {
+    let netlink = Netlink::open();
+    for name in ["Größe-図".as_bytes(), b"\xff\xfe\x80 \\x", b"new\nline"] {
+        let link = Setup::new(MIB).index(0).backend_bytes(name).attach();
+        let shown = fs::read("/sys/block/nbd0/backend").unwrap();
+        assert_eq!(shown, [name, b"\n"].concat());
+        let size = |size| Setup::change(0).size(size);
+        let wrong = size(2 * MIB).backend_bytes(&name[1..]);
+        assert_eq!(netlink.reconfigure(&wrong), Err(Errno::INVAL));
+        let right = size(2 * MIB).backend_bytes(name);
+        assert_eq!(netlink.reconfigure(&right), Ok(()), "{name:x?}");
+        link.disconnect().unwrap();
+        link.wait_free();
+    }
+    // One that has a zero in it ends there, where it is kept, but not where it is compared.
+    let link = Setup::new(MIB).index(0).backend_bytes(b"ab\0cd").attach();
+    assert_eq!(fs::read("/sys/block/nbd0/backend").unwrap(), b"ab\n");
+    for (name, answer) in [
+        (b"ab".as_slice(), Ok(())),
+        (b"ab\0\0", Ok(())),
+        (b"ab\0cd", Err(Errno::INVAL)),
+        (b"a", Err(Errno::INVAL)),
+        (b"", Err(Errno::INVAL)),
+    ] {
+        let change = Setup::change(0).backend_bytes(name);
+        assert_eq!(netlink.reconfigure(&change), answer, "{name:x?}");
+    }
+    drop(link);
 }
