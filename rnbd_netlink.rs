@@ -223,14 +223,17 @@ fn sockets(info: &Info<'_>) -> Result<KVec<u32>> {
             info.complain(Some(ATTR_SOCKETS), c"sockets must be in a SOCK_ITEM");
             return Err(EINVAL);
         }
+        // Of several, the last counts (`nla_parse_nested_deprecated()`).
+        let mut last = None;
         for (kind, value) in item {
             if kind == SOCK_FD {
-                let Some(fd) = value.u32() else {
+                last = Some(value.u32().ok_or(EINVAL).inspect_err(|_| {
                     info.complain(Some(ATTR_SOCKETS), c"a socket's number must have 32 bits");
-                    return Err(EINVAL);
-                };
-                fds.push(fd, GFP_KERNEL)?;
+                })?);
             }
+        }
+        if let Some(fd) = last {
+            fds.push(fd, GFP_KERNEL)?;
         }
     }
     Ok(fds)

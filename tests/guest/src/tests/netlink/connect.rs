@@ -38,6 +38,7 @@ pub fn tests() -> Vec<Test> {
         test!(connect_at_impossible_indices),
         test!(connect_a_device_in_use),
         test!(connect_bad_sockets),
+        test!(connect_with_two_sockets_in_one_item),
         test!(connect_several_sockets_without_multi_conn),
         test!(connect_with_bad_sizes),
         test!(malformed_messages),
@@ -255,6 +256,26 @@ fn connect_bad_sockets(_: &Guest) {
     let ended = wait_until(SOON, || server.living() == 0);
     assert!(ended.is_ok(), "a socket of a failed connect is kept");
     assert_usable(0);
+}
+
+/// Of one that is named twice in an item, the last counts.
+fn connect_with_two_sockets_in_one_item(_: &Guest) {
+    let server = Server::new();
+    let netlink = Netlink::open();
+    let socket = server.connect(Transport::Unix);
+    let connect = |items: &[i32]| {
+        let fds: Vec<_> = items.iter().map(|number| attr(SOCK_FD, *number)).collect();
+        let list = nested(SOCKETS, &[nested(SOCK_ITEM, &fds)]);
+        netlink.connect(&Setup::new(MIB).index(0).attr(list))
+    };
+    let good = descriptor(&socket);
+    assert_eq!(connect(&[good, 9999]), Err(Errno::BADF));
+    assert_eq!(connect(&[9999, good]), Ok(0));
+    assert_eq!(
+        read_one(&device::open(0, libc::O_DIRECT).unwrap(), 0),
+        Ok(())
+    );
+    netlink.disconnect(0).unwrap();
 }
 
 fn connect_several_sockets_without_multi_conn(_: &Guest) {
