@@ -209,7 +209,8 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// `EINVAL`; `EBUSY` where the block size is to change and what is in flight does not end.
+    /// `EINVAL`; `EBUSY` where the block size is to change and what is in flight does not end, or somebody
+    /// who waits for that changes other limits.
     fn set_size(&self, config: &mut Config, size_bytes: u64, block_bytes: u32) -> Result {
         if i64::try_from(size_bytes).is_err() {
             return Err(EINVAL);
@@ -235,9 +236,7 @@ impl Device {
     }
 
     fn set_limits(&self, config: &Config, block_bytes: u32) -> Result {
-        let set = self
-            .disk
-            .set_limits(features(config.flags), Some(block_bytes));
+        let set = self.disk.set_limits(features(config.flags), block_bytes);
         set.inspect_err(|e| {
             if *e == EBUSY {
                 pr_err!(

@@ -5,7 +5,7 @@
 use crate::{
     kapi::{
         disk::{BlockDevice, Disk, File, GenDisk, Numbers},
-        limits::{Features, FixedLimits},
+        limits::FixedLimits,
         mq::{Dispatch, Expiry, NewRequest, Operations, Overdue, Queued, Status, TagSet},
         published::Published,
         task,
@@ -266,8 +266,7 @@ impl Device {
             drop(gone);
         }
         self.disk.invalidate();
-        // It can only fail for limits that do not go together, and these do.
-        let _ = self.disk.set_limits(Features::default(), None);
+        self.disk.reset_limits();
         if config.size_bytes != 0 {
             self.disk.uevent_change();
         }

@@ -3,7 +3,7 @@
 //!
 //! Source: `include/linux/blk-mq.h`.
 
-use super::{bindings, disk::DiskRef};
+use super::{bindings, disk::DiskRef, task::Deadline};
 use core::marker::PhantomData;
 use kernel::{ffi, prelude::*};
 
@@ -13,14 +13,12 @@ impl DiskRef {
     ///
     /// # Errors
     ///
-    /// `EBUSY` where something is in flight after `seconds`.
-    pub(super) fn drain(&self, seconds: u32) -> Result<Closed<'_>> {
+    /// `EBUSY` where something is in flight at the `deadline`.
+    pub(super) fn drain(&self, deadline: &Deadline) -> Result<Closed<'_>> {
         let closed = self.close();
-        let jiffies = seconds * bindings::HZ;
-        // SAFETY: By the type invariant the disk is valid.
-        let left = unsafe {
-            bindings::blk_mq_freeze_queue_wait_timeout(closed.queue, jiffies as ffi::c_ulong)
-        };
+        let jiffies = deadline.jiffies_left() as ffi::c_ulong;
+        // SAFETY: By the type invariant the disk is valid, and so is its queue, which was closed just now.
+        let left = unsafe { bindings::blk_mq_freeze_queue_wait_timeout(closed.queue, jiffies) };
         if left == 0 {
             return Err(EBUSY);
         }

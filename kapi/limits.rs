@@ -6,8 +6,14 @@
 use super::{
     bindings,
     disk::{DiskRef, Sectors},
+    task::Deadline,
 };
-use kernel::{error::to_result, prelude::*};
+use core::{marker::PhantomData, mem::ManuallyDrop};
+use kernel::{
+    error::to_result,
+    prelude::*,
+    time::{delay::fsleep, Delta},
+};
 
 /// The limits that a disk is made with, besides the defaults of the block layer.
 pub(crate) struct FixedLimits {
@@ -27,90 +33,200 @@ pub(crate) struct Features {
     pub(crate) write_zeroes: bool,
 }
 
-/// How long what is in flight is waited for before limits change.
-const DRAIN_SECONDS: u32 = 5;
+/// How long who changes the limits, and what is in flight, is waited for before limits change.
+const PATIENCE_SECONDS: u32 = 5;
+
+/// How often it is looked whether the limits are locked.
+const LOOK_AGAIN: Delta = Delta::from_millis(10);
 
 impl DiskRef {
     /// Whether the disk says that it has a volatile cache (`blk_queue_write_cache()`).
     fn has_write_cache(&self) -> bool {
-        // SAFETY: By the type invariant the disk is valid; a racing change is the caller's business.
+        // SAFETY: By the type invariant the disk is valid, and so is its queue.
         let limits = unsafe { &raw const (*self.queue()).limits };
-        // SAFETY: As above.
-        let (features, flags) = unsafe { ((*limits).features, (*limits).flags) };
+        // SAFETY: The queue is valid. Others may write the fields meanwhile; each is a word, which is never
+        // seen in part.
+        let (features, flags) = unsafe {
+            (
+                (&raw const (*limits).features).read_volatile(),
+                (&raw const (*limits).flags).read_volatile(),
+            )
+        };
         features & bindings::BLK_FEAT_WRITE_CACHE != 0
             && flags & bindings::BLK_FLAG_WRITE_CACHE_DISABLED == 0
     }
 
-    /// Sets what the disk can do, and its block size where one is given. The queue is frozen where
-    /// there could be I/O and something changes. May sleep.
+    /// Sets what the disk can do, and its block size. The queue is frozen where there could be I/O and
+    /// something changes. May sleep.
     ///
     /// # Errors
     ///
-    /// `EBUSY` where what is in flight has not ended within [`DRAIN_SECONDS`]; then nothing was changed.
-    pub(crate) fn set_limits(&self, features: Features, block_bytes: Option<u32>) -> Result {
-        let queue = self.queue();
+    /// `EBUSY` where what is in flight has not ended within [`PATIENCE_SECONDS`], or somebody else who
+    /// changes limits, and may wait for the same, has not; then nothing was changed. `EINVAL` for limits
+    /// that do not go together.
+    pub(crate) fn set_limits(&self, features: Features, block_bytes: u32) -> Result {
         let idle = self.capacity() == Sectors(0) && !self.has_write_cache();
-        // SAFETY: By the type invariant the disk is valid. This is `queue_limits_start_update()`: the
-        // lock is released by the commit, or by hand (`queue_limits_cancel_update()`).
+        let before = self.changeable_limits();
+        if !idle && before.with(features, Some(block_bytes)) == before {
+            return Ok(());
+        }
+        let deadline = Deadline::after_seconds(PATIENCE_SECONDS);
+        let mut locked = self.lock_limits_until(&deadline)?;
+        locked.change(features, Some(block_bytes));
+        if idle {
+            return locked.commit();
+        }
+        let _closed = self.drain(&deadline)?;
+        locked.commit()
+    }
+
+    /// Sets back what the disk can do. Nothing may be in flight, nor come: whoever changes the limits
+    /// might else wait for it, and this waits for him. May sleep.
+    pub(crate) fn reset_limits(&self) {
+        // SAFETY: By the type invariant the disk is valid, and so is its queue.
+        unsafe { bindings::mutex_lock(&raw mut (*self.queue()).limits_lock) };
+        // SAFETY: They were locked just now.
+        let mut locked = unsafe { self.locked_limits() };
+        locked.change(Features::default(), None);
+        // It can only fail for limits that do not go together, and these do.
+        let _ = locked.commit();
+    }
+
+    fn lock_limits_until(&self, deadline: &Deadline) -> Result<LockedLimits<'_>> {
+        let queue = self.queue();
+        // SAFETY: By the type invariant the disk is valid, and so is its queue.
+        while unsafe { bindings::mutex_trylock(&raw mut (*queue).limits_lock) } == 0 {
+            if deadline.jiffies_left() == 0 {
+                return Err(EBUSY);
+            }
+            fsleep(LOOK_AGAIN);
+        }
+        // SAFETY: They were locked just now.
+        Ok(unsafe { self.locked_limits() })
+    }
+
+    /// The rest of `queue_limits_start_update()`.
+    ///
+    /// # Safety
+    ///
+    /// The current task must hold the queue's `limits_lock`, and leave it to what is returned.
+    unsafe fn locked_limits(&self) -> LockedLimits<'_> {
+        let queue = self.queue();
+        // SAFETY: By the type invariant the disk is valid, and so is its queue; who writes the limits has
+        // the lock, which is ours.
+        let new = unsafe { (&raw const (*queue).limits).read() };
+        // INVARIANT: The caller promises that the lock is held, and no longer the caller's.
+        LockedLimits {
+            queue,
+            new,
+            _disk: PhantomData,
+        }
+    }
+
+    /// Those of the limits that the driver changes. Others may change them meanwhile.
+    fn changeable_limits(&self) -> Changeable {
+        // SAFETY: By the type invariant the disk is valid, and so is its queue. Others may write the fields
+        // meanwhile; each is a word, which is never seen in part.
         unsafe {
-            bindings::mutex_lock(&raw mut (*queue).limits_lock);
-            let mut lim = (&raw const (*queue).limits).read();
-            let changes = apply(&mut lim, features, block_bytes);
-            let closed = if idle || block_bytes.is_none() {
-                Ok(None)
-            } else if changes {
-                self.drain(DRAIN_SECONDS).map(Some)
-            } else {
-                bindings::mutex_unlock(&raw mut (*queue).limits_lock);
-                return Ok(());
-            };
-            match closed {
-                Ok(_closed) => to_result(bindings::queue_limits_commit_update(queue, &raw mut lim)),
-                Err(e) => {
-                    bindings::mutex_unlock(&raw mut (*queue).limits_lock);
-                    Err(e)
-                }
+            let limits = &raw const (*self.queue()).limits;
+            Changeable {
+                features: (&raw const (*limits).features).read_volatile(),
+                max_hw_discard_sectors: (&raw const (*limits).max_hw_discard_sectors)
+                    .read_volatile(),
+                max_write_zeroes_sectors: (&raw const (*limits).max_write_zeroes_sectors)
+                    .read_volatile(),
+                logical_block_size: (&raw const (*limits).logical_block_size).read_volatile(),
+                physical_block_size: (&raw const (*limits).physical_block_size).read_volatile(),
             }
         }
     }
 }
 
-/// nbd.c's `nbd_apply_limits()`. Returns whether anything is other than before.
-fn apply(lim: &mut bindings::queue_limits, features: Features, block_bytes: Option<u32>) -> bool {
-    let what_is_set = |lim: &bindings::queue_limits| {
-        (
-            lim.features,
-            lim.max_hw_discard_sectors,
-            lim.max_write_zeroes_sectors,
-            lim.logical_block_size,
-            lim.physical_block_size,
-        )
-    };
-    let before = what_is_set(lim);
-    let mut bit = |on: bool, bit: u32| {
-        if on {
-            lim.features |= bit;
-        } else {
-            lim.features &= !bit;
-        }
-    };
-    bit(features.write_cache, bindings::BLK_FEAT_WRITE_CACHE);
-    bit(features.fua, bindings::BLK_FEAT_FUA);
-    bit(features.rotational, bindings::BLK_FEAT_ROTATIONAL);
-    let sectors = |on: bool| {
-        if on {
-            u32::MAX >> bindings::SECTOR_SHIFT
-        } else {
-            0
-        }
-    };
-    lim.max_hw_discard_sectors = sectors(features.discard);
-    lim.max_write_zeroes_sectors = sectors(features.write_zeroes);
-    if let Some(bytes) = block_bytes {
-        lim.logical_block_size = bytes;
-        lim.physical_block_size = bytes;
+/// The limits of a disk, which nobody else changes meanwhile, and what is to become of them.
+///
+/// # Invariants
+///
+/// `queue` is valid for `'a`, and the current task holds its `limits_lock`.
+struct LockedLimits<'a> {
+    queue: *mut bindings::request_queue,
+    new: bindings::queue_limits,
+    _disk: PhantomData<&'a DiskRef>,
+}
+
+impl LockedLimits<'_> {
+    fn change(&mut self, features: Features, block_bytes: Option<u32>) {
+        let lim = &mut self.new;
+        let before = Changeable {
+            features: lim.features,
+            max_hw_discard_sectors: lim.max_hw_discard_sectors,
+            max_write_zeroes_sectors: lim.max_write_zeroes_sectors,
+            logical_block_size: lim.logical_block_size,
+            physical_block_size: lim.physical_block_size,
+        };
+        let after = before.with(features, block_bytes);
+        lim.features = after.features;
+        lim.max_hw_discard_sectors = after.max_hw_discard_sectors;
+        lim.max_write_zeroes_sectors = after.max_write_zeroes_sectors;
+        lim.logical_block_size = after.logical_block_size;
+        lim.physical_block_size = after.physical_block_size;
     }
-    what_is_set(lim) != before
+
+    /// Makes them the disk's, and unlocks them.
+    fn commit(self) -> Result {
+        let mut this = ManuallyDrop::new(self);
+        // SAFETY: By the type invariant the queue is valid and its limits are locked by the current task.
+        // This unlocks them, whatever it answers, and `drop` does not run.
+        to_result(unsafe { bindings::queue_limits_commit_update(this.queue, &raw mut this.new) })
+    }
+}
+
+impl Drop for LockedLimits<'_> {
+    /// `queue_limits_cancel_update()`
+    fn drop(&mut self) {
+        // SAFETY: By the type invariant the queue is valid and the current task holds the lock.
+        unsafe { bindings::mutex_unlock(&raw mut (*self.queue).limits_lock) };
+    }
+}
+
+/// Those of the limits that the driver changes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Changeable {
+    /// `BLK_FEAT_*`, also those that are none of ours.
+    features: u32,
+    max_hw_discard_sectors: u32,
+    max_write_zeroes_sectors: u32,
+    logical_block_size: u32,
+    physical_block_size: u32,
+}
+
+impl Changeable {
+    /// nbd.c's `nbd_apply_limits()`, and the block size, where one is given.
+    fn with(mut self, features: Features, block_bytes: Option<u32>) -> Self {
+        let mut bit = |on: bool, bit: u32| {
+            if on {
+                self.features |= bit;
+            } else {
+                self.features &= !bit;
+            }
+        };
+        bit(features.write_cache, bindings::BLK_FEAT_WRITE_CACHE);
+        bit(features.fua, bindings::BLK_FEAT_FUA);
+        bit(features.rotational, bindings::BLK_FEAT_ROTATIONAL);
+        let sectors = |on: bool| {
+            if on {
+                u32::MAX >> bindings::SECTOR_SHIFT
+            } else {
+                0
+            }
+        };
+        self.max_hw_discard_sectors = sectors(features.discard);
+        self.max_write_zeroes_sectors = sectors(features.write_zeroes);
+        if let Some(bytes) = block_bytes {
+            self.logical_block_size = bytes;
+            self.physical_block_size = bytes;
+        }
+        self
+    }
 }
 
 /// Whether the block layer takes blocks of `bytes` (`blk_validate_block_size()`).

@@ -38,6 +38,22 @@ pub(crate) fn jiffies() -> usize {
     unsafe { (&raw const bindings::jiffies).read_volatile() }
 }
 
+/// Until when something is waited for.
+pub(crate) struct Deadline(usize);
+
+impl Deadline {
+    /// So many seconds from now; at most as many as half the range of `jiffies` has.
+    pub(crate) fn after_seconds(seconds: u32) -> Self {
+        Deadline(jiffies().wrapping_add(seconds as usize * HZ as usize))
+    }
+
+    /// How many jiffies are left; 0 where it has passed.
+    pub(crate) fn jiffies_left(&self) -> usize {
+        let left = self.0.wrapping_sub(jiffies()) as isize;
+        left.max(0) as usize
+    }
+}
+
 /// Runs `f` so that no allocation in it waits for I/O (`memalloc_noio_save()`).
 pub(crate) fn without_io<R>(f: impl FnOnce() -> R) -> R {
     // SAFETY: The current task changes its own flags, and puts them back.
