@@ -89,17 +89,13 @@ impl kernel::Module for Rnbd {
             registry: registry.clone(),
         };
         let netlink = Registration::new(netlink, events)?;
-        registry.with(|devices| {
-            for index in 0..count {
-                // As nbd.c: the module loads with the devices that could be made. One may be there
-                // already: netlink can be used by now.
-                if devices.get(&index).is_none() {
-                    if let Err(e) = registry.add(devices, index, None) {
-                        pr_err!("cannot make nbd{index} ({e:?})\n");
-                    }
-                }
+        for index in 0..count {
+            // As nbd.c: the module loads with the devices that could be made. One may be there already:
+            // netlink can be used by now.
+            if let Err(e) = registry.find_or_add(Some(index), None) {
+                pr_err!("cannot make nbd{index} ({e:?})\n");
             }
-        });
+        }
         Ok(Rnbd {
             _netlink: netlink,
             _devices: devices,

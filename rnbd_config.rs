@@ -20,7 +20,7 @@ use kernel::{
     str::CString,
     sync::{
         atomic::{Atomic, Relaxed},
-        Arc,
+        Arc, MutexGuard,
     },
 };
 
@@ -79,14 +79,14 @@ pub(crate) struct Request<'a> {
 }
 
 impl Config {
-    /// Nothing is set up.
+    /// Nothing is set up. Whoever makes it has the one reference.
     ///
     /// # Errors
     ///
     /// `ENODEV` where the module is about to go.
     pub(crate) fn new() -> Result<Self> {
         Ok(Config {
-            references: 0,
+            references: 1,
             flags: 0,
             size_bytes: 0,
             block_bytes: DEFAULT_BLOCK_BYTES,
@@ -249,7 +249,7 @@ impl Device {
 
     /// Sets how long a request may take; 0 is for ever (`nbd_set_cmd_timeout()`).
     pub(crate) fn set_timeout_seconds(&self, seconds: usize) -> Result {
-        self.apply_timeout(&mut self.state.lock(), seconds as u64);
+        self.apply_timeout(&mut self.lock(), seconds as u64);
         Ok(())
     }
 
@@ -276,23 +276,28 @@ impl Device {
         })
     }
 
-    /// Asks the servers to end the session (`nbd_disconnect()`). May sleep.
+    /// Asks the servers to end the session. May sleep.
     pub(crate) fn disconnect(&self) -> Result {
+        self.with_config(|config| {
+            self.say_goodbye(config);
+            Ok(())
+        })
+    }
+
+    /// `nbd_disconnect()`
+    fn say_goodbye(&self, config: &mut Config) {
         pr_info!("nbd{}: NBD_DISCONNECT\n", self.index);
-        let mut state = self.state.lock();
-        state.disconnect_requested = true;
-        let config = state.config.as_mut().ok_or(ENODEV)?;
+        self.life.lock().disconnect_requested = true;
         config.disconnect_requested = true;
         if let Some(session) = &config.session {
             session.say_goodbye();
-            return Ok(());
+            return;
         }
         for socket in config.idle_sockets() {
             if let Err(e) = rnbd_stream::say_goodbye_on(socket) {
                 pr_err!("nbd{}: send disconnect failed ({e:?})\n", self.index);
             }
         }
-        Ok(())
     }
 
     /// Ends the session at once, and forgets the sockets (`nbd_clear_sock_ioctl()`). May sleep.
@@ -331,7 +336,7 @@ impl Device {
     /// `EBUSY` where the device was started already or a socket is in use elsewhere, `EINVAL` without a
     /// socket or with several that the server does not allow, `ERESTARTSYS` after a signal.
     pub(crate) fn run(&self) -> Result {
-        let session = self.start()?;
+        let session = self.start(self.lock())?;
         self.scan_partitions_later();
         let signal = session.table().wait_gone_or_signal();
         if signal {
@@ -347,26 +352,19 @@ impl Device {
     }
 
     /// `nbd_start_device()`
-    fn start(&self) -> Result<Arc<Session>> {
-        loop {
-            let sockets = self.with_config(|config| {
-                self.check_startable(config)?;
-                Ok(config.sockets.len())
-            })?;
-            // The configuration lock is not held while the block layer changes its queues: it takes
-            // locks that are held where ours is taken.
-            self.disk.set_hw_queues(sockets as u32);
-            let mut state = self.state.lock();
-            let timeout_jiffies = state.timeout_jiffies;
-            let config = state.config.as_mut().ok_or(ENODEV)?;
-            self.check_startable(config)?;
-            if config.sockets.len() == sockets {
-                return self.start_locked(config, timeout_jiffies);
-            }
-        }
+    fn start(&self, mut state: MutexGuard<'_, State>) -> Result<Arc<Session>> {
+        let sockets = self.check_startable(state.config_mut()?)?;
+        let mut state = self.set_hw_queues(state, sockets as u32);
+        let timeout_jiffies = state.timeout_jiffies;
+        let config = state.config_mut()?;
+        let session = self.start_locked(config, timeout_jiffies)?;
+        // Whoever ends it next lets go of this, too.
+        config.held_by_netlink = config.bound;
+        Ok(session)
     }
 
-    fn check_startable(&self, config: &Config) -> Result {
+    /// With how many sockets the device can be started.
+    fn check_startable(&self, config: &Config) -> Result<usize> {
         if config.started {
             return Err(EBUSY);
         }
@@ -380,7 +378,7 @@ impl Device {
             );
             return Err(EINVAL);
         }
-        Ok(())
+        Ok(config.sockets.len())
     }
 
     fn start_locked(&self, config: &mut Config, timeout_jiffies: u32) -> Result<Arc<Session>> {
@@ -435,11 +433,9 @@ impl Device {
     /// Disconnects, waits until nothing of the session runs, and lets go of what netlink holds
     /// (`nbd_disconnect_and_put()`). May sleep.
     pub(crate) fn disconnect_and_put(&self) {
-        // It can only fail where there is nothing to disconnect.
-        if self.disconnect().is_err() {
-            return;
-        }
+        // In one step: what comes afterwards is another session. It can only fail where there is none.
         let put = self.with_config(|config| {
+            self.say_goodbye(config);
             config.end();
             config.setup_by = None;
             config.bound = false;
@@ -454,58 +450,33 @@ impl Device {
 // What netlink does in one step.
 
 impl Device {
-    /// Whether nobody uses it and it is not about to go (`nbd_find_get_unused()`).
-    pub(crate) fn is_unused(&self) -> bool {
-        let state = self.state.lock();
-        state.config.is_none() && !state.destroy_on_disconnect && !state.doomed
-    }
-
-    /// Whether somebody uses it, as the status says.
-    pub(crate) fn is_configured(&self) -> bool {
-        self.state.lock().config.is_some()
-    }
-
-    /// Whether it is about to be removed.
-    pub(crate) fn is_going(&self) -> bool {
-        let state = self.state.lock();
-        state.doomed || (state.destroy_on_disconnect && state.disconnect_requested)
-    }
-
-    /// Sets it up and starts it (`nbd_genl_connect()`). May sleep.
+    /// Sets it up and starts it (`nbd_genl_connect()`). Returns whether it did: it does not where somebody
+    /// uses the device, or it is about to be removed. May sleep.
     ///
     /// # Errors
     ///
-    /// `EBUSY` where somebody uses it, and those of the steps.
-    pub(crate) fn connect(&self, request: &Request<'_>) -> Result {
-        {
-            let mut state = self.state.lock();
-            if state.config.is_some() {
-                return Err(EBUSY);
-            }
-            let mut config = Config::new()?;
-            config.references = 1;
-            config.bound = true;
-            state.config = Some(KBox::new(config, GFP_KERNEL)?);
+    /// Those of the steps; `EBUSY` where a socket is in use elsewhere.
+    pub(crate) fn connect(&self, request: &Request<'_>) -> Result<bool> {
+        let mut state = self.lock();
+        if state.config.is_some() {
+            return Ok(false);
         }
-        let connected = self.set_up(request).and_then(|()| self.start());
-        match connected {
-            Ok(_) => self.with_config(|config| {
-                config.held_by_netlink = true;
-                Ok(())
-            }),
-            Err(e) => {
-                self.put_config();
-                Err(e)
-            }
+        match self.new_config(&mut state) {
+            Ok(config) => config.bound = true,
+            Err(e) if e == ENXIO => return Ok(false),
+            Err(e) => return Err(e),
         }
+        // The lock is held from here until the device has started: in between it would look as if it were
+        // connected, and as if it could be disconnected.
+        let set_up = self.set_up(&mut state, request);
+        let started = set_up.and_then(|()| self.start(state));
+        started.map(|_| true).inspect_err(|_| self.put_config())
     }
 
     /// All that comes before the start.
-    fn set_up(&self, request: &Request<'_>) -> Result {
-        let mut guard = self.state.lock();
-        let state = &mut *guard;
+    fn set_up(&self, state: &mut State, request: &Request<'_>) -> Result {
         self.apply(state, request)?;
-        let config = state.config.as_mut().ok_or(ENODEV)?;
+        let config = state.config_mut()?;
         if let Some(flags) = request.server_flags {
             config.flags = flags as u32;
         }
@@ -541,7 +512,8 @@ impl Device {
         }
         if let Some(flags) = request.client_flags {
             config.disconnect_on_close = flags & CFLAG_DISCONNECT_ON_CLOSE != 0;
-            state.destroy_on_disconnect = flags & CFLAG_DESTROY_ON_DISCONNECT != 0;
+            let destroy = flags & CFLAG_DESTROY_ON_DISCONNECT != 0;
+            self.life.lock().destroy_on_disconnect = destroy;
         }
         if let Some(seconds) = request.timeout_seconds {
             self.apply_timeout(state, seconds);
@@ -557,14 +529,18 @@ impl Device {
     /// `EINVAL` where it is not connected by netlink or the image is another one, and those of the
     /// steps.
     pub(crate) fn reconfigure(&self, request: &Request<'_>) -> Result {
+        let mut state = self.lock();
+        // What an allocation would have written out to make room may wait for this very device.
+        task::without_io(|| self.reconfigure_locked(&mut state, request))
+    }
+
+    fn reconfigure_locked(&self, state: &mut State, request: &Request<'_>) -> Result {
         if let Some(backend) = &*self.backend.lock() {
             if request.backend != Some(backend.to_bytes()) {
                 pr_err!("nbd{}: the backend is not {backend:?}\n", self.index);
                 return Err(EINVAL);
             }
         }
-        let mut guard = self.state.lock();
-        let state = &mut *guard;
         let ready = |c: &KBox<Config>| c.bound && c.started;
         if !state.config.as_ref().is_some_and(ready) {
             pr_err!("nbd{}: not configured, cannot reconfigure\n", self.index);

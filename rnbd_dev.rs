@@ -17,12 +17,12 @@ use crate::{
 };
 use kernel::{
     debugfs::Dir,
-    new_mutex,
+    new_condvar, new_mutex, new_spinlock,
     prelude::*,
     str::CString,
     sync::{
         atomic::{Atomic, Relaxed},
-        Arc, Mutex,
+        Arc, CondVar, Mutex, MutexGuard, SpinLock,
     },
 };
 
@@ -56,14 +56,26 @@ pub(crate) struct State {
     pub(crate) config: Option<KBox<Config>>,
     /// How long a request may take, in jiffies; 0: for ever (`tag_set.timeout`).
     pub(crate) timeout_jiffies: u32,
+    /// Somebody starts the device and has let go of the lock meanwhile. Nobody else changes the
+    /// configuration before that is over ([`Device::lock()`]); nor does it go, since who starts the
+    /// device uses it.
+    starting: bool,
+}
+
+/// What whoever looks for a device asks of it. Not part of [`State`], whose lock may be held for seconds,
+/// while this one is held for a few instructions only.
+#[derive(Default)]
+pub(crate) struct Life {
+    /// There is a configuration, or what it has set up is still being undone.
+    in_use: bool,
     /// The device is removed when it is no longer used (`NBD_DESTROY_ON_DISCONNECT`).
     pub(crate) destroy_on_disconnect: bool,
     /// Somebody asked for a disconnect since the device was made (`NBD_DISCONNECT_REQUESTED`).
     pub(crate) disconnect_requested: bool,
     /// It is to be removed: nobody may use it again.
-    pub(crate) doomed: bool,
+    doomed: bool,
     /// Somebody removes it.
-    pub(crate) buried: bool,
+    buried: bool,
 }
 
 /// See the module's documentation: the disk, and with it the driver's part.
@@ -90,7 +102,13 @@ pub(crate) struct Nbd {
     pub(crate) session: Published<Session>,
     /// nbd.c's `config_lock`.
     #[pin]
-    pub(crate) state: Mutex<State>,
+    state: Mutex<State>,
+    /// Nobody starts the device any more.
+    #[pin]
+    settled: CondVar,
+    /// Taken with or without `state`.
+    #[pin]
+    pub(crate) life: SpinLock<Life>,
 }
 
 /// Makes `/dev/nbd{index}` (`nbd_dev_add()`). May sleep.
@@ -117,10 +135,7 @@ pub(crate) fn add(
     let state = State {
         config: None,
         timeout_jiffies: 0,
-        destroy_on_disconnect: false,
-        disconnect_requested: false,
-        doomed: false,
-        buried: false,
+        starting: false,
     };
     Disk::add(tags, limits, numbers, fmt!("nbd{index}"), |queue| {
         try_pin_init!(Nbd {
@@ -134,8 +149,21 @@ pub(crate) fn add(
             backend <- new_mutex!(None),
             session: queue.published(),
             state <- new_mutex!(state),
+            settled <- new_condvar!(),
+            life <- new_spinlock!(Life::default()),
         })
     })
+}
+
+impl State {
+    /// The configuration.
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` where there is none.
+    pub(crate) fn config_mut(&mut self) -> Result<&mut Config> {
+        Ok(self.config.as_mut().ok_or(ENODEV)?)
+    }
 }
 
 impl Operations for Nbd {
@@ -163,13 +191,15 @@ impl BlockDevice for Nbd {
     /// `nbd_open()`
     fn open(device: &Device) -> Result {
         let mut state = device.state.lock();
-        if state.doomed {
-            return Err(ENXIO);
-        }
         if state.config.as_ref().is_none_or(|c| c.is_disconnected()) {
             device.scan_partitions_later();
         }
-        device.config_or_new(&mut state)?.references += 1;
+        match &mut state.config {
+            Some(config) => config.references += 1,
+            None => {
+                device.new_config(&mut state)?;
+            }
+        }
         Ok(())
     }
 
@@ -206,26 +236,82 @@ impl Device {
         }
     }
 
+    /// Whether nobody uses it and it is not about to go.
+    pub(crate) fn is_unused(&self) -> bool {
+        let life = self.life.lock();
+        !life.in_use && !life.destroy_on_disconnect && !life.doomed
+    }
+
+    /// Whether somebody uses it, as the status says.
+    pub(crate) fn is_in_use(&self) -> bool {
+        self.life.lock().in_use
+    }
+
+    /// Whether it is about to be removed, or will be when it is no longer used.
+    pub(crate) fn is_going(&self) -> bool {
+        let life = self.life.lock();
+        life.doomed || (life.destroy_on_disconnect && life.disconnect_requested)
+    }
+
+    /// Whether it is about to be removed, and nobody uses it.
+    pub(crate) fn is_doomed(&self) -> bool {
+        self.life.lock().doomed
+    }
+
     /// Whether the device is to be removed, by whoever is told so, which is one caller only.
     pub(crate) fn begin_burial(&self) -> bool {
-        let mut state = self.state.lock();
-        let begin = state.doomed && !state.buried;
-        state.buried |= begin;
+        let mut life = self.life.lock();
+        let begin = life.doomed && !life.buried;
+        life.buried |= begin;
         begin
     }
 
-    /// Runs `f` with the configuration, which is there while the device is open or connected.
-    pub(crate) fn with_config<R>(&self, f: impl FnOnce(&mut Config) -> Result<R>) -> Result<R> {
+    /// Takes the configuration lock, when nobody starts the device. May sleep, but waits for no server.
+    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         let mut state = self.state.lock();
-        f(state.config.as_mut().ok_or(ENODEV)?)
+        while state.starting {
+            self.settled.wait(&mut state);
+        }
+        state
     }
 
-    /// The configuration; a new one where there is none (`nbd_alloc_and_init_config()`).
-    fn config_or_new<'a>(&self, state: &'a mut State) -> Result<&'a mut Config> {
-        if state.config.is_none() {
-            state.config = Some(KBox::new(Config::new()?, GFP_KERNEL)?);
+    /// Has the block layer make `count` hardware queues. The configuration lock is not held meanwhile:
+    /// the block layer takes locks that are held where ours is taken. But who takes it by
+    /// [`Self::lock()`] waits until this is over.
+    pub(crate) fn set_hw_queues<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+        count: u32,
+    ) -> MutexGuard<'a, State> {
+        state.starting = true;
+        drop(state);
+        self.disk.set_hw_queues(count);
+        let mut state = self.state.lock();
+        state.starting = false;
+        self.settled.notify_all();
+        state
+    }
+
+    /// Runs `f` with the configuration, which is there while the device is open or connected, when nobody
+    /// starts the device.
+    pub(crate) fn with_config<R>(&self, f: impl FnOnce(&mut Config) -> Result<R>) -> Result<R> {
+        f(self.lock().config_mut()?)
+    }
+
+    /// Makes a configuration, with one reference (`nbd_alloc_and_init_config()`). There is none.
+    ///
+    /// # Errors
+    ///
+    /// `ENXIO` where the device is about to be removed, `ENODEV` where the module is about to go,
+    /// `ENOMEM`.
+    pub(crate) fn new_config<'a>(&self, state: &'a mut State) -> Result<&'a mut Config> {
+        let config = KBox::new(Config::new()?, GFP_KERNEL)?;
+        let mut life = self.life.lock();
+        if life.doomed {
+            return Err(ENXIO);
         }
-        Ok(state.config.as_mut().ok_or(ENODEV)?)
+        life.in_use = true;
+        Ok(state.config.insert(config))
     }
 
     /// Lets go of the configuration (`nbd_config_put()`). The last one ends the session, and the device
@@ -244,14 +330,18 @@ impl Device {
             state.timeout_jiffies = 0;
             self.disk
                 .set_request_timeout(DEFAULT_TIMEOUT_SECONDS * task::HZ);
-            self.doom_if_unwanted(&mut state);
+            self.leave();
         }
     }
 
-    /// Has the device removed where it was to go and nobody uses it. The lock is held.
-    pub(crate) fn doom_if_unwanted(&self, state: &mut State) {
-        if state.destroy_on_disconnect && state.config.is_none() && !state.doomed {
-            state.doomed = true;
+    /// Nobody uses the device any more. Has it removed where it was to go. The configuration lock is held.
+    fn leave(&self) {
+        let mut life = self.life.lock();
+        life.in_use = false;
+        let doom = life.destroy_on_disconnect && !life.doomed;
+        life.doomed |= doom;
+        drop(life);
+        if doom {
             self.graveyard.clone().bury_later();
         }
     }

@@ -2,11 +2,14 @@
 //! Front end 2: the generic netlink family "nbd" (`include/uapi/linux/nbd-netlink.h`).
 
 use crate::{
-    kapi::genl::{self, Attr, Commands, Info, Policy},
+    kapi::{
+        disk::Disk,
+        genl::{self, Attr, Commands, Info, Policy},
+    },
     rnbd_config::Request,
-    rnbd_dev::Device,
+    rnbd_dev::{Device, Nbd},
     rnbd_events::ATTR_INDEX,
-    rnbd_registry::{Devices, Registry},
+    rnbd_registry::Registry,
 };
 use kernel::{prelude::*, sync::Arc};
 
@@ -78,74 +81,75 @@ impl Netlink {
         info.require(ATTR_SOCKETS, c"at least one socket is needed")?;
         info.require(ATTR_SIZE_BYTES, c"a size in bytes is needed")?;
         let request = request(info)?;
-        let index = self.registry.with(|devices| {
-            let index = match wanted {
-                Some(index) => index,
-                None => first_unused(devices),
-            };
-            self.find_or_add(info, devices, index, request.sockets.len() as u32)?;
-            let device = devices.get(&index).ok_or(ENODEV)?;
-            device.connect(&request).inspect_err(|e| {
+        let device = loop {
+            let device = self.find_or_add(info, wanted, request.sockets.len() as u32)?;
+            let connected = device.connect(&request).inspect_err(|e| {
                 if *e == EBUSY {
-                    info.complain(Some(ATTR_INDEX), c"the device or a socket is in use");
+                    info.complain(Some(ATTR_SOCKETS), c"a socket is in use");
                 }
             })?;
-            Ok::<u32, Error>(index)
-        })?;
+            if connected {
+                break device;
+            }
+            // Somebody was quicker. There are others, where none was named.
+            if wanted.is_some() {
+                refuse_going(info, &device)?;
+                info.complain(Some(ATTR_INDEX), c"the device is in use");
+                return Err(EBUSY);
+            }
+        };
         // As nbd.c: the device is connected even where the answer is lost.
-        let _ = info.reply(CMD_CONNECT, ATTR_INDEX, &index.to_ne_bytes());
+        let _ = info.reply(CMD_CONNECT, ATTR_INDEX, &device.index.to_ne_bytes());
         Ok(())
     }
 
     fn find_or_add(
         &self,
         info: &Info<'_>,
-        devices: &mut Devices,
-        index: u32,
+        wanted: Option<u32>,
         sockets: u32,
-    ) -> Result {
-        if let Some(device) = devices.get(&index) {
-            if device.is_going() {
-                info.complain(Some(ATTR_INDEX), c"the device is being removed");
-                return Err(EINVAL);
-            }
-            return Ok(());
+    ) -> Result<Arc<Disk<Nbd>>> {
+        let device = self
+            .registry
+            .find_or_add(wanted, Some(sockets.max(1)))
+            .inspect_err(|e| {
+                if *e == ENOSPC {
+                    info.complain(None, c"no index is left");
+                }
+            })?;
+        if wanted.is_some() {
+            refuse_going(info, &device)?;
         }
-        if index >= self.registry.limit() {
-            info.complain(None, c"no index is left");
-            return Err(ENOSPC);
-        }
-        self.registry.add(devices, index, Some(sockets.max(1)))
+        Ok(device)
     }
 
     /// `nbd_genl_disconnect()`
     fn disconnect(&self, info: &Info<'_>) -> Result {
         administrator(info)?;
-        self.with_device(info, |device| {
-            if device.is_configured() {
-                device.disconnect_and_put();
-            }
-            Ok(())
-        })
+        self.device(info)?.disconnect_and_put();
+        Ok(())
     }
 
     /// `nbd_genl_reconfigure()`
     fn reconfigure(&self, info: &Info<'_>) -> Result {
         administrator(info)?;
         let request = request(info)?;
-        self.with_device(info, |device| device.reconfigure(&request))
+        self.device(info)?.reconfigure(&request)
     }
 
-    fn with_device(&self, info: &Info<'_>, f: impl FnOnce(&Device) -> Result) -> Result {
+    /// The device that a message names.
+    fn device(&self, info: &Info<'_>) -> Result<Arc<Disk<Nbd>>> {
         let index = info.require(ATTR_INDEX, c"the index of a device is needed")?;
         let index = index.u32().ok_or(EINVAL)?;
-        self.registry.with(|devices| {
-            let Some(device) = devices.get(&index) else {
-                info.complain(Some(ATTR_INDEX), c"there is no such device");
-                return Err(EINVAL);
-            };
-            f(device)
-        })
+        let Some(device) = self.registry.find(index) else {
+            info.complain(Some(ATTR_INDEX), c"there is no such device");
+            return Err(EINVAL);
+        };
+        if device.is_doomed() {
+            info.complain(Some(ATTR_INDEX), c"the device is being removed");
+            return Err(EINVAL);
+        }
+        Ok(device)
     }
 
     /// `nbd_genl_status()`
@@ -154,13 +158,11 @@ impl Netlink {
         // What nbd.c takes for all of them.
         let wanted = wanted.filter(|index| *index != u32::MAX);
         let mut list = KVec::new();
-        self.registry.with(|devices| {
-            for (index, device) in devices.iter() {
-                if wanted.is_none_or(|wanted| wanted == *index) {
-                    put_status(&mut list, *index, device)?;
-                }
+        self.registry.for_each(|device| {
+            if wanted.is_none_or(|wanted| wanted == device.index) {
+                put_status(&mut list, device)?;
             }
-            Ok::<(), Error>(())
+            Ok(())
         })?;
         info.reply(CMD_STATUS, ATTR_DEVICE_LIST, &list)
     }
@@ -173,26 +175,19 @@ fn administrator(info: &Info<'_>) -> Result {
     Ok(())
 }
 
-/// The lowest index that is free, or whose device nobody uses.
-fn first_unused(devices: &Devices) -> u32 {
-    let unused = devices.iter().find(|(_, device)| device.is_unused());
-    if let Some((index, _)) = unused {
-        return *index;
+/// Refuses a device that is going, or will be when it is no longer used.
+fn refuse_going(info: &Info<'_>, device: &Device) -> Result {
+    if device.is_going() {
+        info.complain(Some(ATTR_INDEX), c"the device is being removed");
+        return Err(EINVAL);
     }
-    let mut free = 0;
-    for index in devices.keys() {
-        if *index != free {
-            break;
-        }
-        free += 1;
-    }
-    free
+    Ok(())
 }
 
-fn put_status(list: &mut KVec<u8>, index: u32, device: &Device) -> Result {
+fn put_status(list: &mut KVec<u8>, device: &Device) -> Result {
     let mut item = KVec::new();
-    genl::put(&mut item, DEVICE_INDEX, &index.to_ne_bytes())?;
-    let connected = u8::from(device.is_configured());
+    genl::put(&mut item, DEVICE_INDEX, &device.index.to_ne_bytes())?;
+    let connected = u8::from(device.is_in_use());
     genl::put(&mut item, DEVICE_CONNECTED, &[connected])?;
     genl::put(list, DEVICE_ITEM, &item)
 }

@@ -2,16 +2,16 @@
 //! All devices: which there are, and how they come and go (nbd.c's `nbd_index_idr`).
 
 use crate::{
-    kapi::disk::Disk,
-    rnbd_dev::{self, Graveyard, Layout, Nbd},
+    kapi::{disk::Disk, task},
+    rnbd_dev::{self, Device, Graveyard, Layout, Nbd},
     rnbd_shared::Shared,
 };
 use kernel::{
     debugfs::Dir,
     impl_has_work, new_mutex, new_work,
     prelude::*,
-    rbtree::RBTree,
-    sync::{Arc, Mutex},
+    rbtree::{RBTree, RBTreeNodeReservation},
+    sync::{Arc, Mutex, UniqueArc},
     workqueue::{Work, WorkItem},
 };
 
@@ -19,7 +19,7 @@ use kernel::{
 const MINOR_BITS: u32 = 20;
 
 /// The devices, by index.
-pub(crate) type Devices = RBTree<u32, Arc<Disk<Nbd>>>;
+type Devices = RBTree<u32, Arc<Disk<Nbd>>>;
 
 /// See the module's documentation.
 #[pin_data]
@@ -28,8 +28,8 @@ pub(crate) struct Registry {
     /// `/sys/kernel/debug/nbd`
     debugfs: Dir,
     shared: Shared,
-    /// Held while a device is added, removed or controlled by netlink; never by who holds a lock of a
-    /// device.
+    /// Held while a device is looked up, added or removed, and never while anybody waits for a device:
+    /// who has looked one up has a reference to it. Not taken by who holds a lock of a device.
     #[pin]
     devices: Mutex<Devices>,
     #[pin]
@@ -133,36 +133,93 @@ impl Registry {
         Self::index_limit(self.layout)
     }
 
-    /// Runs `f` with all devices; none comes or goes meanwhile. May sleep.
-    pub(crate) fn with<R>(&self, f: impl FnOnce(&mut Devices) -> R) -> R {
-        f(&mut self.devices.lock())
+    /// The device `index`.
+    pub(crate) fn find(&self, index: u32) -> Option<Arc<Disk<Nbd>>> {
+        self.with(|devices| devices.get(&index).cloned())
     }
 
-    /// Adds the device `index` (`nbd_dev_add()`), with so many hardware queues where a number is given.
-    /// May sleep.
-    pub(crate) fn add(
+    /// The device `wanted`, or, where none is named, the lowest one that nobody uses. Makes it where there
+    /// is none (`nbd_dev_add()`), with so many hardware queues where a number is given. By the time that
+    /// the caller has it, somebody may use it, or it may be about to go. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `ENOSPC` where no index is left, `ENOMEM`, and those of adding a disk.
+    pub(crate) fn find_or_add(
+        self: &Arc<Self>,
+        wanted: Option<u32>,
+        hw_queues: Option<u32>,
+    ) -> Result<Arc<Disk<Nbd>>> {
+        self.with(|devices| {
+            let index = wanted.unwrap_or_else(|| first_unused(devices));
+            if let Some(device) = devices.get(&index) {
+                return Ok(device.clone());
+            }
+            if index >= self.limit() {
+                return Err(ENOSPC);
+            }
+            self.add(devices, index, hw_queues)
+        })
+    }
+
+    fn add(
         self: &Arc<Self>,
         devices: &mut Devices,
         index: u32,
         hw_queues: Option<u32>,
-    ) -> Result {
+    ) -> Result<Arc<Disk<Nbd>>> {
         let mut layout = self.layout;
         layout.hw_queues = hw_queues.unwrap_or(layout.hw_queues);
+        // A disk that is there can be in use already, so nothing may fail after it was added.
+        let node = RBTreeNodeReservation::new(GFP_KERNEL)?;
+        let place = UniqueArc::new_uninit(GFP_KERNEL)?;
         let (debugfs, shared) = (self.debugfs.clone(), self.shared.clone());
         let disk = rnbd_dev::add(index, layout, debugfs, shared, self.clone())?;
-        devices.try_create_and_insert(index, Arc::new(disk, GFP_KERNEL)?, GFP_KERNEL)?;
-        Ok(())
+        let device = Arc::from(place.write(disk));
+        devices.insert(node.into_node(index, device.clone()));
+        Ok(device)
     }
 
-    /// Removes a device. Nobody gets its index before it is gone. May sleep.
+    /// Calls `f` for each device, in the order of their indices, until it fails. `f` must not wait for
+    /// anybody. May sleep.
+    pub(crate) fn for_each(&self, mut f: impl FnMut(&Device) -> Result) -> Result {
+        self.with(|devices| devices.values().try_for_each(|device| f(device)))
+    }
+
+    /// Runs `f` with all devices; none comes or goes meanwhile. No allocation in `f` waits for I/O, which
+    /// might be I/O to one of them: everybody who uses netlink would wait for its server.
+    fn with<R>(&self, f: impl FnOnce(&mut Devices) -> R) -> R {
+        let mut devices = self.devices.lock();
+        task::without_io(|| f(&mut devices))
+    }
+
+    /// Removes a device. Nobody gets its index before it is gone from sight. Who has looked it up keeps
+    /// the rest of it for a moment longer, and finds that it is doomed. May sleep.
     fn bury(&self, index: u32, device: &Disk<Nbd>) {
         device.remove();
         let node = self.with(|devices| devices.remove(&index));
         drop(node);
     }
 
-    /// Removes all devices. May sleep.
+    /// Removes all devices, but for those that are being removed already. May sleep.
     pub(crate) fn clear(&self) {
-        *self.devices.lock() = RBTree::new();
+        let all = self.with(|devices| core::mem::replace(devices, RBTree::new()));
+        drop(all);
     }
+}
+
+/// The lowest index that is free, or whose device nobody uses (`nbd_find_get_unused()`).
+fn first_unused(devices: &Devices) -> u32 {
+    let unused = devices.iter().find(|(_, device)| device.is_unused());
+    if let Some((index, _)) = unused {
+        return *index;
+    }
+    let mut free = 0;
+    for index in devices.keys() {
+        if *index != free {
+            break;
+        }
+        free += 1;
+    }
+    free
 }

@@ -3,15 +3,23 @@
 //! NBD_DO_IT: what it answers, and what is to be seen while it runs and afterwards.
 
 use std::fs;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
+use std::sync::Barrier;
+use std::thread;
 use std::time::Duration;
 
+use fastrand::Rng;
 use rustix::io::Errno;
 
+use crate::debug_kernel::enough;
 use crate::device::{self, Plan, SOON, assert_usable};
-use crate::harness::{Guest, Test, wait_until};
-use crate::proto::{CLEAR_SOCK, Command, DISCONNECT};
-use crate::server::Transport;
+use crate::harness::{Guest, Test, run_on, say, seed, wait_until};
+use crate::proto::{
+    CAN_MULTI_CONN, CLEAR_SOCK, Command, DISCONNECT, DO_IT, SET_BLKSIZE, SET_FLAGS, SET_SIZE,
+    SET_SOCK,
+};
+use crate::server::{Server, Transport};
 use crate::sys::{self, Buffer, ioctl_number};
 use crate::test;
 
@@ -24,6 +32,7 @@ pub fn tests() -> Vec<Test> {
         test!(answers_eintr_after_a_signal),
         test!(answers_ebusy_when_a_signal_restarts_it),
         test!(pid_is_the_task_that_called_it),
+        test!(two_at_the_same_time),
         test!(says_goodbye_on_every_connection),
         test!(leaves_the_device_empty),
         test!(leaves_the_size_to_others_who_have_it_open),
@@ -180,5 +189,57 @@ fn clear_sock_leaves_the_size_to_others_who_have_it_open(_: &Guest) {
         assert_eq!(rig.client.wait(), Ok(0));
         assert_eq!(rig.sysfs("size"), "2048");
     }
+    assert_usable(0);
+}
+
+/// One task starts a device with two sockets; another one clears them meanwhile, and starts it with one
+/// of its own. Whichever wins, there are as many hardware queues as the session knows of.
+fn two_at_the_same_time(_: &Guest) {
+    let mut random = Rng::with_seed(seed());
+    let mut met = 0;
+    for _ in 0..enough(250, 50) {
+        let server = Server::new();
+        let device = device::open(0, 0).unwrap();
+        let ioctl = |request, argument| ioctl_number(&device, request, argument);
+        let set_sock = |socket: &OwnedFd| ioctl(SET_SOCK, socket.as_raw_fd() as u64);
+        ioctl(SET_BLKSIZE, 4096).unwrap();
+        ioctl(SET_SIZE, 1 << 20).unwrap();
+        ioctl(SET_FLAGS, CAN_MULTI_CONN).unwrap();
+        let sockets = [(); 3].map(|()| server.connect(Transport::Unix));
+        let begin = Barrier::new(2);
+        let delay = Duration::from_micros(random.u64(..600));
+        thread::scope(|scope| {
+            let first = scope.spawn(|| {
+                set_sock(&sockets[0]).unwrap();
+                set_sock(&sockets[1]).unwrap();
+                begin.wait();
+                ioctl(DO_IT, 0)
+            });
+            begin.wait();
+            thread::sleep(delay);
+            ioctl(CLEAR_SOCK, 0).unwrap();
+            let second = set_sock(&sockets[2]).map(|_| scope.spawn(|| ioctl(DO_IT, 0)));
+            if let Ok(second) = second {
+                // One of them runs the session, the other one is refused.
+                let decided = wait_until(SOON, || first.is_finished() || second.is_finished());
+                assert!(decided.is_ok());
+                let runs = wait_until(SOON, || device::sysfs(0, "size") == "2048");
+                assert!(runs.is_ok());
+                met += 1;
+                for processor in [0, 1] {
+                    let reader = scope.spawn(move || {
+                        run_on(processor);
+                        let direct = device::open(0, libc::O_DIRECT).unwrap();
+                        device::errno(direct.read_exact_at(&mut Buffer::new(4096), 0))
+                    });
+                    let read = reader.join().unwrap();
+                    assert_eq!(read, Ok(()), "on processor {processor}");
+                }
+            }
+            server.kill();
+            let _ = ioctl(CLEAR_SOCK, 0);
+        });
+    }
+    say(&format!("{met} met"));
     assert_usable(0);
 }

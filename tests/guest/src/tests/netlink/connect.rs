@@ -5,15 +5,17 @@
 use std::fs::{self, File};
 use std::net::UdpSocket;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 
 use rustix::io::Errno;
 use rustix::thread::{CapabilitySet, capabilities, gettid, set_capabilities};
 
 use super::{MIB, move_data, read_one, try_connect};
+use crate::debug_kernel::enough;
 use crate::device::{self, Plan, SOON, USUAL_FLAGS, assert_usable};
 use crate::driver::Driver;
-use crate::harness::{Guest, Test, wait_until};
+use crate::harness::{Guest, Test, Until, wait_until};
 use crate::netlink::{
     CONNECT, DISCONNECT, INDEX, Link, Netlink, RECONFIGURE, SIZE_BYTES, SOCK_FD, SOCK_ITEM,
     SOCKETS, STATUS, Setup, attr, descriptor, nested,
@@ -30,6 +32,7 @@ pub fn tests() -> Vec<Test> {
         test!(genl_ctrl_list_sees_the_family),
         test!(connect_at_an_index),
         test!(connect_at_the_first_free_index),
+        test!(connect_beside_programs_that_open_devices).parameters("nbds_max=4"),
         test!(connected_devices_carry_data),
         test!(connected_devices_look_as_asked),
         test!(debugfs_files),
@@ -90,6 +93,37 @@ fn connect_at_the_first_free_index(_: &Guest) {
     // Who opens a device uses it.
     let _open = device::open(1, 0).unwrap();
     assert_eq!(setup.attach().index, 4);
+}
+
+/// Who asks for any device gets one, also where others use some of them for a moment.
+fn connect_beside_programs_that_open_devices(_: &Guest) {
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let until_done = Until(&done);
+        for first in [0, 1] {
+            let done = &done;
+            scope.spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    for index in [first, first + 1, first + 2] {
+                        drop(device::open(index, 0));
+                    }
+                }
+            });
+        }
+        let server = Server::new();
+        let netlink = Netlink::open();
+        let mut refused = 0;
+        for _ in 0..enough(600, 150) {
+            let setup = Setup::new(MIB).sockets([server.connect(Transport::Unix)]);
+            match netlink.connect(&setup) {
+                Ok(index) => netlink.disconnect(index).unwrap(),
+                Err(Errno::BUSY) => refused += 1,
+                Err(errno) => panic!("CONNECT: {errno}"),
+            }
+        }
+        drop(until_done);
+        assert_eq!(refused, 0, "refused although there are free ones");
+    });
 }
 
 fn connected_devices_carry_data(_: &Guest) {

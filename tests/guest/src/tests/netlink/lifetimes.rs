@@ -8,11 +8,13 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use fastrand::Rng;
 use rustix::io::Errno;
 
 use super::{MIB, move_data, read_one, sysfs_exists, try_connect, wait_destroyed};
+use crate::debug_kernel::enough;
 use crate::device::{self, SOON, USUAL_FLAGS, assert_usable};
-use crate::harness::{Guest, Test, wait_until};
+use crate::harness::{Guest, Test, say, seed, wait_until};
 use crate::netlink::{DESTROY_ON_DISCONNECT, DISCONNECT_ON_CLOSE, Link, Netlink, Setup};
 use crate::proto::{self, CAN_MULTI_CONN, Command};
 use crate::server::{Server, Transport};
@@ -29,6 +31,9 @@ pub fn tests() -> Vec<Test> {
         test!(devices_are_made_and_destroyed),
         test!(a_device_that_is_open_is_destroyed_later),
         test!(disconnect_on_close),
+        test!(connect_against_the_last_close),
+        test!(disconnect_while_it_is_being_connected),
+        test!(close_while_it_is_being_connected),
         test!(commands_at_the_same_time),
     ]
 }
@@ -177,6 +182,86 @@ fn disconnect_on_close(_: &Guest) {
     assert_eq!(link.netlink.reconfigure(&stay), Ok(()));
     drop(link.direct());
     assert_eq!(read_one(&link.direct(), 0), Ok(()));
+}
+
+/// A device goes with its last close, but not where it has been connected anew by then.
+fn connect_against_the_last_close(_: &Guest) {
+    let setup = Setup::new(MIB).index(7).client_flags(DESTROY_ON_DISCONNECT);
+    let server = Server::new();
+    let mut caught = 0;
+    for _ in 0..enough(400, 60) {
+        let link = attach_again(&setup);
+        let open = device::open(7, 0).unwrap();
+        assert_eq!(ioctl_number(&open, proto::CLEAR_SOCK, 0), Ok(0));
+        let setup = setup.clone().sockets([server.connect(Transport::Unix)]);
+        let connected = thread::scope(|scope| {
+            let connector = scope.spawn(|| {
+                let netlink = Netlink::open();
+                let mut answer = Err(Errno::BUSY);
+                while answer == Err(Errno::BUSY) {
+                    answer = netlink.connect(&setup);
+                }
+                answer
+            });
+            thread::sleep(Duration::from_millis(2));
+            drop(open);
+            connector.join().unwrap()
+        });
+        if connected.is_ok() {
+            caught += 1;
+            thread::sleep(Duration::from_millis(20));
+            assert_eq!(
+                link.netlink.status(Some(7)),
+                [(7, true)],
+                "connected, and unknown"
+            );
+        }
+        let _ = link.disconnect();
+    }
+    say(&format!("{caught} connected in time"));
+    wait_destroyed(7);
+}
+
+/// Does `act` at some moment while device 0 is being connected, again and again. What is still
+/// connected then works.
+fn meddle_with_connecting(client_flags: u64, act: impl Fn(&Netlink) + Sync) {
+    let mut random = Rng::with_seed(seed());
+    let server = Server::new();
+    let netlink = Netlink::open();
+    let mut survived = 0;
+    for round in 0..enough(300, 60) {
+        // The number of hardware queues changes each time, which takes a while.
+        let sockets = [Transport::Unix; 2].into_iter().take(1 + round % 2);
+        let setup = Setup::new(MIB)
+            .index(0)
+            .flags(USUAL_FLAGS | CAN_MULTI_CONN)
+            .client_flags(client_flags)
+            .sockets(sockets.map(|transport| server.connect(transport)));
+        let connected = thread::scope(|scope| {
+            let connector = scope.spawn(|| Netlink::open().connect(&setup));
+            thread::sleep(Duration::from_micros(random.u64(..12_000)));
+            act(&netlink);
+            connector.join().unwrap()
+        });
+        drop(setup);
+        if connected.is_ok() && netlink.status(Some(0)) == [(0, true)] {
+            survived += 1;
+            let open = device::open(0, libc::O_DIRECT).unwrap();
+            assert_eq!(read_one(&open, 0), Ok(()), "connected, and dead");
+        }
+        let _ = netlink.disconnect(0);
+        let free = wait_until(SOON, || netlink.status(Some(0)) == [(0, false)]);
+        assert!(free.is_ok());
+    }
+    say(&format!("{survived} survived"));
+}
+
+fn disconnect_while_it_is_being_connected(_: &Guest) {
+    meddle_with_connecting(0, |netlink| assert_eq!(netlink.disconnect(0), Ok(())));
+}
+
+fn close_while_it_is_being_connected(_: &Guest) {
+    meddle_with_connecting(DISCONNECT_ON_CLOSE, |_| drop(device::open(0, 0).unwrap()));
 }
 
 fn commands_at_the_same_time(_: &Guest) {

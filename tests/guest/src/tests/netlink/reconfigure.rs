@@ -15,6 +15,7 @@ use crate::device::{self, Plan, SOON};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, wait_until};
 use crate::netlink::{DESTROY_ON_DISCONNECT, Netlink, Setup, descriptor};
+use crate::proto::Command;
 use crate::test;
 
 pub fn tests() -> Vec<Test> {
@@ -22,6 +23,7 @@ pub fn tests() -> Vec<Test> {
         test!(reconfigure_what_is_not_there),
         test!(reconfigure_size_and_timeout),
         test!(reconfigure_while_requests_wait),
+        test!(reconfigure_while_a_limit_is_being_set),
         test!(reconfigure_needs_no_more_sockets),
         test!(reconfigure_decides_whether_to_destroy),
         test!(backend_identifier),
@@ -105,6 +107,66 @@ fn reconfigure_while_requests_wait(guest: &Guest) {
         assert_eq!(reader.join().unwrap(), Ok(()));
         assert_eq!(block_size(4096), Ok(()));
         move_data(&direct, MIB, 8);
+    });
+}
+
+/// A program sets a limit in sysfs, which waits for a silent server and holds a lock of the disk
+/// meanwhile. Who changes the device must not wait for that program without end, and who has to do with
+/// another device not at all.
+fn reconfigure_while_a_limit_is_being_set(guest: &Guest) {
+    let link = Setup::new(MIB).index(0).attach().settle();
+    link.server.script(|conn, _| conn.stall());
+    let direct = link.direct();
+    let change = || Setup::change(0);
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| read_one(&direct, 0));
+        link.server.wait_for_command(Command::Read);
+        let setter =
+            scope.spawn(|| fs::write("/sys/block/nbd0/queue/write_cache", "write through"));
+        thread::sleep(Duration::from_millis(300));
+        assert!(!setter.is_finished());
+        let changer = scope.spawn(|| {
+            let netlink = Netlink::open();
+            let began = Instant::now();
+            let resized = netlink.reconfigure(&change().size(2 * MIB));
+            let limited = netlink.reconfigure(&change().block_size(4096));
+            (resized, limited, began.elapsed())
+        });
+        thread::sleep(Duration::from_millis(300));
+        let neighbour = scope.spawn(|| {
+            let began = Instant::now();
+            let other = Setup::new(MIB).index(1).attach();
+            let status = other.netlink.status(None);
+            other.netlink.reconfigure(&Setup::change(1).size(2 * MIB))?;
+            other.disconnect()?;
+            Ok::<_, Errno>((status, began.elapsed()))
+        });
+        if guest.expected("changes-do-not-wait-for-ever") == Driver::Nbd {
+            thread::sleep(Duration::from_secs(8));
+            assert!(!changer.is_finished());
+            assert!(!neighbour.is_finished());
+        } else {
+            let waited = wait_until(SOON, || neighbour.is_finished());
+            let released = wait_until(SOON, || changer.is_finished());
+            if waited.is_err() || released.is_err() {
+                link.server.kill();
+            }
+            assert!(waited.is_ok(), "who uses another device waits");
+            assert!(released.is_ok(), "RECONFIGURE waits for ever");
+            let (status, took) = neighbour.join().unwrap().unwrap();
+            assert_eq!(status, [(0, true), (1, true)]);
+            assert!(took < patient(Duration::from_secs(3)), "{took:?}");
+            let (resized, limited, took) = changer.join().unwrap();
+            assert_eq!(resized, Ok(()));
+            assert_eq!(limited, Err(Errno::BUSY));
+            assert!(took < patient(Duration::from_secs(9)), "{took:?}");
+            assert_eq!(device::sysfs(0, "size"), "4096");
+        }
+        assert!(!setter.is_finished());
+        assert!(!reader.is_finished());
+        link.server.kill();
+        assert_eq!(reader.join().unwrap(), Err(Errno::IO));
+        setter.join().unwrap().unwrap();
     });
 }
 
