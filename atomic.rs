@@ -2,6 +2,8 @@
 //! The atomic word that `rnbd_cmd.rs` is written against, in the kernel's memory model. The tests put
 //! another one in its place, to compile the same file on the host.
 
+#![forbid(unsafe_code)]
+
 use kernel::sync::atomic::{Acquire, Atomic, Full, Release};
 
 /// A word that several CPUs read and write.

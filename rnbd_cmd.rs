@@ -13,6 +13,8 @@
 //! Pure but for its atomics and free of the kernel: the tests compile this very file on the host and
 //! check it exhaustively with a model checker.
 
+#![forbid(unsafe_code)]
+
 use super::atomic::AtomicWord;
 
 /// Where the other side's reference waits while nobody has claimed the command.

@@ -2,6 +2,8 @@
 //! What user space sets up for a device, whichever front end it uses: sizes, flags, sockets, and the
 //! session's start and end (`struct nbd_config`).
 
+#![forbid(unsafe_code)]
+
 use crate::{
     kapi::{
         disk::{File, Sectors},

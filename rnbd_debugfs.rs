@@ -2,6 +2,8 @@
 //! What an administrator can read of a running session in `/sys/kernel/debug/nbd/nbdN/`: nbd.c's files
 //! `tasks`, `size_bytes`, `timeout`, `blocksize_bits` and `flags`, and `connections`.
 
+#![forbid(unsafe_code)]
+
 use crate::{rnbd_proto::flags, rnbd_session::Session};
 use kernel::{
     debugfs::{Dir, Scope},

@@ -2,6 +2,8 @@
 //! One `/dev/nbdN`: its disk, its life from the first open to the last close, and what the data path
 //! sees of it. What user space sets up is in `rnbd_config.rs`.
 
+#![forbid(unsafe_code)]
+
 use crate::{
     kapi::{
         disk::{BlockDevice, Disk, File, GenDisk, Numbers},

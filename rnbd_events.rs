@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What user space is told without asking: netlink multicasts of the family "nbd".
 
+#![forbid(unsafe_code)]
+
 use crate::kapi::genl::Group;
 use kernel::prelude::*;
 

@@ -5,6 +5,8 @@
 //! Pure but for its atomics and free of the kernel: the tests compile this very file on the host and
 //! check it exhaustively with a model checker.
 
+#![forbid(unsafe_code)]
+
 use super::atomic::AtomicWord;
 
 /// The user has asked for the disconnect (`NBD_RT_DISCONNECT_REQUESTED`).

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Front end 1: the ioctls of `include/uapi/linux/nbd.h` (`nbd_ioctl()`).
 
+#![forbid(unsafe_code)]
+
 use crate::{kapi::task, rnbd_dev::Device};
 use kernel::{
     ioctl::{_IO, _IOC_TYPE},

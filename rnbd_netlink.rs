@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Front end 2: the generic netlink family "nbd" (`include/uapi/linux/nbd-netlink.h`).
 
+#![forbid(unsafe_code)]
+
 use crate::{
     kapi::{
         disk::Disk,

@@ -5,6 +5,8 @@
 //! Source: the NBD protocol text (`doc/proto.md` of the NBD project) and
 //! `include/uapi/linux/nbd.h`.
 
+#![forbid(unsafe_code)]
+
 /// Bytes of a request on the wire (`struct nbd_request`).
 pub(crate) const REQUEST_BYTES: usize = 28;
 /// Bytes of a simple reply's header on the wire (`struct nbd_reply`).

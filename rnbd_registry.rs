@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! All devices: which there are, and how they come and go (nbd.c's `nbd_index_idr`).
 
+#![forbid(unsafe_code)]
+
 use crate::{
     kapi::{disk::Disk, task},
     rnbd_dev::{self, Device, Graveyard, Layout, Nbd},

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! A queue with a fixed number of places, so that using it needs no allocation.
 
+#![forbid(unsafe_code)]
+
 use kernel::{alloc::AllocError, prelude::*};
 
 /// First in, first out.

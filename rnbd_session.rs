@@ -2,6 +2,8 @@
 //! One configured export that is connected: its connections, and how commands are spread over them.
 //! (The part of nbd.c's `nbd_config` that the data path needs.)
 
+#![forbid(unsafe_code)]
+
 use crate::{
     kapi::{
         disk::DiskRef,

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What all devices use of the module's.
 
+#![forbid(unsafe_code)]
+
 use crate::kapi::{genl::Group, wq::Queue};
 use kernel::sync::Arc;
 

@@ -7,6 +7,8 @@
 //! by a work item. Death is declared by anybody, who also ends the socket; then that work item clears the
 //! connection away, with the lock for receiving, so that receiving and reaping never run at the same time.
 
+#![forbid(unsafe_code)]
+
 mod receiving;
 mod sending;
 

@@ -2,6 +2,8 @@
 //! The two directions of a connection's byte stream: messages that are being sent, and what was
 //! received and not understood yet. As few socket calls as possible.
 
+#![forbid(unsafe_code)]
+
 use crate::{
     kapi::{
         hook::Segment,

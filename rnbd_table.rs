@@ -4,6 +4,8 @@
 //!
 //! Replies find their command here and never in memory that the block layer may be reallocating.
 
+#![forbid(unsafe_code)]
+
 use crate::{
     kapi::{
         mq::{Outcome, Parked, Side, Status, Unanswered},

@@ -2,6 +2,8 @@
 //! What has gone over a connection, and when: for administrators, and to tell one that is stuck from one
 //! that has nothing to do.
 
+#![forbid(unsafe_code)]
+
 use crate::kapi::task;
 use kernel::{
     fmt,

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The block layer's words in NBD's, and the other way round.
 
+#![forbid(unsafe_code)]
+
 use crate::{
     kapi::mq::{Extent, Op, Status},
     rnbd_cmd::Cookie,

@@ -2,7 +2,8 @@
 //! Safe wrappers for the C interfaces that the `kernel` crate (7.3) lacks. The only place with
 //! `unsafe`.
 //!
-//! Nothing here knows what NBD is. Names and shapes are those of the `kernel` crate where it has
+//! Nothing here knows what NBD is; of the driver it needs only the list of its parameters, the macro
+//! `parameters`, which must come before this module. Names and shapes are those of the `kernel` crate where it has
 //! something alike, so that a file can go on the day the crate grows the same thing.
 
 mod bindings;
@@ -22,5 +23,3 @@ pub(crate) mod sock;
 pub(crate) mod task;
 pub(crate) mod try_lock;
 pub(crate) mod wq;
-
-pub(crate) use param::module_parameter;

@@ -11,7 +11,7 @@ pub(crate) struct IntParameter(Atomic<i32>);
 
 impl IntParameter {
     /// With its default.
-    pub(crate) const fn new(default: i32) -> Self {
+    const fn new(default: i32) -> Self {
         IntParameter(Atomic::new(default))
     }
 
@@ -26,10 +26,7 @@ impl IntParameter {
     }
 
     /// What the kernel's parameter code needs to know.
-    pub(crate) const fn describe(
-        &'static self,
-        name: &'static core::ffi::CStr,
-    ) -> bindings::kernel_param {
+    const fn describe(&'static self, name: &'static core::ffi::CStr) -> bindings::kernel_param {
         bindings::kernel_param {
             name: kernel::str::as_char_ptr_in_const_context(name),
             mod_: (&raw const bindings::__this_module).cast_mut(),
@@ -44,15 +41,16 @@ impl IntParameter {
     }
 }
 
-/// Defines module parameters: `NAME = parameter: default, "description";` each.
-macro_rules! module_parameter {
+/// Defines module parameters, which are `IntParameter`s: `NAME = parameter: default, "description";`
+/// each.
+macro_rules! module_parameters {
     ($($(#[$doc:meta])* $static:ident = $name:ident: $default:literal, $description:literal;)*) => { $(
         $(#[$doc])*
-        static $static: $crate::kapi::param::IntParameter =
-            $crate::kapi::param::IntParameter::new($default);
+        pub(crate) static $static: IntParameter = IntParameter::new($default);
 
-        #[allow(unsafe_code)]
         const _: () = {
+            // The kernel looks for parameters, and `modinfo` for what is said of them, in sections with
+            // these names, which hold such entries and such strings.
             #[link_section = "__param"]
             #[used(compiler)]
             static PARAMETER: ::kernel::module_param::KernelParam =
@@ -65,17 +63,20 @@ macro_rules! module_parameter {
 
             #[link_section = ".modinfo"]
             #[used(compiler)]
-            static MODINFO_TYPE: [u8; TYPE.len()] = $crate::kapi::param::bytes(TYPE);
+            static MODINFO_TYPE: [u8; TYPE.len()] = bytes(TYPE);
             #[link_section = ".modinfo"]
             #[used(compiler)]
-            static MODINFO_TEXT: [u8; TEXT.len()] = $crate::kapi::param::bytes(TEXT);
+            static MODINFO_TEXT: [u8; TEXT.len()] = bytes(TEXT);
         };
     )* };
 }
-pub(crate) use module_parameter;
+
+// The driver has written down its parameters, but sections are chosen only here, where `unsafe` is
+// allowed: with the wrong contents they would be that.
+parameters!(module_parameters);
 
 /// The bytes of a text that has `N` of them.
-pub(crate) const fn bytes<const N: usize>(text: &'static str) -> [u8; N] {
+const fn bytes<const N: usize>(text: &'static str) -> [u8; N] {
     match text.as_bytes().first_chunk() {
         Some(bytes) => *bytes,
         // Of a text that has not, which is none.

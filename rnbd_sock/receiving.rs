@@ -2,6 +2,8 @@
 //! A connection's receiving: in the socket's callback, in the task that has sent a reply, or in the work
 //! item. All of it with the lock for receiving.
 
+#![forbid(unsafe_code)]
+
 use super::{Connection, DEAD};
 use crate::{
     kapi::{

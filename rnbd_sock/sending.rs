@@ -2,6 +2,8 @@
 //! A connection's sending. Whoever queues a command sends it, or a work item does: where more is likely
 //! to come soon, or the socket was full.
 
+#![forbid(unsafe_code)]
+
 use super::Connection;
 use crate::{
     kapi::{

@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The module's parameters.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    kapi::{
+        param::{MAX_PART, NBDS_MAX, PRE_DEFINED_CONNECTIONS, REPLACE_STUCK},
+        task,
+    },
+    rnbd_dev::Layout,
+    rnbd_registry::Registry,
+};
+use kernel::prelude::*;
+
+/// `DISK_MAX_PARTS`
+const DISK_MAX_PARTS: u64 = 256;
+
+/// Has `kapi/param.rs` define the parameters.
+macro_rules! parameters {
+    ($define:ident) => {
+        $define! {
+            /// How many devices there are from the start.
+            NBDS_MAX = nbds_max: 16, "number of network block devices to initialize (default: 16)";
+            /// How many partitions a device can have. What is read is what it was rounded up to.
+            MAX_PART = max_part: 16, "number of partitions per device (default: 16)";
+            /// How many hardware queues a device is made with.
+            PRE_DEFINED_CONNECTIONS = pre_defined_connections: 1,
+                "number of connections for devices pre-created at module load (default: 1)";
+            /// After how many seconds a connection that owes replies may be replaced.
+            REPLACE_STUCK = replace_stuck: 0,
+                "seconds after which RECONFIGURE replaces a connection that is silent and owes replies (default: 0, never)";
+        }
+    };
+}
+
+/// How the devices look that the parameters ask for.
+///
+/// # Errors
+///
+/// `EINVAL` where a parameter is out of range.
+pub(crate) fn layout() -> Result<Layout> {
+    let max_part = MAX_PART.get();
+    if max_part < 0 {
+        pr_err!("max_part must be >= 0\n");
+        return Err(EINVAL);
+    }
+    // fls()
+    let part_shift = i32::BITS - max_part.leading_zeros();
+    MAX_PART.set(((1u64 << part_shift) - 1) as i32);
+    if 1u64 << part_shift > DISK_MAX_PARTS {
+        return Err(EINVAL);
+    }
+    let connections = PRE_DEFINED_CONNECTIONS.get();
+    if connections < 1 {
+        pr_err!("pre_defined_connections must be >= 1\n");
+        return Err(EINVAL);
+    }
+    let stuck_seconds = usize::try_from(REPLACE_STUCK.get()).map_err(|_| {
+        pr_err!("replace_stuck must be >= 0\n");
+        EINVAL
+    })?;
+    Ok(Layout {
+        part_shift,
+        hw_queues: connections as u32,
+        stuck_jiffies: stuck_seconds * task::HZ as usize,
+    })
+}
+
+/// How many devices there are from the start.
+///
+/// # Errors
+///
+/// `EINVAL` where there cannot be so many.
+pub(crate) fn device_count(layout: Layout) -> Result<u32> {
+    let count = NBDS_MAX.get() as u32;
+    if count > Registry::index_limit(layout) {
+        return Err(EINVAL);
+    }
+    Ok(count)
+}
