@@ -14,7 +14,8 @@ mod sending;
 
 use crate::{
     kapi::{
-        hook::{Arrival, Events, Hooked},
+        arrival::Arrival,
+        hook::{Events, Hooked},
         sock::{Ending, Socket},
         try_lock::TryLock,
         wq::{HasQueue, Queue},

@@ -6,7 +6,7 @@
 
 use crate::{
     kapi::{
-        hook::Segment,
+        arrival::Segment,
         iov::{IoPage, Pieces, RecvIov, SendIov},
         mq::{Outcome, Unanswered, Unsent},
         payload::Payload,

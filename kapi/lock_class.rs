@@ -6,7 +6,7 @@
 use super::bindings;
 #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
 use {
-    super::hook::is_unix,
+    super::sock::is_unix,
     core::ptr::NonNull,
     kernel::{
         prelude::*,

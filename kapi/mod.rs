@@ -6,6 +6,7 @@
 //! `parameters`, which must come before this module. Names and shapes are those of the `kernel` crate where it has
 //! something alike, so that a file can go on the day the crate grows the same thing.
 
+pub(crate) mod arrival;
 mod bindings;
 pub(crate) mod disk;
 mod frozen;

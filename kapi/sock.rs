@@ -41,7 +41,7 @@ pub(crate) struct Socket {
 
 // SAFETY: Sockets may be used by any task, and lock themselves.
 unsafe impl Send for Socket {}
-// SAFETY: As above.
+// SAFETY: Sockets may be used by several tasks at a time, and lock themselves.
 unsafe impl Sync for Socket {}
 
 impl Socket {
@@ -273,6 +273,16 @@ impl Drop for Socket {
         // SAFETY: By the type invariant we hold a reference to the file (`sockfd_put()`).
         unsafe { bindings::fput((*self.socket.as_ptr()).file) };
     }
+}
+
+/// Whether it is a UNIX socket.
+///
+/// # Safety
+///
+/// `sk` must be a socket, valid during the call.
+pub(super) unsafe fn is_unix(sk: *mut bindings::sock) -> bool {
+    // SAFETY: The caller promises that `sk` is valid; the family of a UNIX socket never changes.
+    u32::from(unsafe { (*sk).__sk_common.skc_family }) == bindings::AF_UNIX
 }
 
 /// Whether there is an upper layer protocol on top of TCP.

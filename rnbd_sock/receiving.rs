@@ -7,7 +7,7 @@
 use super::{Connection, DEAD};
 use crate::{
     kapi::{
-        hook::{Arrival, Segment},
+        arrival::{Arrival, Segment},
         mq::{Outcome, Side, Status, Unanswered},
         payload::Payload,
     },

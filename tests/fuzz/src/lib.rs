@@ -47,7 +47,7 @@ mod model;
 mod script;
 
 use kapi::{
-    hook::Segment,
+    arrival::Segment,
     mq::{Extent, Log, Op, Outcome, Request, Side, Status, Unanswered, Unsent},
     payload::Payload,
     sock::Socket,

@@ -237,7 +237,7 @@ pub(crate) mod kapi {
         }
     }
 
-    pub(crate) mod hook {
+    pub(crate) mod arrival {
         pub(crate) use super::sock::Segment;
     }
 
