@@ -9,7 +9,7 @@ use super::{
     bindings,
     lock_class::LockClass,
     sock::{has_upper_layer, is_unix, Socket},
-    task::ModuleRef,
+    task::{self, ModuleRef},
 };
 use kernel::{
     prelude::*,
@@ -242,13 +242,16 @@ unsafe fn with_hook<T: Events, R>(
 ///
 /// To be called as the callback of a socket that was hooked for a `T`.
 unsafe extern "C" fn data_ready<T: Events>(sk: *mut bindings::sock) {
+    // Looked at before anything is locked here.
+    // SAFETY: `sk` is valid during its callback.
+    let from_task = CAN_WAIT_FOR_TASKS && unsafe { is_unix(sk) } && task::may_sleep();
     // SAFETY: This is the callback for `T`, called as this callback is.
     let receiver = unsafe {
         with_hook::<T, _>(sk, |hook| {
             let owner = hook.owner.as_arc_borrow();
             if let Some(arrival) = Arrival::on(sk) {
                 T::arrived(owner, arrival);
-            } else if CAN_WAIT_FOR_TASKS && is_unix(sk) && owner.takes_from_sender() {
+            } else if from_task && owner.takes_from_sender() {
                 return Some(owner.into());
             } else {
                 T::readable(owner);
@@ -256,8 +259,7 @@ unsafe extern "C" fn data_ready<T: Events>(sk: *mut bindings::sock) {
             None
         })
     };
-    // `unix_stream_sendmsg()` has slept for memory before it calls this, or might have, and holds no lock
-    // any more. What is taken to receive is what `recvmsg()` takes.
+    // What is taken to receive is what `recvmsg()` takes. `unix_stream_sendmsg()` holds none of it.
     if let Some(owner) = receiver.flatten() {
         T::sent_here(owner);
     }

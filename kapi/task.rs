@@ -27,6 +27,69 @@ pub(crate) fn current_sleeps() -> usize {
     unsafe { (*bindings::get_current()).nvcsw }
 }
 
+/// Whether the current task may sleep here, for certain (`preemptible()`, and outside of RCU readers). Where
+/// that cannot be told it says no: in kernels that do not count what forbids it (`CONFIG_PREEMPT_COUNT`), and
+/// on machines that nobody has written this for.
+pub(crate) fn may_sleep() -> bool {
+    preempt_count() == Some(0) && interrupts_are_on() && !in_rcu_reader()
+}
+
+/// What forbids to sleep: disabled preemption, softirqs, interrupts (`preempt_count()`).
+#[cfg(all(CONFIG_X86_64, not(CONFIG_UML), CONFIG_PREEMPT_COUNT))]
+fn preempt_count() -> Option<u32> {
+    // The upmost bit of the variable says, upside down, whether the task ought to give up the processor.
+    const COUNT_MASK: u32 = if cfg!(CONFIG_HAS_SEPARATE_PREEMPT_RESCHED_BITS) {
+        // The variable has 64 bits then, of which the lower half is the count.
+        u32::MAX
+    } else {
+        u32::MAX >> 1
+    };
+    let count: u32;
+    // SAFETY: Reads the processor's own variable in one instruction, as C does. If the task is moved to another
+    // processor before it is looked at, preemption was enabled on both.
+    unsafe {
+        core::arch::asm!(
+            "mov {:e}, dword ptr gs:[rip + {}]",
+            out(reg) count,
+            sym bindings::__preempt_count,
+            options(nostack, preserves_flags, readonly)
+        );
+    }
+    Some(count & COUNT_MASK)
+}
+
+/// A Xen guest without hardware virtualization has its own flag for this, and always says yes here. There, as
+/// everywhere, a socket's callback must not be called with interrupts disabled, since it enables softirqs.
+#[cfg(all(CONFIG_X86_64, not(CONFIG_UML), CONFIG_PREEMPT_COUNT))]
+fn interrupts_are_on() -> bool {
+    const INTERRUPT_FLAG: u64 = 1 << 9;
+    let flags: u64;
+    // SAFETY: Copies a register by way of the stack (`native_save_fl()`).
+    unsafe {
+        core::arch::asm!("pushfq", "pop {}", out(reg) flags, options(preserves_flags));
+    }
+    flags & INTERRUPT_FLAG != 0
+}
+
+#[cfg(not(all(CONFIG_X86_64, not(CONFIG_UML), CONFIG_PREEMPT_COUNT)))]
+fn preempt_count() -> Option<u32> {
+    None
+}
+
+#[cfg(not(all(CONFIG_X86_64, not(CONFIG_UML), CONFIG_PREEMPT_COUNT)))]
+fn interrupts_are_on() -> bool {
+    false
+}
+
+/// `rcu_preempt_depth() != 0`. Where readers cannot be preempted they count as disabled preemption.
+fn in_rcu_reader() -> bool {
+    #[cfg(CONFIG_PREEMPT_RCU)]
+    // SAFETY: Only the task itself writes the number.
+    return unsafe { (*bindings::get_current()).rcu_read_lock_nesting } != 0;
+    #[cfg(not(CONFIG_PREEMPT_RCU))]
+    false
+}
+
 /// The current task's number in the initial namespace (`task_pid_nr()`).
 pub(crate) fn current_pid() -> i32 {
     current!().pid()
