@@ -36,6 +36,7 @@ use kapi::{
     disk::Major,
     genl::{Group, Registration},
     hook::Callbacks,
+    memalloc::MemallocSockets,
     wq,
 };
 use kernel::{prelude::*, sync::Arc};
@@ -50,6 +51,7 @@ struct Rnbd {
     _devices: AllDevices,
     _slow: wq::Running,
     _callbacks: Callbacks,
+    _memalloc: MemallocSockets,
     _io: wq::Running,
     _major: Major,
 }
@@ -76,6 +78,7 @@ impl kernel::Module for Rnbd {
             EIO
         })?;
         let io = wq::Queue::start(c"rnbd", wq::Kind::Reclaim)?;
+        let memalloc = MemallocSockets::begin();
         let slow = wq::Queue::start(c"rnbd-del", wq::Kind::Plain)?;
         let events = Group::new(rnbd_events::GROUP)?;
         let shared = Shared {
@@ -101,6 +104,7 @@ impl kernel::Module for Rnbd {
             _devices: devices,
             _slow: slow,
             _callbacks: Callbacks,
+            _memalloc: memalloc,
             _io: io,
             _major: major,
         })

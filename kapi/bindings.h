@@ -19,7 +19,7 @@
 //bindgen: --allowlist-type socket_lock_t
 //bindgen: --allowlist-type __addrpair
 //bindgen: --allowlist-type __portpair
-//bindgen: --allowlist-function sk_set_memalloc
+//bindgen: --allowlist-var memalloc_socks_key
 //bindgen: --allowlist-function tcp_abort
 //bindgen: --allowlist-function lock_sock_nested
 //bindgen: --allowlist-function release_sock
@@ -41,6 +41,7 @@ RNBD_CONST(u32, __GFP_MEMALLOC);
 RNBD_CONST(u32, RCV_SHUTDOWN);
 RNBD_CONST(u32, SOCK_NOSPACE);
 RNBD_CONST(u32, SOCK_STREAM);
+RNBD_CONST(u32, SOCK_MEMALLOC);
 RNBD_CONST(u8, TCP_LISTEN);
 RNBD_CONST(u8, TCP_CLOSE);
 RNBD_CONST(size_t, SK_USER_DATA_NOCOPY);
@@ -48,6 +49,7 @@ RNBD_CONST(u32, HZ);
 
 /* Where fields lie whose types would bring hundreds of others along. */
 #define RNBD_OFFSET(type, field, name) const size_t RNBD_CONST_OFFSET_##name = offsetof(type, field)
+RNBD_OFFSET(struct sock, sk_flags, SK_FLAGS);
 RNBD_OFFSET(struct inet_connection_sock, icsk_ulp_ops, ULP_OPS);
 RNBD_OFFSET(struct inet_connection_sock, icsk_ulp_data, ULP_DATA);
 RNBD_OFFSET(struct tcp_ulp_ops, name, ULP_NAME);

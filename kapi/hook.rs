@@ -8,6 +8,7 @@ use super::{
     arrival::Arrival,
     bindings,
     lock_class::LockClass,
+    memalloc::Settings,
     sock::{has_upper_layer, is_unix, Socket},
     task::{self, ModuleRef},
 };
@@ -124,7 +125,11 @@ impl Socket {
             }
             !connected
         };
-        self.prepare();
+        let settings = {
+            let _locked = self.lock();
+            // SAFETY: By the type invariant `sk` is valid, and it is locked.
+            unsafe { Settings::change(sk) }
+        };
         // SAFETY: By the type invariant `sk` is valid.
         let lock_class = unsafe { LockClass::give(sk) };
         // INVARIANT: It was installed above, and so were the callbacks unless `stopped`.
@@ -132,6 +137,7 @@ impl Socket {
             socket: self.clone(),
             hook,
             stopped,
+            settings,
             lock_class,
         })
     }
@@ -172,6 +178,7 @@ pub(crate) struct Hooked<T: Events> {
     socket: Socket,
     hook: KBox<Hook<T>>,
     stopped: bool,
+    settings: Settings,
     lock_class: LockClass,
 }
 
@@ -204,6 +211,10 @@ impl<T: Events> Drop for Hooked<T> {
     fn drop(&mut self) {
         self.stop();
         let sk = self.socket.sk();
+        let locked = self.socket.lock();
+        // SAFETY: `sk` is valid while `socket` is, and it is locked.
+        unsafe { self.settings.restore(sk) };
+        drop(locked);
         // SAFETY: `sk` is valid while `socket` is, and this is the class that it had. By the type
         // invariant `sk_user_data` is ours; nobody looks at what it points to any more.
         unsafe {

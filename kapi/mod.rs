@@ -16,6 +16,7 @@ pub(crate) mod iov;
 pub(crate) mod limits;
 pub(crate) mod llist;
 mod lock_class;
+pub(crate) mod memalloc;
 pub(crate) mod mq;
 pub(crate) mod param;
 pub(crate) mod payload;

@@ -92,22 +92,6 @@ impl Socket {
         self.family() == bindings::AF_UNIX && u32::from(kind) == bindings::SOCK_STREAM
     }
 
-    /// Makes the socket fit for its owner. It is to write out dirty memory, so it may dip into the reserves,
-    /// and its allocations never wait for I/O (as nbd.c's `__sock_xmit()` and `nbd_start_device()`). It
-    /// tells of every byte, whatever `SO_RCVLOWAT` was.
-    pub(super) fn prepare(&self) {
-        let sk = self.sk();
-        // SAFETY: By the type invariant `sk` is valid. Only the kernel's own users of a socket set
-        // the fields of the allocations, and there is no other while it is hooked. `sk_rcvlowat` is
-        // read without a lock in C, too, and any value of it is valid.
-        unsafe {
-            bindings::sk_set_memalloc(sk);
-            (*sk).sk_allocation = bindings::GFP_NOIO | bindings::__GFP_MEMALLOC;
-            (*sk).sk_use_task_frag = false;
-            (&raw mut (*sk).sk_rcvlowat).write_volatile(1);
-        }
-    }
-
     /// Sends as much of `data` as fits. `more`: further data follows at once. Does not wait for room,
     /// but may sleep for the socket's lock.
     ///
@@ -246,6 +230,14 @@ impl Socket {
         }
     }
 
+    /// Locks the socket, as system calls do (`lock_sock()`). May sleep.
+    pub(super) fn lock(&self) -> Locked<'_> {
+        // SAFETY: By the type invariant `sk` is valid. kernel::bindings' and our `struct sock` are the same
+        // type in C.
+        unsafe { bindings::lock_sock_nested(self.sk().cast(), 0) };
+        Locked(self)
+    }
+
     /// Whether somebody has hooked it: then it is not the caller's to send on or to end.
     pub(crate) fn is_hooked(&self) -> bool {
         // SAFETY: By the type invariant `sk` is valid; the pointer is only compared.
@@ -272,6 +264,16 @@ impl Drop for Socket {
     fn drop(&mut self) {
         // SAFETY: By the type invariant we hold a reference to the file (`sockfd_put()`).
         unsafe { bindings::fput((*self.socket.as_ptr()).file) };
+    }
+}
+
+/// Holds a socket's lock.
+pub(super) struct Locked<'a>(&'a Socket);
+
+impl Drop for Locked<'_> {
+    fn drop(&mut self) {
+        // SAFETY: `Socket::lock()` has locked it.
+        unsafe { bindings::release_sock(self.0.sk().cast()) };
     }
 }
 
