@@ -14,6 +14,7 @@
 ##   make check              run all tests, or those that match T=pattern
 ##   make check-debug        the tests in the virtual machine on a kernel that looks for faults: KASAN,
 ##                           lockdep, kmemleak and others; the first run builds it, in half an hour
+##   make misuse             show that the driver cannot misuse kapi: what would do so does not compile
 ##   make fuzz               look for byte streams that the driver's parser takes wrongly, for SECONDS=60;
 ##                           the first run makes a build root with clang
 ##   make soak HOURS=h       everything at once for so long, with faults at random (fractions will do)
@@ -101,6 +102,9 @@ shell:
 check:
 	$(workbench) tools/check
 
+misuse: stock
+	$(workbench) tools/misuse '$(T)'
+
 check-debug: export KERNEL := debug
 check-debug:
 	$(workbench) tools/check
@@ -133,5 +137,5 @@ help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 .DEFAULT_GOAL := modules
-.PHONY: modules faults modules_install check-kdir stock demo shell check check-debug fuzz soak bench lint \
+.PHONY: modules faults modules_install check-kdir stock demo shell check check-debug misuse fuzz soak bench lint \
 	rustfmt rustfmtcheck clippy rustdoc shellcheck unsafecheck clean distclean help

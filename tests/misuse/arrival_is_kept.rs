@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What came in is read in the callback that told of it.
+
+use crate::kapi::hook::Arrival;
+
+struct Kept(Option<Arrival<'static>>);
+
+fn arrived(kept: &mut Kept, arrival: Arrival<'_>) {
+    kept.0 = Some(arrival); //~ lifetime may not live long enough
+    //fix: arrival.read(|_| false);
+}

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: GPL-2.0
+//! A request is started once.
+
+use crate::kapi::mq::{NewRequest, Queued};
+
+fn start(rq: NewRequest) -> Queued {
+    let _handles = rq.start();
+    rq.start().2 //~ E0382
+    //fix: _handles.2
+}
