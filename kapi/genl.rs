@@ -289,7 +289,7 @@ fn copy_name(to: &mut [ffi::c_char; 16], name: &CStr) {
 ///
 /// # Invariants
 ///
-/// `skb` and `raw` are those of a command that runs; `raw.attrs` has `max + 1` places.
+/// `skb` and `raw` are those of a command that runs for `'a`; `raw.attrs` has `max + 1` places.
 pub(crate) struct Info<'a> {
     skb: *mut bindings::sk_buff,
     raw: *mut bindings::genl_info,
@@ -300,7 +300,7 @@ pub(crate) struct Info<'a> {
 impl<'a> Info<'a> {
     /// Whether the sender may administer the system (`netlink_capable(skb, CAP_SYS_ADMIN)`).
     pub(crate) fn may_administer(&self) -> bool {
-        // SAFETY: By the type invariant.
+        // SAFETY: By the type invariant `skb` is the message of a command that runs.
         unsafe { bindings::netlink_capable(self.skb, bindings::CAP_SYS_ADMIN as i32) }
     }
 
@@ -309,18 +309,17 @@ impl<'a> Info<'a> {
         if kind > self.max {
             return None;
         }
-        // SAFETY: By the type invariant there is such a place; what it points to lives as long as the
-        // message.
-        unsafe {
-            let attr = *(*self.raw).attrs.add(usize::from(kind));
-            (!attr.is_null()).then(|| Attr::from_raw(attr))
-        }
+        // SAFETY: By the type invariant there is such a place.
+        let attr = unsafe { *(*self.raw).attrs.add(usize::from(kind)) };
+        // SAFETY: Where there is such an attribute netlink has checked its length, and it lives as long as
+        // the message, which is that of a command that runs for `'a`.
+        (!attr.is_null()).then(|| unsafe { Attr::from_raw(attr) })
     }
 
     /// As [`Self::attr()`]; tells the sender where it is missing (`GENL_REQ_ATTR_CHECK()`).
     pub(crate) fn require(&self, kind: u16, message: &'static CStr) -> Result<Attr<'a>> {
         self.attr(kind).ok_or_else(|| {
-            // SAFETY: By the type invariant; there may be no extended acknowledgement.
+            // SAFETY: By the type invariant `raw` is valid. There may be no extended acknowledgement.
             if let Some(ack) = unsafe { (*self.raw).extack.as_mut() } {
                 ack.miss_type = kind;
                 ack._msg = message.as_char_ptr();
@@ -332,7 +331,7 @@ impl<'a> Info<'a> {
     /// Tells the sender what is wrong (`GENL_SET_ERR_MSG()`), with which attribute where one is named.
     pub(crate) fn complain(&self, kind: Option<u16>, message: &'static CStr) {
         let bad = kind.and_then(|kind| self.attr(kind));
-        // SAFETY: By the type invariant; there may be no extended acknowledgement.
+        // SAFETY: By the type invariant `raw` is valid. There may be no extended acknowledgement.
         if let Some(ack) = unsafe { (*self.raw).extack.as_mut() } {
             ack._msg = message.as_char_ptr();
             if let Some(bad) = bad {
@@ -454,12 +453,11 @@ impl<'a> Attr<'a> {
     /// `raw` must be an attribute whose length netlink has checked, and live for `'a`.
     unsafe fn from_raw(raw: *const bindings::nlattr) -> Self {
         const HEADER: usize = size_of::<bindings::nlattr>();
-        // SAFETY: The caller promises so.
-        let value = unsafe {
-            let len = usize::from((*raw).nla_len).saturating_sub(HEADER);
-            core::slice::from_raw_parts(raw.cast::<u8>().add(HEADER), len)
-        };
-        // INVARIANT: The caller promises so.
+        // SAFETY: By this function's precondition there is an attribute.
+        let len = usize::from(unsafe { (*raw).nla_len }).saturating_sub(HEADER);
+        // SAFETY: By this function's precondition netlink has checked that so much follows the header.
+        let value = unsafe { core::slice::from_raw_parts(raw.cast::<u8>().add(HEADER), len) };
+        // INVARIANT: By this function's precondition both live for `'a`.
         Attr { raw, value }
     }
 
