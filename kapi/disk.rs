@@ -183,17 +183,16 @@ impl<T: BlockDevice> Disk<T> {
         let private = KBox::into_raw(unsafe { Pin::into_inner_unchecked(private) });
         // SAFETY: `private` is valid, and this only takes the address of a field.
         let data = unsafe { &raw mut (*private).data };
-        // SAFETY: Nobody else knows the disk and its queue yet.
-        let disk_name = unsafe {
-            (*raw).major = numbers.major as i32;
-            (*raw).first_minor = numbers.first_minor as i32;
-            (*raw).minors = numbers.minors as i32;
-            (*raw).fops = &Self::FOPS;
-            (*raw).private_data = private.cast();
-            (*queue).queuedata = data.cast();
-            &mut (*raw).disk_name
-        };
-        let added = Self::set_name(disk_name, name).and_then(|()| {
+        // SAFETY: Nobody else knows the disk yet.
+        let gendisk = unsafe { &mut *raw };
+        gendisk.major = numbers.major as i32;
+        gendisk.first_minor = numbers.first_minor as i32;
+        gendisk.minors = numbers.minors as i32;
+        gendisk.fops = &Self::FOPS;
+        gendisk.private_data = private.cast();
+        // SAFETY: Nobody else knows its queue yet.
+        unsafe { (*queue).queuedata = data.cast() };
+        let added = Self::set_name(&mut gendisk.disk_name, name).and_then(|()| {
             let none = core::ptr::null_mut();
             // SAFETY: The disk is complete, and is added this once.
             to_result(unsafe { bindings::device_add_disk(none, raw, core::ptr::null_mut()) })
