@@ -10,8 +10,9 @@ use std::fs::File;
 use std::net::Ipv4Addr;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
@@ -47,6 +48,8 @@ const NEW: u64 = 2;
 struct Lazy {
     server: Server,
     let_go: Arc<AtomicBool>,
+    /// The server's end of the connection over which little gets to it.
+    narrow: Mutex<Option<UnixStream>>,
 }
 
 impl Lazy {
@@ -65,7 +68,11 @@ impl Lazy {
             conn.store(request, &data);
             conn.send(&ok(request))
         });
-        Lazy { server, let_go }
+        Lazy {
+            server,
+            let_go,
+            narrow: Mutex::default(),
+        }
     }
 
     /// A connection over which little gets to the server, and of which the client's socket takes much.
@@ -73,12 +80,16 @@ impl Lazy {
         let (client, served) = tcp_pair((Ipv4Addr::LOCALHOST, 0).into());
         sockopt::set_socket_recv_buffer_size(&served, 4096).expect("SO_RCVBUF");
         sockopt::set_socket_send_buffer_size(&client, 4 * LEN).expect("SO_SNDBUF");
+        *self.narrow.lock().unwrap() = Some(served.try_clone().expect("dup"));
         self.server.serve_socket(served);
         client
     }
 
     /// Goes on reading, until nothing more can come.
     fn read_on(&self, living: usize) {
+        if let Some(narrow) = self.narrow.lock().unwrap().take() {
+            sockopt::set_socket_recv_buffer_size(&narrow, 4 * LEN).expect("SO_RCVBUF");
+        }
         self.let_go.store(true, Ordering::Relaxed);
         let ended = wait_until(patient(SOON), || self.server.living() <= living);
         assert!(ended.is_ok(), "the first connection did not end");

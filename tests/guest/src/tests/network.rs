@@ -385,9 +385,14 @@ fn little_may_be_unsent(_: &Guest) {
         super::integrity::wait_free(&netlink, 0);
         took
     };
-    let (usual, little) = (took(None), took(Some(4096)));
+    // The machine may do other things, too: the best of three.
+    let best = |unsent| (0..3).map(|_| took(unsent)).min().unwrap();
+    let (usual, little) = (best(None), best(Some(4096)));
     say(&format!("with little unsent {little:?}, else {usual:?}"));
-    assert!(little < 4 * usual + Duration::from_secs(1), "it dragged on");
+    assert!(
+        little < 2 * usual + Duration::from_millis(100),
+        "it dragged on"
+    );
 }
 
 /// So much of a reply comes byte by byte.
