@@ -35,8 +35,7 @@ mod rnbd_translate;
 use kapi::{
     disk::Major,
     genl::{Group, Registration},
-    hook::Callbacks,
-    memalloc::MemallocSockets,
+    hook::Hooks,
     wq,
 };
 use kernel::{prelude::*, sync::Arc};
@@ -50,8 +49,7 @@ struct Rnbd {
     _netlink: Registration<Netlink>,
     _devices: AllDevices,
     _slow: wq::Running,
-    _callbacks: Callbacks,
-    _memalloc: MemallocSockets,
+    _hooks: Hooks,
     _io: wq::Running,
     _major: Major,
 }
@@ -78,7 +76,7 @@ impl kernel::Module for Rnbd {
             EIO
         })?;
         let io = wq::Queue::start(c"rnbd", wq::Kind::Reclaim)?;
-        let memalloc = MemallocSockets::begin();
+        let hooks = Hooks::begin()?;
         let slow = wq::Queue::start(c"rnbd-del", wq::Kind::Plain)?;
         let events = Group::new(rnbd_events::GROUP)?;
         let shared = Shared {
@@ -103,8 +101,7 @@ impl kernel::Module for Rnbd {
             _netlink: netlink,
             _devices: devices,
             _slow: slow,
-            _callbacks: Callbacks,
-            _memalloc: memalloc,
+            _hooks: hooks,
             _io: io,
             _major: major,
         })

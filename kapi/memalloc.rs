@@ -10,11 +10,11 @@ use kernel::sync::atomic::{Atomic, Relaxed};
 
 /// Has the network stack look for sockets that may dip into the reserves of memory
 /// (`memalloc_socks_key`), until it is dropped.
-pub(crate) struct MemallocSockets(());
+pub(super) struct MemallocSockets(());
 
 impl MemallocSockets {
     /// May sleep, and wait for a processor that is being taken away.
-    pub(crate) fn begin() -> Self {
+    pub(super) fn begin() -> Self {
         // SAFETY: The key lives as long as the kernel.
         #[cfg(CONFIG_JUMP_LABEL)]
         unsafe {

@@ -8,6 +8,7 @@
 
 pub(crate) mod arrival;
 mod bindings;
+mod callbacks;
 pub(crate) mod disk;
 mod frozen;
 pub(crate) mod genl;
@@ -16,7 +17,7 @@ pub(crate) mod iov;
 pub(crate) mod limits;
 pub(crate) mod llist;
 mod lock_class;
-pub(crate) mod memalloc;
+mod memalloc;
 pub(crate) mod mq;
 pub(crate) mod param;
 pub(crate) mod payload;

@@ -176,8 +176,8 @@ impl Socket {
     /// Whether there is an upper layer protocol on top of TCP, such as TLS. It can come at any time; once it
     /// is there it stays until the socket goes.
     pub(crate) fn has_upper_layer(&self) -> bool {
-        // SAFETY: By the type invariant `sk` is valid.
-        self.is_tcp() && unsafe { has_upper_layer(self.sk()) }
+        // SAFETY: By the type invariant `sk` is valid, and TCP's or UNIX'.
+        unsafe { has_upper_layer(self.sk()) }
     }
 
     /// Whether the socket takes something if it is sent now (`sk_stream_is_writeable()`,
@@ -238,6 +238,14 @@ impl Socket {
         Locked(self)
     }
 
+    /// Keeps its callbacks from running, and softirqs from this processor (`sk_callback_lock`). Nothing may
+    /// sleep until it is dropped.
+    pub(super) fn lock_callbacks(&self) -> LockedCallbacks<'_> {
+        // SAFETY: By the type invariant `sk` is valid.
+        unsafe { bindings::_raw_write_lock_bh(&raw mut (*self.sk()).sk_callback_lock) };
+        LockedCallbacks(self)
+    }
+
     /// Whether somebody has hooked it: then it is not the caller's to send on or to end.
     pub(crate) fn is_hooked(&self) -> bool {
         // SAFETY: By the type invariant `sk` is valid; the pointer is only compared.
@@ -277,6 +285,37 @@ impl Drop for Locked<'_> {
     }
 }
 
+/// Holds the lock of a socket's callbacks for writing.
+pub(super) struct LockedCallbacks<'a>(&'a Socket);
+
+impl Drop for LockedCallbacks<'_> {
+    fn drop(&mut self) {
+        // SAFETY: `Socket::lock_callbacks()` has locked it.
+        unsafe { bindings::_raw_write_unlock_bh(&raw mut (*self.0.sk()).sk_callback_lock) };
+    }
+}
+
+/// Whether the socket is a connection, or was one until it was ended. One that listens, or might, gives
+/// its callbacks to all that connect to it, and those are not ours.
+///
+/// # Safety
+///
+/// `sk` must be a socket, valid during the call.
+pub(super) unsafe fn was_connected(sk: *mut bindings::sock) -> bool {
+    // SAFETY: The caller promises that `sk` is valid; these are looked at without its lock in C, too.
+    let (state, shutdown) = unsafe {
+        (
+            (&raw const (*sk).__sk_common.skc_state).read_volatile(),
+            (&raw const (*sk).sk_shutdown).read_volatile(),
+        )
+    };
+    match state {
+        bindings::TCP_LISTEN | bindings::TCP_SYN_SENT => false,
+        bindings::TCP_CLOSE => shutdown != 0,
+        _ => true,
+    }
+}
+
 /// Whether it is a UNIX socket.
 ///
 /// # Safety
@@ -291,8 +330,12 @@ pub(super) unsafe fn is_unix(sk: *mut bindings::sock) -> bool {
 ///
 /// # Safety
 ///
-/// `sk` must be a TCP socket, valid during the call.
+/// `sk` must be a TCP or UNIX socket, valid during the call.
 pub(super) unsafe fn has_upper_layer(sk: *mut bindings::sock) -> bool {
+    // SAFETY: The caller promises that `sk` is valid.
+    if unsafe { is_unix(sk) } {
+        return false;
+    }
     // SAFETY: A TCP socket is a `struct inet_connection_sock`; the pointer in it is only compared.
     let ops = unsafe {
         sk.byte_add(bindings::OFFSET_ULP_OPS)
