@@ -151,8 +151,9 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// `EINVAL` for something that is no TCP or UNIX stream socket, `EBADF`, `ENOTSOCK`, `EBUSY` where
-    /// the device was started or another task sets it up, `ENOMEM`.
+    /// `EINVAL` for something that is no TCP or UNIX stream socket, `ENOTCONN` for one that is no
+    /// connection and was none, `EBADF`, `ENOTSOCK`, `EBUSY` where the device was started or another task
+    /// sets it up, `ENOMEM`.
     pub(crate) fn add_socket(&self, fd: usize) -> Result {
         let fd = i32::try_from(fd).map_err(|_| EINVAL)?;
         self.with_config(|config| {
@@ -182,6 +183,10 @@ impl Device {
                     self.index
                 );
                 EINVAL
+            }
+            BadSocket::NotConnected => {
+                pr_err!("nbd{}: unsupported socket: not connected\n", self.index);
+                ENOTCONN
             }
         })
     }

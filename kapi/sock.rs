@@ -18,6 +18,8 @@ pub(crate) enum BadSocket {
     Fd(Error),
     /// Neither TCP nor a UNIX stream.
     Kind,
+    /// It is no connection, and was none.
+    NotConnected,
 }
 
 /// What becomes of bytes that the peer has not read yet when a connection ends.
@@ -55,11 +57,14 @@ impl Socket {
         };
         // INVARIANT: `sockfd_lookup()` took a reference to the file; dropping this puts it.
         let socket = Socket { socket };
-        if socket.is_tcp() || socket.is_unix_stream() {
-            Ok(socket)
-        } else {
-            Err(BadSocket::Kind)
+        if !socket.is_tcp() && !socket.is_unix_stream() {
+            return Err(BadSocket::Kind);
         }
+        // SAFETY: By the type invariant `sk` is valid.
+        if !unsafe { was_connected(socket.sk()) } {
+            return Err(BadSocket::NotConnected);
+        }
+        Ok(socket)
     }
 
     /// The socket proper; valid for as long as this is.
@@ -228,6 +233,20 @@ impl Socket {
                 bindings::sock_shutdown_cmd_SHUT_RDWR,
             );
         }
+    }
+
+    /// Whether it is a connection of which neither side has ended anything, as far as this machine knows.
+    #[expect(dead_code)]
+    pub(crate) fn is_connected(&self) -> bool {
+        let sk = self.sk();
+        // SAFETY: By the type invariant `sk` is valid; these are looked at as `tcp_poll()` does.
+        let (state, shutdown) = unsafe {
+            (
+                (&raw const (*sk).__sk_common.skc_state).read_volatile(),
+                (&raw const (*sk).sk_shutdown).read_volatile(),
+            )
+        };
+        state == bindings::TCP_ESTABLISHED && shutdown == 0
     }
 
     /// Locks the socket, as system calls do (`lock_sock()`). May sleep.

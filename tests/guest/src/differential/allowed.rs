@@ -5,7 +5,7 @@
 
 use crate::netlink;
 
-use super::operations::{Attribute, DEVICES, Dev, Manner, Op, Request};
+use super::operations::{Attribute, DEVICES, Dev, Manner, Op, Request, Socket};
 use super::stage::{Step, Transcript};
 
 /// What is seen, with nbd.ko and with rnbd.
@@ -31,6 +31,9 @@ pub fn meant(
     }
     if any(&writes_as_agreed) {
         return Some("flags-stay-as-agreed");
+    }
+    if any(&must_be_connected) {
+        return Some("sockets-must-be-connected");
     }
     let both_refuse = |one: &Difference<'_>| {
         one.0 != "answer" || (one.1.starts_with("Err") && one.2.starts_with("Err"))
@@ -226,6 +229,20 @@ fn keeps_meaning(past: &Past, difference: &Difference<'_>) -> bool {
 
 fn is_errno(answer: &str, errno: i32) -> bool {
     answer.starts_with(&format!("Err(Os {{ code: {errno},"))
+}
+
+/// One of the sockets is not connected.
+fn must_be_connected(past: &Past, difference: &Difference<'_>) -> bool {
+    let (key, _, rnbd) = *difference;
+    let unconnected = |attribute: &Attribute| matches!(attribute, Attribute::Sockets(sockets) if sockets.contains(&Socket::Unconnected));
+    let given = match &past.op {
+        Some(Op::Ioctl { request, .. }) => *request == Request::SetSock(Socket::Unconnected),
+        Some(Op::Connect { attributes, .. } | Op::Reconfigure { attributes, .. }) => {
+            attributes.iter().any(unconnected)
+        }
+        _ => false,
+    };
+    key == "answer" && given && is_errno(rnbd, libc::ENOTCONN)
 }
 
 /// The server has ended a connection without answering, and no other is left.
