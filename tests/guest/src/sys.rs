@@ -107,6 +107,27 @@ pub fn set_socket_option(fd: impl AsFd, level: i32, name: i32, value: &[u8]) -> 
     }
 }
 
+/// `getsockopt()` of an option whose value is a number.
+pub fn socket_option(fd: impl AsFd, level: i32, name: i32) -> SysResult<u32> {
+    let mut value = 0;
+    let mut len = size_of::<u32>() as libc::socklen_t;
+    // SAFETY: the borrows last for the call, and `len` is the size of `value`.
+    let answer = unsafe {
+        libc::getsockopt(
+            fd.as_fd().as_raw_fd(),
+            level,
+            name,
+            ptr::from_mut(&mut value).cast(),
+            ptr::from_mut(&mut len),
+        )
+    };
+    if answer < 0 {
+        Err(last_errno())
+    } else {
+        Ok(value)
+    }
+}
+
 /// Takes over a descriptor that this process was started with.
 pub fn take_fd(number: RawFd) -> OwnedFd {
     // SAFETY: the parent left it open for this purpose, and nobody else here knows it.

@@ -26,6 +26,7 @@ mod network;
 mod outages;
 mod races;
 mod replies;
+mod shared_sockets;
 mod signals;
 mod soak;
 mod timeouts;
@@ -53,6 +54,7 @@ pub fn all() -> Vec<Test> {
         late_writes::tests(),
         signals::tests(),
         tls::tests(),
+        shared_sockets::tests(),
         netlink::tests(),
         races::tests(),
         faults::tests(),
