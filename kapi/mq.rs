@@ -133,7 +133,15 @@ pub(crate) struct Unsent(Handle);
 pub(crate) struct Unanswered(Handle);
 
 /// What became of a request in `queue_rq`: only the request itself makes one.
-pub(crate) struct Queued(Status);
+///
+/// It stays in the task: it must not be what `queue_rq` says of another request.
+pub(crate) struct Queued(Status, PhantomData<*mut ()>);
+
+impl Queued {
+    fn new(status: Status) -> Self {
+        Queued(status, PhantomData)
+    }
+}
 
 /// Where a request asks for what.
 #[derive(Clone, Copy, Debug)]
@@ -197,7 +205,7 @@ impl NewRequest {
 
     /// Leaves it to the block layer, which ends it with `status`.
     pub(crate) fn refuse(self, status: Status) -> Queued {
-        Queued(status)
+        Queued::new(status)
     }
 
     /// Starts it, and with it its timer.
@@ -213,7 +221,7 @@ impl NewRequest {
         (
             Unsent(Handle { rq: self.rq }),
             Unanswered(Handle { rq: self.rq }),
-            Queued(Status::OK),
+            Queued::new(Status::OK),
         )
     }
 }
@@ -388,11 +396,10 @@ unsafe impl Linked for Unsent {
     }
 
     unsafe fn from_raw(raw: *mut bindings::request) -> Self {
-        // INVARIANT: The handle that `into_raw()` has given up is still counted.
         // SAFETY: The caller has it from `into_raw()`, where it was not null.
-        Unsent(Handle {
-            rq: unsafe { NonNull::new_unchecked(raw) },
-        })
+        let rq = unsafe { NonNull::new_unchecked(raw) };
+        // INVARIANT: The handle that `into_raw()` has given up is still counted.
+        Unsent(Handle { rq })
     }
 
     unsafe fn next<'a>(raw: *mut bindings::request) -> &'a Atomic<*mut bindings::request> {
@@ -570,7 +577,7 @@ impl<T: Operations> VTable<T> {
         // SAFETY: As above.
         let (rq, last) = unsafe { (NonNull::new_unchecked((*bd).rq), (*bd).last) };
         // INVARIANT: The request was passed to us and was not started.
-        let Queued(status) = driver.queue_rq(&cx, NewRequest { rq }, last);
+        let Queued(status, _) = driver.queue_rq(&cx, NewRequest { rq }, last);
         status.0
     }
 
