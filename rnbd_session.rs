@@ -245,6 +245,13 @@ impl Session {
         if socket.is_hooked() {
             return Err(EBUSY);
         }
+        if !socket.is_connected() {
+            pr_err!(
+                "nbd{}: the socket for a connection that is stuck has been ended itself\n",
+                self.table.device
+            );
+            return Err(ENOTCONN);
+        }
         pr_warn!(
             "nbd{}: connection {}: stuck for {} seconds, replacing it\n",
             self.table.device,

@@ -236,7 +236,6 @@ impl Socket {
     }
 
     /// Whether it is a connection of which neither side has ended anything, as far as this machine knows.
-    #[expect(dead_code)]
     pub(crate) fn is_connected(&self) -> bool {
         let sk = self.sk();
         // SAFETY: By the type invariant `sk` is valid; these are looked at as `tcp_poll()` does.

@@ -4,12 +4,15 @@
 
 use std::collections::HashSet;
 use std::fs::{self, File};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
 use super::{MIB, move_data, read_one};
 use crate::device::{Plan, SOON, USUAL_FLAGS, assert_pattern, pattern};
@@ -320,6 +323,11 @@ fn connections_come_and_go_under_load(_: &Guest) {
     });
 }
 
+fn unconnected() -> OwnedFd {
+    let flags = SocketFlags::CLOEXEC;
+    socket_with(AddressFamily::INET, SocketType::STREAM, flags, None).unwrap()
+}
+
 fn a_stuck_connection_is_replaced(_: &Guest) {
     let link = Setup::new(MIB).attach().settle();
     let direct = link.direct();
@@ -349,6 +357,12 @@ fn a_stuck_connection_is_replaced(_: &Guest) {
         other.netlink.reconfigure(&taken).unwrap();
         let setup = Setup::change(link.index).sockets([used]);
         assert_eq!(link.netlink.reconfigure(&setup), Err(Errno::BUSY));
+        let (ended, peer) = UnixStream::pair().unwrap();
+        drop(peer);
+        for unusable in [ended.into(), unconnected()] {
+            let setup = Setup::change(link.index).sockets([unusable]);
+            assert_eq!(link.netlink.reconfigure(&setup), Err(Errno::NOTCONN));
+        }
         thread::sleep(Duration::from_millis(100));
         assert!(!writer.is_finished());
         assert_eq!(link.revive(), Ok(()));
