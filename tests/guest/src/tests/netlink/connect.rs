@@ -7,7 +7,9 @@ use std::net::UdpSocket;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::Duration;
 
+use fastrand::Rng;
 use rustix::io::Errno;
 use rustix::thread::{CapabilitySet, capabilities, gettid, set_capabilities};
 
@@ -15,7 +17,7 @@ use super::{MIB, move_data, read_one, try_connect};
 use crate::debug_kernel::enough;
 use crate::device::{self, Plan, SOON, USUAL_FLAGS, assert_usable};
 use crate::driver::Driver;
-use crate::harness::{Guest, Test, Until, wait_until};
+use crate::harness::{Guest, Test, Until, seed, wait_until};
 use crate::netlink::{
     CONNECT, DISCONNECT, INDEX, Link, Netlink, RECONFIGURE, SIZE_BYTES, SOCK_FD, SOCK_ITEM,
     SOCKETS, STATUS, Setup, attr, descriptor, nested,
@@ -100,20 +102,20 @@ fn connect_beside_programs_that_open_devices(_: &Guest) {
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         let until_done = Until(&done);
-        for first in [0, 1] {
+        for index in [0, 0, 1, 2] {
             let done = &done;
+            let mut random = Rng::with_seed(seed() + u64::from(index));
             scope.spawn(move || {
                 while !done.load(Ordering::Relaxed) {
-                    for index in [first, first + 1, first + 2] {
-                        drop(device::open(index, 0));
-                    }
+                    drop(device::open(index, 0));
+                    thread::sleep(Duration::from_micros(random.u64(..500)));
                 }
             });
         }
         let server = Server::new();
         let netlink = Netlink::open();
         let mut refused = 0;
-        for _ in 0..enough(600, 150) {
+        for _ in 0..enough(1000, 150) {
             let setup = Setup::new(MIB).sockets([server.connect(Transport::Unix)]);
             match netlink.connect(&setup) {
                 Ok(index) => netlink.disconnect(index).unwrap(),
