@@ -466,6 +466,14 @@ fn kernel_threads() -> Vec<String> {
     names.collect()
 }
 
+/// How many TCP sockets there are, with those that nobody has open any more.
+pub fn tcp_sockets() -> usize {
+    let tcp = sockets()
+        .into_iter()
+        .filter(|(name, _)| name != "UNIX-STREAM");
+    tcp.map(|(_, count)| count).sum()
+}
+
 /// The kernel's own count of the sockets that can carry NBD.
 fn sockets() -> Vec<(String, usize)> {
     let table = fs::read_to_string("/proc/net/protocols").unwrap_or_default();

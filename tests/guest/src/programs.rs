@@ -72,15 +72,27 @@ impl Daemon {
 
     /// Waits for it to end by itself, and answers whether it was content.
     pub fn wait(&mut self, limit: Duration) -> bool {
+        self.wait_while(limit, || ())
+    }
+
+    /// As [`Self::wait()`], but as long as `progress` changes at least once within `limit`.
+    pub fn wait_while<T: PartialEq>(
+        &mut self,
+        limit: Duration,
+        mut progress: impl FnMut() -> T,
+    ) -> bool {
         let limit = patient(limit);
-        let deadline = Instant::now() + limit;
+        let (mut last, mut since) = (progress(), Instant::now());
         loop {
             if let Some(status) = self.child.try_wait().expect("wait") {
                 return status.success();
             }
-            let late = Instant::now() > deadline;
+            let now = progress();
+            if now != last {
+                (last, since) = (now, Instant::now());
+            }
             assert!(
-                !late,
+                since.elapsed() <= limit,
                 "a program did not end within {limit:?}; it said: {}",
                 self.said()
             );

@@ -54,6 +54,8 @@ struct State {
     /// One handle of each connection's socket, to end it from outside.
     sockets: Mutex<Vec<UnixStream>>,
     living: AtomicUsize,
+    /// How much has come, for who waits for the client to make progress.
+    received: AtomicUsize,
 }
 
 /// All servers, for [`kill_all`].
@@ -84,6 +86,7 @@ impl Server {
             script: RwLock::new(Arc::new(Conn::serve)),
             sockets: Mutex::default(),
             living: AtomicUsize::new(0),
+            received: AtomicUsize::new(0),
         };
         let state = Arc::new(state);
         let mut servers = SERVERS.lock().unwrap();
@@ -231,6 +234,11 @@ impl Server {
         self.state.living.load(Ordering::SeqCst)
     }
 
+    /// How many bytes have come so far, over all connections.
+    pub fn received_bytes(&self) -> usize {
+        self.state.received.load(Ordering::Relaxed)
+    }
+
     /// Whether every connection that there was has been ended, from either side.
     pub fn is_deserted(&self) -> bool {
         let sockets = self.state.sockets.lock().unwrap();
@@ -328,7 +336,7 @@ impl Conn {
 
     pub fn next_request(&mut self) -> io::Result<Request> {
         let mut header = [0; REQUEST_LEN];
-        self.socket.read_exact(&mut header)?;
+        self.read_exact(&mut header)?;
         let request = Request::parse(self.index, &header);
         // Part of what every test asserts: nothing but whole requests is ever sent.
         if request.magic != REQUEST_MAGIC {
@@ -385,16 +393,29 @@ impl Conn {
 
     /// The data of a write.
     pub fn read_data(&mut self, request: &Request) -> io::Result<Vec<u8>> {
-        let mut data = vec![0; request.len as usize];
-        self.socket.read_exact(&mut data)?;
-        Ok(data)
+        self.read_bytes(request.len as usize)
     }
 
     /// Reads `len` bytes of whatever comes.
     pub fn read_bytes(&mut self, len: usize) -> io::Result<Vec<u8>> {
         let mut data = vec![0; len];
-        self.socket.read_exact(&mut data)?;
+        self.read_exact(&mut data)?;
         Ok(data)
+    }
+
+    fn read_exact(&mut self, mut room: &mut [u8]) -> io::Result<()> {
+        while !room.is_empty() {
+            match self.socket.read(room) {
+                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+                Ok(read) => {
+                    self.state.received.fetch_add(read, Ordering::Relaxed);
+                    room = &mut room[read..];
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     /// What a read is to be answered with.

@@ -3,7 +3,8 @@
 //! A thousand devices come, are used, and go without a trace.
 
 use std::collections::HashMap;
-use std::fs;
+use std::fs::{self, DirEntry};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -41,6 +42,9 @@ const LOST_KIB: i64 = 16 << 10;
 struct Usage {
     /// Kernel threads and processes.
     tasks: usize,
+    /// Those of them that are work queues' workers. They are everybody's, and the kernel keeps what it
+    /// has of them for minutes after they had something to do last.
+    workers: usize,
     /// MemAvailable.
     available_kib: i64,
     /// Objects that are allocated, of each kind.
@@ -55,10 +59,10 @@ impl Usage {
             // Processors keep some objects for later, which would count.
             let _ = fs::write(cache.unwrap().path().join("shrink"), "1");
         }
-        let names = fs::read_dir("/proc").unwrap();
-        let names = names.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+        let tasks = tasks();
         Self {
-            tasks: names.filter(|name| name.parse::<u32>().is_ok()).count(),
+            tasks: tasks.len(),
+            workers: tasks.iter().filter(|name| is_worker(name)).count(),
             available_kib: available_kib(),
             slabs: slabs(),
         }
@@ -82,8 +86,9 @@ impl Usage {
         if kib > LOST_KIB {
             lost.push(format!("{kib} KiB of memory"));
         }
-        if self.tasks > before.tasks + 8 {
-            lost.push(format!("{} tasks, {} before", self.tasks, before.tasks));
+        let [now, then] = [self, before].map(|usage| usage.tasks - usage.workers);
+        if now > then + 8 {
+            lost.push(format!("{now} tasks besides workers, {then} before"));
         }
         for (name, objects) in &self.slabs {
             let more = objects - before.slabs.get(name).unwrap_or(&0);
@@ -94,6 +99,22 @@ impl Usage {
         }
         lost
     }
+}
+
+/// The names of all kernel threads and processes.
+fn tasks() -> Vec<String> {
+    let entries = fs::read_dir("/proc").unwrap();
+    let name = |entry: io::Result<DirEntry>| {
+        let path = entry.ok()?.path();
+        path.file_name()?.to_str()?.parse::<u32>().ok()?;
+        fs::read_to_string(path.join("comm")).ok()
+    };
+    entries.filter_map(name).collect()
+}
+
+/// A work queue's rescuer is its own, and no worker.
+fn is_worker(name: &str) -> bool {
+    name.starts_with("kworker/") && !name.starts_with("kworker/R-")
 }
 
 fn available_kib() -> i64 {
