@@ -484,6 +484,11 @@ impl Conn {
             .unwrap_or(true)
     }
 
+    /// Tells the other side that nothing is read any more, and goes on sending.
+    pub fn stop_reading(&self) -> io::Result<()> {
+        self.socket.shutdown(std::net::Shutdown::Read)
+    }
+
     /// Ends the connection here.
     pub fn close(&mut self) -> io::Result<()> {
         Err(io::ErrorKind::ConnectionAborted.into())

@@ -3,23 +3,25 @@
 //! Data: what goes over the wire for it, and that it comes back right.
 
 use std::collections::HashSet;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{IoSlice, IoSliceMut, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
-use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
 use crate::device::{self, Plan, Rig, USUAL_FLAGS, assert_pattern, errno, pattern};
 use crate::driver::Driver;
-use crate::harness::{Guest, Test};
+use crate::harness::{Guest, Test, Until, wait_until};
 use crate::proto::{
     CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, Command, READ_ONLY, SEND_FLUSH, SEND_TRIM, SEND_WRITE_ZEROES,
 };
 use crate::server::{Server, Transport};
+use crate::stacks;
 use crate::sys::{Buffer, ioctl_pointer};
 use crate::test;
 
@@ -48,6 +50,9 @@ pub fn tests() -> Vec<Test> {
         test!(replies_byte_by_byte),
         test!(replies_below_the_low_water_mark),
         test!(requests_are_in_flight_together),
+        test!(more_at_once_than_one_call_sends),
+        test!(more_than_one_turn_sends),
+        test!(nothing_is_kept_back),
         test!(random_concurrent_io_is_consistent),
         test!(two_devices_do_not_mix),
     ]
@@ -545,6 +550,75 @@ fn requests_are_in_flight_together(_: &Guest) {
         }
     });
     rig.server.be_honest();
+}
+
+/// So many requests wait for a socket that takes nothing that they are not all sent by one call.
+fn more_at_once_than_one_call_sends(_: &Guest) {
+    const READS: u64 = 100;
+    let rig = Plan::new(16 << 20).send_buffer(16 * KIB).attach();
+    fs::write("/sys/block/nbd0/queue/scheduler", "none").unwrap();
+    let go_on = Arc::new(AtomicBool::new(false));
+    let told = Arc::clone(&go_on);
+    rig.server.script(move |conn, request| {
+        while !told.load(Ordering::Relaxed) && !conn.is_ended() {
+            thread::sleep(Duration::from_millis(5));
+        }
+        conn.serve(request)
+    });
+    let direct = rig.direct();
+    thread::scope(|scope| {
+        let _go_on = Until(&go_on);
+        scope.spawn(|| {
+            let data = Buffer::new(MIB);
+            direct.write_all_at(&data, 0).expect("to write");
+        });
+        rig.server.wait_for_command(Command::Write);
+        for index in 0..READS {
+            // Far apart, so that they are not merged.
+            let offset = 2 * MIB as u64 + index * 8192;
+            let direct = &direct;
+            scope.spawn(move || {
+                direct
+                    .read_exact_at(&mut Buffer::new(512), offset)
+                    .expect("to read");
+            });
+        }
+        assert!(wait_until(device::SOON, stacks::others_wait).is_ok());
+    });
+    assert_eq!(rig.server.requests_of(Command::Read).len() as u64, READS);
+}
+
+/// A socket that takes so much that whoever sends lets others run meanwhile, and never tells of room.
+fn more_than_one_turn_sends(_: &Guest) {
+    const LIMIT: &str = "/proc/sys/net/core/wmem_max";
+    let before = fs::read_to_string(LIMIT).unwrap();
+    fs::write(LIMIT, (128 * MIB).to_string()).unwrap();
+    let rig = Plan::new(64 << 20).send_buffer(64 * MIB).attach();
+    fs::write(LIMIT, before).unwrap();
+    let direct = rig.direct();
+    let data = Buffer::filled(32 * MIB, |data| pattern(8, 0, data));
+    direct.write_all_at(&data, 0).expect("to write");
+    drop(data);
+    assert_pattern(8, 0, &rig.server.peek(0, 32 * MIB));
+}
+
+/// TCP would keep back for 200 ms what is sent with the promise that more follows.
+fn nothing_is_kept_back(_: &Guest) {
+    let rig = Plan::new(1 << 20).transport(Transport::Tcp4).attach();
+    let direct = rig.direct();
+    let shortest = |transfer: &dyn Fn()| {
+        let times = (0..20).map(|_| {
+            let began = Instant::now();
+            transfer();
+            began.elapsed()
+        });
+        times.min().unwrap()
+    };
+    let read = shortest(&|| direct.read_exact_at(&mut Buffer::new(512), 0).unwrap());
+    let write = shortest(&|| direct.write_all_at(&Buffer::new(512), 0).unwrap());
+    for took in [read, write] {
+        assert!(took < Duration::from_millis(150), "{took:?} at least");
+    }
 }
 
 /// Threads that each own every n-th block, write it, read it back, and forget nothing.

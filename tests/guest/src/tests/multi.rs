@@ -5,6 +5,7 @@
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -14,7 +15,7 @@ use rustix::io::Errno;
 use crate::device::{self, Plan, Rig, assert_pattern, errno, pattern};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, run_on, wait_until};
-use crate::proto::Command;
+use crate::proto::{self, Command};
 use crate::server::Transport;
 use crate::sys::Buffer;
 use crate::test;
@@ -28,10 +29,12 @@ pub fn tests() -> Vec<Test> {
         test!(a_dead_connection_is_replaced_by_another),
         test!(requests_of_a_dead_connection_go_to_another),
         test!(writes_of_a_dead_connection_go_to_another),
+        test!(half_an_answer_is_asked_for_again),
         test!(all_but_one_die_under_load),
         test!(when_all_are_dead_requests_fail),
         test!(a_bad_reply_costs_only_its_connection),
         test!(a_reply_on_another_connection_is_not_taken),
+        test!(a_cookie_with_another_spelling_is_not_taken),
     ]
 }
 
@@ -191,6 +194,32 @@ fn writes_of_a_dead_connection_go_to_another(guest: &Guest) {
     assert_eq!(rig.disconnect(), Ok(0));
 }
 
+fn half_an_answer_is_asked_for_again(guest: &Guest) {
+    const TIMEOUT: u64 = 2;
+    let mut rig = Plan::new(1 << 20).connections(2).timeout(TIMEOUT).attach();
+    let mut stored = vec![0; 4096];
+    pattern(1, 0, &mut stored);
+    rig.server.poke(0, &stored);
+    let seen = AtomicBool::new(false);
+    rig.server.script(move |conn, request| {
+        if seen.swap(true, Ordering::SeqCst) {
+            return conn.serve(request);
+        }
+        let reply = conn.answer(request)?;
+        conn.send(&reply[..1000])?;
+        conn.close()
+    });
+    let direct = rig.direct();
+    let began = Instant::now();
+    let mut back = Buffer::new(4096);
+    direct.read_exact_at(&mut back, 0).expect("to read");
+    assert_failed_over(guest, TIMEOUT, began);
+    assert_pattern(1, 0, &back);
+    drop(direct);
+    rig.server.be_honest();
+    assert_eq!(rig.disconnect(), Ok(0));
+}
+
 fn all_but_one_die_under_load(_: &Guest) {
     let mut rig = Plan::new(16 << 20)
         .connections(4)
@@ -244,7 +273,7 @@ fn a_bad_reply_costs_only_its_connection(guest: &Guest) {
         if seen.swap(true, Ordering::SeqCst) {
             return conn.serve(request);
         }
-        conn.send(&crate::proto::reply(0x1234_5678, 0, request.cookie))?;
+        conn.send(&proto::reply(0x1234_5678, 0, request.cookie))?;
         conn.stall()
     });
     rig.direct()
@@ -258,7 +287,7 @@ fn a_bad_reply_costs_only_its_connection(guest: &Guest) {
 }
 
 fn a_reply_on_another_connection_is_not_taken(guest: &Guest) {
-    use std::sync::{Arc, Mutex};
+    use std::sync::Mutex;
     let mut rig = Plan::new(1 << 20).connections(2).timeout(2).attach();
     // The first request is answered by the connection that gets the second.
     let kept: Arc<Mutex<Option<Vec<u8>>>> = Arc::default();
@@ -294,4 +323,51 @@ fn a_reply_on_another_connection_is_not_taken(guest: &Guest) {
     drop(direct);
     assert_eq!(rig.client.wait(), Ok(0), "neither connection is left");
     device::assert_usable(0);
+}
+
+/// Half of a cookie is a hardware queue and a tag. One tag more than a queue has is not the next queue's
+/// first.
+fn a_cookie_with_another_spelling_is_not_taken(guest: &Guest) {
+    const TAGS: u64 = 128;
+    const FIRST_OF_THE_SECOND_QUEUE: u64 = 1 << 16;
+    let mut rig = Plan::new(1 << 20).connections(2).timeout(2).attach();
+    // Of four tags each is used soon.
+    fs::write("/sys/block/nbd0/queue/scheduler", "none").unwrap();
+    fs::write("/sys/block/nbd0/queue/nr_requests", "4").unwrap();
+    let told = Arc::new(AtomicBool::new(false));
+    let done = Arc::clone(&told);
+    rig.server.script(move |conn, request| {
+        let tag = request.cookie as u32;
+        if u64::from(tag) != FIRST_OF_THE_SECOND_QUEUE || done.swap(true, Ordering::SeqCst) {
+            // So that several are in flight.
+            thread::sleep(Duration::from_millis(2));
+            return conn.serve(request);
+        }
+        let cookie = request.cookie - FIRST_OF_THE_SECOND_QUEUE + TAGS;
+        conn.send(&proto::reply(proto::REPLY_MAGIC, 0, cookie))?;
+        conn.send(&conn.stored(request))?;
+        conn.stall()
+    });
+    let direct = rig.direct();
+    thread::scope(|scope| {
+        for offset in (0..8).map(|index| index * 8192) {
+            let (direct, told) = (&direct, &told);
+            scope.spawn(move || {
+                move_to(1);
+                let began = Instant::now();
+                while !told.load(Ordering::SeqCst) && began.elapsed() < device::SOON {
+                    direct
+                        .read_exact_at(&mut Buffer::new(512), offset)
+                        .expect("to read");
+                }
+            });
+        }
+    });
+    assert!(told.load(Ordering::SeqCst), "there was no such request");
+    guest.expect_logged("Unexpected reply", "unexpected reply");
+    let one_left = wait_until(device::SOON, || rig.server.living() == 1);
+    assert!(one_left.is_ok());
+    drop(direct);
+    rig.server.be_honest();
+    assert_eq!(rig.disconnect(), Ok(0));
 }

@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -11,8 +12,8 @@ use std::time::Duration;
 use rustix::thread::gettid;
 
 use crate::device::{Plan, Rig, SOON, assert_pattern, assert_usable, pattern};
-use crate::harness::{Guest, Test};
-use crate::programs::Daemon;
+use crate::harness::{Guest, Test, Until};
+use crate::programs::{Daemon, sh};
 use crate::server::Transport;
 use crate::sys::{self, Buffer};
 use crate::test;
@@ -24,6 +25,7 @@ pub fn tests() -> Vec<Test> {
         test!(storm_of_signals_while_writing),
         test!(storm_of_signals_while_reading),
         test!(writers_are_killed),
+        test!(a_server_that_does_not_read_any_more_sends_none),
     ]
 }
 
@@ -157,4 +159,26 @@ fn writers_are_killed(_: &Guest) {
         assert!(rig.client.still_runs_after(Duration::from_millis(1)));
         assert_eq!(rig.disconnect(), Ok(0), "within {SOON:?}");
     }
+}
+
+/// Who writes where nobody reads gets a signal, but not who writes to a disk.
+fn a_server_that_does_not_read_any_more_sends_none(_: &Guest) {
+    const DD: &str = "dd if=/dev/zero of=/dev/nbd0 bs=4k count=1 oflag=direct conv=notrunc";
+    let mut rig = narrow(Transport::Unix);
+    let done = Arc::new(AtomicBool::new(false));
+    let told = Arc::clone(&done);
+    rig.server.script(move |conn, request| {
+        conn.serve(request)?;
+        conn.stop_reading()?;
+        while !told.load(Ordering::Relaxed) {
+            thread::sleep(Duration::from_millis(5));
+        }
+        conn.close()
+    });
+    let _done = Until(&done);
+    sh(DD);
+    sh(&format!("{DD} && exit 9 || test $? = 1"));
+    done.store(true, Ordering::Relaxed);
+    assert_eq!(rig.client.wait(), Ok(0));
+    assert_usable(0);
 }

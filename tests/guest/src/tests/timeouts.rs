@@ -27,6 +27,7 @@ pub fn tests() -> Vec<Test> {
         test!(move_requests_to_another_connection),
         test!(of_all_connections_end_the_device),
         test!(of_0_wait_and_warn),
+        test!(of_0_move_requests_to_another_connection),
         test!(can_be_set_while_connected),
         test!(in_the_middle_of_a_header),
         test!(in_the_middle_of_the_data),
@@ -198,6 +199,28 @@ fn of_0_wait_and_warn(guest: &Guest) {
         "control (read@8192,4096B). Runtime 1 seconds",
         "possible stuck request: read of 4096 bytes at 8192",
     );
+    rig.server.be_honest();
+    assert_eq!(rig.disconnect(), Ok(0));
+}
+
+/// Where there is another connection, the block layer's own time is up some time.
+fn of_0_move_requests_to_another_connection(_: &Guest) {
+    let mut rig = Plan::new(1 << 20).connections(2).attach();
+    fs::write("/sys/block/nbd0/queue/io_timeout", "1000").unwrap();
+    let seen = AtomicBool::new(false);
+    rig.server.script(
+        move |conn, request| match seen.swap(true, Ordering::SeqCst) {
+            false => conn.stall(),
+            true => conn.serve(request),
+        },
+    );
+    let began = Instant::now();
+    let direct = rig.direct();
+    direct
+        .read_exact_at(&mut Buffer::new(4096), 0)
+        .expect("to read");
+    assert_took(began, 1);
+    drop(direct);
     rig.server.be_honest();
     assert_eq!(rig.disconnect(), Ok(0));
 }

@@ -212,9 +212,17 @@ fn requests_wait_no_longer_than_told(_: &Guest) {
     assert_eq!(read_one(&direct, 0), Err(Errno::IO));
     let took = began.elapsed().as_secs_f32();
     assert!(took < 0.7, "there is nothing left to wait for: {took} s");
-    // It is not too late for the device.
+    // It is not too late for the device, and the next time it waits as long.
+    for seed in [1, 2] {
+        assert_eq!(link.revive(), Ok(()));
+        move_data(&direct, 0, seed);
+        link.kill_server();
+        let began = Instant::now();
+        assert_eq!(read_one(&direct, 0), Err(Errno::IO));
+        let took = began.elapsed().as_secs_f32();
+        assert!((0.8..6.0).contains(&took), "{took} s");
+    }
     assert_eq!(link.revive(), Ok(()));
-    move_data(&direct, 0, 1);
     // The time can be changed.
     let change = Setup::change(link.index).dead_timeout(0);
     assert_eq!(link.netlink.reconfigure(&change), Ok(()));
@@ -341,11 +349,12 @@ fn a_stuck_connection_is_replaced(_: &Guest) {
     read_one(&direct, 0).unwrap();
     assert_eq!(link.server.requests().last().unwrap().connection, 0);
     link.server.script(first_only_stalls);
+    thread::sleep(Duration::from_millis(1200));
     let data = Buffer::filled(64 << 10, |data| pattern(3, 0, data));
     thread::scope(|scope| {
         let writer = scope.spawn(|| direct.write_all_at(&data, 0));
         link.server.wait_for_command(Command::Write);
-        // It owes a reply, but not for long.
+        // It owes a reply, but not for as long as it has been silent.
         assert_eq!(link.revive(), Ok(()));
         thread::sleep(Duration::from_millis(1200));
         assert!(!writer.is_finished());
@@ -373,4 +382,7 @@ fn a_stuck_connection_is_replaced(_: &Guest) {
     let mut back = Buffer::new(data.len());
     direct.read_exact_at(&mut back, 0).unwrap();
     assert_pattern(3, 0, &back);
+    // Nothing waits for a replacement any more.
+    link.kill_server();
+    assert_eq!(read_one(&direct, 0), Err(Errno::IO));
 }
