@@ -15,6 +15,8 @@
 ##   make check-debug        the tests in the virtual machine on a kernel that looks for faults: KASAN,
 ##                           lockdep, kmemleak and others; the first run builds it, in half an hour
 ##   make misuse             show that the driver cannot misuse kapi: what would do so does not compile
+##   make mutate             put faults into the driver, one at a time: does "make check" find each?
+##   make mutants            the same for all that is compiled on this machine, by cargo-mutants
 ##   make fuzz               look for byte streams that the driver's parser takes wrongly, for SECONDS=60;
 ##                           the first run makes a build root with clang
 ##   make soak HOURS=h       everything at once for so long, with faults at random (fractions will do)
@@ -30,7 +32,7 @@
 ##   KDIR=dir                the kernel build tree for "make"
 ##   DRIVER=nbd              demo, check, soak and shell: use the kernel's own driver instead
 ##   KERNEL=debug            demo, check, soak and shell: use the kernel of check-debug
-##   T=pattern               check: only tests whose names contain it
+##   T=pattern               check: only tests whose names contain it; mutate: only faults
 ##   SEED=number             check, soak: what the random tests of an earlier run began with
 ##   QUICK=1 ROUNDS=n        bench: measure less; so many rounds
 ##   MODES="cost wall scale" bench: or fewer: instructions for an I/O, speed, many devices
@@ -113,6 +115,12 @@ fuzz: export KERNEL := debug
 fuzz:
 	$(workbench) tools/fuzz -max_total_time=$(or $(SECONDS),60)
 
+mutate:
+	$(workbench) tools/mutate
+
+mutants:
+	$(workbench) tools/mutants
+
 soak:
 	$(workbench) tools/soak
 
@@ -137,5 +145,5 @@ help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 .DEFAULT_GOAL := modules
-.PHONY: modules faults modules_install check-kdir stock demo shell check check-debug misuse fuzz soak bench lint \
-	rustfmt rustfmtcheck clippy rustdoc shellcheck unsafecheck clean distclean help
+.PHONY: modules faults modules_install check-kdir stock demo shell check check-debug misuse mutate mutants fuzz soak \
+	bench lint rustfmt rustfmtcheck clippy rustdoc shellcheck unsafecheck clean distclean help
