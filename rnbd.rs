@@ -77,7 +77,7 @@ impl kernel::Module for Rnbd {
         })?;
         let io = wq::Queue::start(c"rnbd", wq::Kind::Reclaim)?;
         let hooks = Hooks::begin()?;
-        let slow = wq::Queue::start(c"rnbd-del", wq::Kind::Plain)?;
+        let slow = wq::Queue::start(c"rnbd-slow", wq::Kind::Plain)?;
         let events = Group::new(rnbd_events::GROUP)?;
         let shared = Shared {
             io: io.queue(),

@@ -365,6 +365,8 @@ impl Device {
         let timeout_jiffies = state.timeout_jiffies;
         let config = state.config_mut()?;
         let session = self.start_locked(config, timeout_jiffies)?;
+        // They are the session's now, which lets go of those that are replaced.
+        config.sockets = KVec::new();
         // Whoever ends it next lets go of this, too.
         config.held_by_netlink = config.bound;
         Ok(session)

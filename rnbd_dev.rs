@@ -93,8 +93,6 @@ pub(crate) struct Nbd {
     graveyard: Arc<dyn Graveyard>,
     /// Where debugfs shows the devices.
     pub(crate) debugfs: Dir,
-    /// What all devices share.
-    pub(crate) shared: Shared,
     /// The process that started the session, as sysfs shows it; 0 while there is none.
     pub(crate) pid: Atomic<i32>,
     /// What the user calls the image, as sysfs shows it.
@@ -105,12 +103,14 @@ pub(crate) struct Nbd {
     /// nbd.c's `config_lock`.
     #[pin]
     state: Mutex<State>,
-    /// Nobody starts the device any more.
+    /// Notified when [`State::starting`] is cleared.
     #[pin]
     settled: CondVar,
     /// Taken with or without `state`.
     #[pin]
     pub(crate) life: SpinLock<Life>,
+    /// What all devices share. It goes last: the module may be unloaded when the last user of it has gone.
+    pub(crate) shared: Shared,
 }
 
 /// Makes `/dev/nbd{index}` (`nbd_dev_add()`). May sleep.
@@ -249,13 +249,13 @@ impl Device {
         self.life.lock().in_use
     }
 
-    /// Whether it is about to be removed, or will be when it is no longer used.
+    /// Whether it is to be removed: now, or when it is closed after the disconnect that was asked for.
     pub(crate) fn is_going(&self) -> bool {
         let life = self.life.lock();
         life.doomed || (life.destroy_on_disconnect && life.disconnect_requested)
     }
 
-    /// Whether it is about to be removed, and nobody uses it.
+    /// Whether it is being removed.
     pub(crate) fn is_doomed(&self) -> bool {
         self.life.lock().doomed
     }

@@ -38,7 +38,7 @@ impl Seen {
     }
 
     /// Whether the user wants the connections to end, so that nobody need be told when they do.
-    pub(crate) fn is_wanted(self) -> bool {
+    pub(crate) fn is_end_wanted(self) -> bool {
         self.0 & (REQUESTED | ENDED) != 0
     }
 }
@@ -71,7 +71,8 @@ impl Fate {
         self.change(|word| word | REQUESTED);
     }
 
-    /// The connections are to be ended: nothing is sent any more. Returns whether that is news.
+    /// The connections are to be ended: nothing is sent any more. Returns whether the session was going
+    /// on until now.
     pub(crate) fn end(&self) -> bool {
         !Seen(self.change(|word| word | ENDED)).is_over()
     }

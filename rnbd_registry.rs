@@ -29,13 +29,14 @@ pub(crate) struct Registry {
     layout: Layout,
     /// `/sys/kernel/debug/nbd`
     debugfs: Dir,
-    shared: Shared,
     /// Held while a device is looked up, added or removed, and never while anybody waits for a device:
     /// who has looked one up has a reference to it. Not taken by who holds a lock of a device.
     #[pin]
     devices: Mutex<Devices>,
     #[pin]
     sweep: Work<Registry>,
+    /// It goes last: the module may be unloaded when the last user of it has gone.
+    shared: Shared,
 }
 
 impl_has_work! {

@@ -31,8 +31,8 @@ use kernel::{
     types::ScopeGuard,
 };
 
-/// How often requests that wait for a connection to come back look whether they have waited long
-/// enough. One that comes back does not wait for it.
+/// How often requests that wait for a connection check whether `dead_conn_timeout` is over. A connection
+/// that comes back runs the queues at once.
 const LOOK_AGAIN_MS: u32 = 100;
 
 /// Reads from this size on are sent at once: to send one alone costs little beside its data, less than
@@ -209,14 +209,19 @@ impl Session {
         place.connection.wait_reaped();
         let index = place.connection.index();
         // What an allocation would have written out to make room may wait for this very connection.
+        let was_over = self.table.fate.see().is_end_wanted();
         let new = task::without_io(|| Connection::new(index, self.table.clone(), socket.clone()))?;
         slot.replace(disk, new.clone())
             .inspect_err(|_| new.as_arc_borrow().die())?;
         place.connection = new.clone();
         place.reconnects = place.reconnects.saturating_add(1);
-        // In this order: who sees that something has come back finds it.
-        self.table.fate.revive();
         self.waiting_since.store(0, Relaxed);
+        // After that: who sees that something has come back finds it, and waits anew where it has died.
+        self.table.fate.revive();
+        if was_over && !new.is_alive() && !self.table.fate.see().is_end_wanted() {
+            // It has died while nobody was to be told of that.
+            new.as_arc_borrow().queue_link_dead();
+        }
         new.as_arc_borrow().begin();
         drop(connections);
         disk.run_queues();
@@ -247,7 +252,7 @@ impl Session {
         }
         if !socket.is_connected() {
             pr_err!(
-                "nbd{}: the socket for a connection that is stuck has been ended itself\n",
+                "nbd{}: the socket to replace a stuck connection is not connected\n",
                 self.table.device
             );
             return Err(ENOTCONN);
@@ -407,7 +412,7 @@ impl Session {
         }
         match self.table.fate.exhaust(fate) {
             Exhausted::Changed => return None,
-            Exhausted::Now if !fate.is_wanted() => pr_err!(
+            Exhausted::Now if !fate.is_end_wanted() => pr_err!(
                 "nbd{}: no connection left, I/O fails until the device is connected anew\n",
                 self.table.device
             ),
@@ -416,7 +421,7 @@ impl Session {
         Some(Status::IOERR)
     }
 
-    /// Whether requests have not waited long enough yet. They begin to, where none has waited so far.
+    /// Whether a request may still wait for a connection. Starts the clock with the first one that does.
     fn is_patient(&self) -> bool {
         let patience = self.dead_timeout_jiffies.load(Relaxed);
         if patience == 0 {
@@ -436,8 +441,10 @@ impl Session {
         let Some(slot) = self.table.slot(hw_queue, tag) else {
             return;
         };
-        let (index, unclaimed) = slot.status();
+        // Before the slot is looked at: a connection is replaced with the lock held and after its commands
+        // were given back, so that the one in the place is the one that the slot names.
         let connections = self.connections.lock();
+        let (index, unclaimed) = slot.status();
         let count = connections.len();
         let Some(place) = connections.get(usize::from(index)) else {
             return;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What all devices use of the module's.
+//! The module's resources that all devices share.
 
 #![forbid(unsafe_code)]
 

@@ -44,7 +44,8 @@ const ROUNDS: u32 = 8;
 const ALIVE: u32 = 0;
 /// It was declared dead: nobody begins to send any more. What was sent before may still leave.
 const ENDING: u32 = 1;
-/// Its socket was ended: what has not left yet never will. The work item has yet to clear it away.
+/// Its socket was ended: what it has not handed to the network device yet never leaves. The work item has
+/// yet to clear it away.
 const ENDED: u32 = 2;
 /// It was cleared away.
 const DEAD: u32 = 3;
@@ -130,7 +131,7 @@ impl WorkItem<4> for Connection {
 
 impl Events for Connection {
     fn arrived(this: ArcBorrow<'_, Self>, arrival: Arrival<'_>) {
-        this.unless_received(|receive| this.receive_here(receive, arrival));
+        this.if_nobody_receives(|receive| this.receive_here(receive, arrival));
     }
 
     fn takes_from_sender(&self) -> bool {
@@ -141,7 +142,7 @@ impl Events for Connection {
 
     fn sent_here(this: Arc<Self>) {
         let connection = this.as_arc_borrow();
-        connection.unless_received(|receive| connection.receive_little(receive));
+        connection.if_nobody_receives(|receive| connection.receive_little(receive));
     }
 
     fn readable(this: ArcBorrow<'_, Self>) {
@@ -234,12 +235,12 @@ impl Connection {
 
     /// Declares the connection dead, and ends its socket (`nbd_mark_nsock_dead()`). What is in flight on
     /// it is given back soon after, but not before: it may be sent again elsewhere or be reported as
-    /// failed, so nothing of it may leave this machine afterwards. May sleep.
+    /// failed, so nothing of it may leave the socket afterwards. May sleep.
     pub(crate) fn die(self: ArcBorrow<'_, Self>) {
         if self.state.cmpxchg(ALIVE, ENDING, Full).is_err() {
             return;
         }
-        if !self.table.fate.see().is_wanted() {
+        if !self.table.fate.see().is_end_wanted() {
             self.queue_link_dead();
         }
         // Where nothing is owed a disconnect may be on its way, which is still to be delivered.
@@ -253,7 +254,8 @@ impl Connection {
         self.queue_receive();
     }
 
-    fn queue_link_dead(self: ArcBorrow<'_, Self>) {
+    /// Tells user space, soon, that the connection is dead.
+    pub(crate) fn queue_link_dead(self: ArcBorrow<'_, Self>) {
         let _ = self.table.shared.slow.enqueue::<Arc<Self>, 3>(self.into());
     }
 
@@ -264,7 +266,7 @@ impl Connection {
 
     /// Runs `receive`, unless somebody receives just now, who then looks again. Has the work item go on
     /// where it leaves something, or somebody else was turned away meanwhile.
-    fn unless_received(self: ArcBorrow<'_, Self>, receive: impl FnOnce(&mut Receive) -> bool) {
+    fn if_nobody_receives(self: ArcBorrow<'_, Self>, receive: impl FnOnce(&mut Receive) -> bool) {
         if let Some((left, was_wanted)) = self.receive.try_with(receive) {
             if left || was_wanted {
                 self.queue_receive();

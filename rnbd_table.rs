@@ -45,8 +45,6 @@ const TAG_BITS: u32 = 16;
 pub(crate) struct Table {
     /// The device's index, for messages.
     pub(crate) device: u32,
-    /// What all devices share.
-    pub(crate) shared: Shared,
     /// Limits what a bad server can write into the log.
     pub(crate) log: Ratelimit,
     depth: u32,
@@ -59,6 +57,8 @@ pub(crate) struct Table {
     alive: Mutex<u32>,
     #[pin]
     all_gone: CondVar,
+    /// What all devices share. It goes last: the module may be unloaded when the last user of it has gone.
+    pub(crate) shared: Shared,
 }
 
 impl Table {
@@ -110,6 +110,14 @@ impl Table {
     pub(crate) fn cookie(&self, hw_queue: u32, tag: u32) -> Option<Cookie> {
         let generation = self.slot(hw_queue, tag)?.generation();
         Some(Cookie::new(generation, hw_queue << TAG_BITS | tag))
+    }
+
+    /// Whether anything is in flight on `connection` that nobody has claimed. Counts of requests and replies
+    /// would not do: a server can answer what it was not sent.
+    pub(crate) fn has_open(&self, connection: u16) -> bool {
+        self.slots
+            .iter()
+            .any(|slot| slot.status() == (connection, true))
     }
 
     /// Claims everything in flight on `connection`, and has it sent on another one, or failed where

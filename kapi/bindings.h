@@ -6,7 +6,6 @@
 
 #include <linux/blkdev.h>
 #include <linux/blk-mq.h>
-#include <linux/nbd.h>
 #include <net/sock.h>
 #include <net/tcp.h>
 #include <net/tls.h>
@@ -54,6 +53,7 @@ RNBD_CONST(u32, HZ);
 /* Where fields lie whose types would bring hundreds of others along. */
 #define RNBD_OFFSET(type, field, name) const size_t RNBD_CONST_OFFSET_##name = offsetof(type, field)
 RNBD_OFFSET(struct sock, sk_flags, SK_FLAGS);
+RNBD_OFFSET(struct sock, sk_lock.slock, SK_SLOCK);
 RNBD_OFFSET(struct inet_connection_sock, icsk_ulp_ops, ULP_OPS);
 RNBD_OFFSET(struct inet_connection_sock, icsk_ulp_data, ULP_DATA);
 RNBD_OFFSET(struct tcp_ulp_ops, name, ULP_NAME);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The four callbacks of a socket, and those that ours have taken the place of.
+//! Which callbacks a socket had before ours replaced them.
 //!
 //! Ours are replaced together with `sk_user_data`, but not everybody in the kernel asks whether that is
 //! free. TLS puts its own callbacks on top of those that it finds, at any time; `drivers/scsi/iscsi_tcp.c`

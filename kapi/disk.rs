@@ -103,10 +103,12 @@ unsafe impl<T: BlockDevice> Sync for Disk<T> {}
 /// What a gendisk's `private_data` points to.
 #[pin_data]
 struct Private<T: BlockDevice> {
+    /// The queue refers to it for as long as there is the disk. It goes first, since that sleeps: when the
+    /// last workqueue that `data` refers to has been let go of, the module may be unloaded as soon as this
+    /// task sleeps.
+    _tags: Arc<TagSet<T>>,
     #[pin]
     data: T,
-    /// The queue refers to it for as long as there is the disk.
-    _tags: Arc<TagSet<T>>,
 }
 
 /// Which queue it is. It is compared only, never looked into.
@@ -174,8 +176,8 @@ impl<T: BlockDevice> Disk<T> {
         let queue = unsafe { (*raw).queue };
         let private = KBox::pin_init(
             try_pin_init!(Private {
-                data <- init(QueueId::new(queue)),
                 _tags: tags,
+                data <- init(QueueId::new(queue)),
             }? Error),
             GFP_KERNEL,
         )?;

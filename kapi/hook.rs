@@ -234,8 +234,8 @@ pub(crate) struct Hooked<T: Events> {
 }
 
 impl<T: Events> Hooked<T> {
-    /// Ends the callbacks: when this returns the owner is told of nothing, and will not be. Gives the socket
-    /// those back that it had, as far as it still has ours. May sleep.
+    /// Ends the callbacks: when this returns the owner is told of nothing, and will not be. Restores
+    /// each of the socket's own callbacks whose place ours still has. May sleep.
     pub(crate) fn stop(&mut self) {
         if self.hook.stopped.load(Relaxed) {
             return;
@@ -246,8 +246,8 @@ impl<T: Events> Hooked<T> {
         self.hook.stopped.store(true, Relaxed);
         // SAFETY: `socket` keeps its `sk` valid, which had these.
         let covered = unsafe { Hook::<T>::callbacks().replace(self.socket.sk(), &self.hook.had) };
-        // Whoever has put his on top of ours, or has taken the socket over, may call ours at any time from
-        // now on, or give them back to it.
+        // Whoever has put callbacks on top of ours, or has taken the socket over, may call ours or restore
+        // them at any time from now on.
         let kept = covered || !self.has_user_data();
         callbacks::forget(self.hook.as_ptr(), kept);
         drop((callbacks, locked));
@@ -432,6 +432,11 @@ unsafe extern "C" fn state_change<T: Events>(sk: *mut bindings::sock) {
 ///
 /// As for [`data_ready()`].
 unsafe extern "C" fn error_report<T: Events>(sk: *mut bindings::sock) {
+    // Some network drivers report a time stamp from their interrupt handler, which is no error and nothing to
+    // the owner. No lock of ours can be taken there.
+    if task::in_hardirq() {
+        return;
+    }
     let in_hook = |found: Found<'_, T>| {
         found.tell_readable();
         // SAFETY: `sk` is valid during its callback.

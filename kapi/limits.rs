@@ -33,10 +33,10 @@ pub(crate) struct Features {
     pub(crate) write_zeroes: bool,
 }
 
-/// How long who changes the limits, and what is in flight, is waited for before limits change.
+/// How long to wait for whoever holds the limits' lock, and for what is in flight, before giving up.
 const PATIENCE_SECONDS: u32 = 5;
 
-/// How often it is looked whether the limits are locked.
+/// How often to try the limits' lock.
 const LOOK_AGAIN: Delta = Delta::from_millis(10);
 
 impl DiskRef {
@@ -80,8 +80,8 @@ impl DiskRef {
         locked.commit()
     }
 
-    /// Sets back what the disk can do. Nothing may be in flight, nor come: whoever changes the limits
-    /// might else wait for it, and this waits for him. May sleep.
+    /// Resets what the disk can do. Nothing may be in flight, nor come: somebody who is changing limits
+    /// would wait for it with the lock held, and this waits for that lock. May sleep.
     pub(crate) fn reset_limits(&self) {
         // SAFETY: By the type invariant the disk is valid, and so is its queue.
         unsafe { bindings::mutex_lock(&raw mut (*self.queue()).limits_lock) };

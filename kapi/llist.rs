@@ -65,8 +65,8 @@ impl<T: Linked> List<T> {
         }
     }
 
-    /// Appends `item`; gives it back where the list is closed. What the caller does afterwards is done
-    /// after that in the eyes of all.
+    /// Appends `item`; gives it back where the list is closed. Fully ordered: what the caller does
+    /// afterwards is seen after the item.
     pub(crate) fn push(&self, item: T) -> Result<(), T> {
         let raw = item.into_raw();
         let mut newest = self.newest.load(Relaxed);
@@ -105,7 +105,7 @@ impl<T: Linked> List<T> {
     fn replace(&self, new: *mut T::Raw) -> Batch<T> {
         let mut newest = self.newest.load(Relaxed);
         loop {
-            // A list that is closed stays so.
+            // A list that is closed stays so, and from an empty one there is nothing to take.
             if newest == Self::CLOSED || newest == new {
                 return Batch::of_newest(ptr::null_mut());
             }

@@ -102,12 +102,20 @@ impl Settings {
     ///
     /// As for [`Self::change()`], which must have returned this for the same `sk`.
     pub(super) unsafe fn restore(&self, sk: *mut bindings::sock) {
-        // SAFETY: The caller promises that `sk` is valid and locked, as in `change()`.
+        // SAFETY: The caller promises that `sk` is valid and locked, as in `change()`. Its spin lock is not held
+        // by a task that has locked it.
         unsafe {
             let flags = flags_of(sk);
             let low_water = &raw mut (*sk).sk_rcvlowat;
             if !self.is_memalloc {
-                flags.write_volatile(*flags & !MEMALLOC_FLAG);
+                // What softirqs have put aside because the socket is locked may be from the reserves, and
+                // then the flag has to stay (`__sk_backlog_rcv()`). They put nothing there meanwhile.
+                let spin_lock = sk.byte_add(bindings::OFFSET_SK_SLOCK).cast();
+                bindings::_raw_spin_lock_bh(spin_lock);
+                if (*sk).sk_backlog.tail.is_null() {
+                    flags.write_volatile(*flags & !MEMALLOC_FLAG);
+                }
+                bindings::_raw_spin_unlock_bh(spin_lock);
             }
             if (*sk).sk_allocation == ALLOCATION {
                 (*sk).sk_allocation = self.allocation;

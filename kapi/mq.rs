@@ -84,7 +84,9 @@ struct Pdu {
     next: Atomic<*mut bindings::request>,
 }
 
+/// [`Outcome::Requeue`], beyond every `blk_status_t`.
 const REQUEUE: u32 = 1 << 8;
+/// `overruled` while [`Unsent`] has said nothing.
 const NOT_OVERRULED: u32 = 1 << 9;
 
 impl Pdu {
@@ -124,12 +126,12 @@ struct Handle {
     rq: NonNull<bindings::request>,
 }
 
-/// The transmit side's handle of a request: as long as it exists the request's data may be sent. To drop
-/// it says that all was sent.
+/// The transmit side's handle of a request: as long as it exists the request's data may be sent.
+/// Dropping it says that everything was sent.
 pub(crate) struct Unsent(Handle);
 
-/// The other handle of a request, for whoever decides how it ends: who has the answer, or gives it up. To
-/// drop it fails the request.
+/// The other handle of a request, for whoever decides how it ends: who has the answer, or gives it up.
+/// Dropping it without a decision fails the request.
 pub(crate) struct Unanswered(Handle);
 
 /// What became of a request in `queue_rq`: only the request itself makes one.
@@ -157,11 +159,16 @@ pub(crate) struct Extent {
 ///
 /// `rq` must point to a request that cannot be freed or given to somebody else during the call.
 unsafe fn extent(rq: NonNull<bindings::request>) -> Extent {
-    // SAFETY: The caller promises that `rq` is valid; these fields do not change while the driver, or
-    // the timeout handler's reference, holds it.
+    // SAFETY: The caller promises that `rq` is valid. These fields do not change while the driver has it. One
+    // that the timeout handler was given may end meanwhile, which changes them; what is read then is for the
+    // log only.
     let (cmd_flags, sector, len_bytes) = unsafe {
         let rq = rq.as_ptr();
-        ((*rq).cmd_flags, (*rq).__sector, (*rq).__data_len)
+        (
+            (&raw const (*rq).cmd_flags).read_volatile(),
+            (&raw const (*rq).__sector).read_volatile(),
+            (&raw const (*rq).__data_len).read_volatile(),
+        )
     };
     let op = match cmd_flags & ((1 << bindings::REQ_OP_BITS) - 1) {
         bindings::req_op_REQ_OP_READ => Op::Read,
@@ -313,7 +320,7 @@ impl Unanswered {
         }
     }
 
-    /// This kernel cannot do that.
+    /// Never: the kernel was built without fault injection.
     #[cfg(not(CONFIG_FAIL_IO_TIMEOUT))]
     pub(crate) fn forgets_reply(&self) -> bool {
         false

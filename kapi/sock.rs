@@ -18,7 +18,7 @@ pub(crate) enum BadSocket {
     Fd(Error),
     /// Neither TCP nor a UNIX stream.
     Kind,
-    /// It is no connection, and was none.
+    /// It is not connected and never was.
     NotConnected,
 }
 
@@ -313,23 +313,27 @@ impl Drop for LockedCallbacks<'_> {
     }
 }
 
-/// Whether the socket is a connection, or was one until it was ended. One that listens, or might, gives
-/// its callbacks to all that connect to it, and those are not ours.
+/// Whether the socket is connected, or was until it was ended. A TCP socket that listens, or may begin to,
+/// passes its callbacks on to the connections that come in on it, which are not ours.
 ///
 /// # Safety
 ///
-/// `sk` must be a socket, valid during the call.
+/// `sk` must be a socket, valid during the call, whose file somebody holds.
 pub(super) unsafe fn was_connected(sk: *mut bindings::sock) -> bool {
-    // SAFETY: The caller promises that `sk` is valid; these are looked at without its lock in C, too.
-    let (state, shutdown) = unsafe {
-        (
-            (&raw const (*sk).__sk_common.skc_state).read_volatile(),
-            (&raw const (*sk).sk_shutdown).read_volatile(),
-        )
-    };
+    // SAFETY: The caller promises that `sk` is valid; this is looked at without its lock in C, too.
+    let state = unsafe { (&raw const (*sk).__sk_common.skc_state).read_volatile() };
     match state {
         bindings::TCP_LISTEN | bindings::TCP_SYN_SENT => false,
-        bindings::TCP_CLOSE => shutdown != 0,
+        // `sk_shutdown` does not tell: `shutdown()` sets it also where there never was a connection, and
+        // `listen()` asks for the state of the `struct socket` only.
+        bindings::TCP_CLOSE => {
+            // SAFETY: `sk` has its socket as long as its file is held.
+            let state = unsafe {
+                let socket = (*sk).sk_socket.cast::<bindings::socket>();
+                (&raw const (*socket).state).read_volatile()
+            };
+            state == bindings::socket_state_SS_CONNECTED
+        }
         _ => true,
     }
 }

@@ -34,10 +34,17 @@ pub(crate) fn may_sleep() -> bool {
     preempt_count() == Some(0) && interrupts_are_on() && !in_rcu_reader()
 }
 
+/// Whether this is the handler of a hardware interrupt (`in_hardirq()`). No where that cannot be told.
+pub(crate) fn in_hardirq() -> bool {
+    // `HARDIRQ_MASK`: the four bits above eight for preemption and eight for softirqs.
+    const HARDIRQ_MASK: u32 = 0xf << 16;
+    preempt_count().is_some_and(|count| count & HARDIRQ_MASK != 0)
+}
+
 /// What forbids to sleep: disabled preemption, softirqs, interrupts (`preempt_count()`).
 #[cfg(all(CONFIG_X86_64, not(CONFIG_UML), CONFIG_PREEMPT_COUNT))]
 fn preempt_count() -> Option<u32> {
-    // The upmost bit of the variable says, upside down, whether the task ought to give up the processor.
+    // The top bit of the variable is PREEMPT_NEED_RESCHED, inverted.
     const COUNT_MASK: u32 = if cfg!(CONFIG_HAS_SEPARATE_PREEMPT_RESCHED_BITS) {
         // The variable has 64 bits then, of which the lower half is the count.
         u32::MAX
@@ -58,8 +65,8 @@ fn preempt_count() -> Option<u32> {
     Some(count & COUNT_MASK)
 }
 
-/// A Xen guest without hardware virtualization has its own flag for this, and always says yes here. There, as
-/// everywhere, a socket's callback must not be called with interrupts disabled, since it enables softirqs.
+/// In a Xen PV guest the flag is elsewhere and this always says yes. There, as everywhere, a socket's callback
+/// must not be called with interrupts disabled, since it enables softirqs.
 #[cfg(all(CONFIG_X86_64, not(CONFIG_UML), CONFIG_PREEMPT_COUNT))]
 fn interrupts_are_on() -> bool {
     const INTERRUPT_FLAG: u64 = 1 << 9;

@@ -35,7 +35,7 @@ impl Connection {
 
     pub(super) fn receive_failed(&self, error: Error) {
         // What breaks the protocol was said where it was found.
-        let said = error == EPROTO || self.table.fate.see().is_wanted() || !self.is_alive();
+        let said = error == EPROTO || self.table.fate.see().is_end_wanted() || !self.is_alive();
         if said || !self.table.log.allow() {
             return;
         }

@@ -70,7 +70,7 @@ impl Submitter {
 enum Stop {
     /// There is nothing to do.
     Idle,
-    /// The current task has a signal, for which TLS does not wait for its lock. A work item has none.
+    /// A signal is pending, and TLS does not wait for its lock then. A worker gets no signals.
     Signal,
     /// There may be more; somebody else should have a turn.
     Budget,
@@ -128,12 +128,12 @@ impl Connection {
     /// so that what follows soon can go with it in one call. May sleep.
     pub(crate) fn kick(self: ArcBorrow<'_, Self>, urgent: bool) {
         let goes_on = self.sending.submitter.goes_on();
-        // Pairs with `take_turn()`, and with the exchange in `List::push()` before this.
+        // Pairs with `clear_full()`, and with the exchange in `List::push()` before this.
         if self.sending.full.load(Acquire) {
             return;
         }
-        // TLS takes locks of its own, which whoever submits may be in the way of: nvme-tcp leaves its
-        // sends to a work item, too.
+        // TLS waits for a lock of its own, and not at all when the task has a signal. A worker has none,
+        // and holds none of the locks that a submitter may.
         let by_work = self.socket.has_upper_layer();
         if by_work || (!urgent && (goes_on || self.traffic.awaited() > 0)) {
             self.queue_transmit();
@@ -155,7 +155,7 @@ impl Connection {
 
     /// The socket tells of room. Returns whether that was waited for.
     pub(super) fn room_came(self: ArcBorrow<'_, Self>) -> bool {
-        // Pairs with the barrier in `wait_for_room()`: either the flag is seen here, or the room there. A
+        // Pairs with the barrier in `look_for_room()`: either the flag is seen here, or the room there. A
         // UNIX socket's room was made with no more than release ordering (`sock_wfree()`).
         smp_mb(Full);
         if !self.sending.full.load(Relaxed) || !self.socket.has_room_to_wake() {
@@ -167,7 +167,7 @@ impl Connection {
 
     /// The work item.
     pub(super) fn transmit_work(self: ArcBorrow<'_, Self>) {
-        self.take_turn();
+        self.clear_full();
         self.transmit_backlog();
     }
 
@@ -190,24 +190,34 @@ impl Connection {
             let Some(mut outbox) = self.sending.outbox.try_lock() else {
                 return;
             };
-            // Whoever declares it dead takes the lock after that, and ends the socket after that.
+            // `die()` first changes the state and then tries this lock: either it learns of what is sent
+            // here, or nothing is.
             if !self.is_alive() {
                 return;
             }
-            let stop = self.transmit_all(&mut outbox);
-            drop(outbox);
-            match stop {
+            match self.transmit_all(&mut outbox) {
                 Ok(Stop::Idle) => {}
-                Ok(Stop::Budget | Stop::Signal) => return self.queue_transmit(),
+                Ok(Stop::Budget | Stop::Signal) => {
+                    drop(outbox);
+                    return self.queue_transmit();
+                }
                 Ok(Stop::Full { sent_some }) => {
                     refused = if sent_some { 0 } else { refused + 1 };
-                    if !self.wait_for_room(refused) {
+                    // Still with the lock: else the next one who has it might have found room and used it
+                    // up by then, and the socket would tell nobody of more.
+                    self.sending.full.xchg(true, Full);
+                    drop(outbox);
+                    if !self.look_for_room(refused) {
                         return;
                     }
                     continue;
                 }
-                Err(e) => return self.send_failed(e),
+                Err(e) => {
+                    drop(outbox);
+                    return self.send_failed(e);
+                }
             }
+            drop(outbox);
             // Somebody may have queued more and found the lock taken: pairs with the exchange in
             // `List::push()`, which orders that before the failed `try_lock()`.
             smp_mb(Full);
@@ -219,16 +229,15 @@ impl Connection {
 
     /// Whether all that was begun to be sent was sent and answered. Of a connection that lives this may
     /// be wrong as soon as it is said; of one that was declared dead it stays true, because nobody begins
-    /// to send. May sleep.
+    /// to send. Does not wait for somebody who sends just now, which may take until the socket is ended.
     pub(super) fn owes_nothing(&self) -> bool {
-        let outbox = self.sending.outbox.lock();
-        outbox.transmit.is_empty() && self.traffic.awaited() == 0
+        let outbox = self.sending.outbox.try_lock();
+        outbox.is_some_and(|o| o.transmit.is_empty()) && !self.table.has_open(self.index)
     }
 
-    /// Whoever queues a command from here on may send it. Full ordering: who has queued one before and
-    /// still saw the socket full has left it to the caller, who is to find it, or else to find that
-    /// somebody has the lock who will.
-    fn take_turn(&self) {
+    /// From here on whoever queues a command may send it. Fully ordered: a command that was queued before
+    /// by somebody who still saw `full` is found by the caller, or by whoever has the lock.
+    fn clear_full(&self) {
         self.sending.full.xchg(false, Full);
     }
 
@@ -236,12 +245,12 @@ impl Connection {
         !self.sending.backlog.is_empty() || self.sending.say_goodbye.load(Acquire)
     }
 
-    /// The socket has taken less than it was given, and nothing at all the last `refused` times: has the
-    /// rest sent when it can be. Returns whether that is now.
-    fn wait_for_room(self: ArcBorrow<'_, Self>, refused: u32) -> bool {
-        self.sending.full.store(true, Release);
-        // Room that became free before this was not announced to us; what comes after it is. Pairs with
-        // the barrier in `room_came()`.
+    /// The socket has taken less than it was given, and nothing at all the last `refused` times; `full` was
+    /// set since, and the lock was let go of. Has the rest sent when it can be. Returns whether that is now.
+    fn look_for_room(self: ArcBorrow<'_, Self>, refused: u32) -> bool {
+        // Room that became free before `full` was set was not announced to us; what comes after it is, to a
+        // work item, which does nothing where it finds the lock taken. Pairs with the barrier in
+        // `room_came()`, and with `clear_full()`.
         smp_mb(Full);
         if !self.socket.has_room() {
             return false;
@@ -251,12 +260,12 @@ impl Connection {
             self.queue_retry();
             return false;
         }
-        self.take_turn();
+        self.clear_full();
         true
     }
 
     fn send_failed(self: ArcBorrow<'_, Self>, error: Error) {
-        if !self.table.fate.see().is_wanted() && self.is_alive() && self.table.log.allow() {
+        if !self.table.fate.see().is_end_wanted() && self.is_alive() && self.table.log.allow() {
             pr_err!(
                 "nbd{}: connection {}: send failed ({:?}), closing it\n",
                 self.table.device,

@@ -38,8 +38,6 @@ pub(crate) enum LeftOut {
     Resetting,
     /// A connection is cleared away as soon as it was declared dead.
     EndingBeforeReaping,
-    /// A sender does not look again, with the lock, whether the connection lives.
-    LookingUnderTheLock,
     /// What was not sent is dropped rather than overruled.
     Overruling,
     /// A sender does not look at the backlog again after it has unlocked.
@@ -56,8 +54,6 @@ pub(crate) enum LeftOut {
     BarrierBeforeLookingForRoom,
     /// Who takes its turn does not order that before its attempt at the lock.
     OrderingOfTurns,
-    /// Who says that it waits does not order that after its letting go of the lock.
-    OrderingOfWaiting,
     /// Who tells of room does not order that before it looks who waits.
     BarrierAfterRoom,
     /// Who reconnects does not wait until the dead connection was cleared away.
@@ -265,6 +261,11 @@ impl<P: Parts> Table<P> {
         })
     }
 
+    fn has_open(&self, connection: u16) -> bool {
+        let mut slots = self.slots.iter();
+        slots.any(|slot| slot.status() == (connection, true))
+    }
+
     fn reclaim(&self, connection: u16) {
         for slot in &self.slots {
             if let Some(request) = slot.reclaim(connection) {
@@ -332,8 +333,6 @@ pub(crate) struct Connection<P: Parts> {
     socket: Socket,
     state: Atomic<u32>,
     /// `Traffic`, as far as it counts requests.
-    requests_sent: AtomicUsize,
-    replies: AtomicUsize,
     reaped: Completion,
     full: Atomic<bool>,
     say_goodbye: Atomic<bool>,
@@ -364,8 +363,6 @@ impl<P: Parts> Connection<P> {
                 used: AtomicUsize::new(conditions.limit.unwrap_or(0)),
             },
             state: Atomic::new(ALIVE),
-            requests_sent: AtomicUsize::new(0),
-            replies: AtomicUsize::new(0),
             reaped: Completion::default(),
             full: Atomic::new(false),
             say_goodbye: Atomic::new(false),
@@ -461,11 +458,11 @@ impl<P: Parts> Connection<P> {
 
     /// The work item.
     pub(crate) fn transmit_work(&self) {
-        self.take_turn();
+        self.clear_full();
         self.transmit_backlog();
     }
 
-    fn take_turn(&self) {
+    fn clear_full(&self) {
         if self.table.left_out == LeftOut::OrderingOfTurns {
             self.full.store(false, Release);
         } else {
@@ -484,23 +481,40 @@ impl<P: Parts> Connection<P> {
             let Ok(mut outbox) = self.outbox.try_lock() else {
                 return;
             };
-            if left_out != LeftOut::LookingUnderTheLock && !self.is_alive() {
+            if !self.is_alive() {
                 return;
             }
-            let stop = self.transmit_all(&mut outbox);
-            drop(outbox);
-            match stop {
+            match self.transmit_all(&mut outbox) {
                 Ok(Stop::Idle) => {}
                 Ok(Stop::Full { sent_some }) => {
                     refused = if sent_some { 0 } else { refused + 1 };
-                    if !self.wait_for_room(refused) {
+                    if left_out == LeftOut::WaitingBeforeLooking {
+                        drop(outbox);
+                        let has_room = self.socket.has_room();
+                        self.full.store(!has_room, Release);
+                        if has_room {
+                            continue;
+                        }
+                        return;
+                    }
+                    if left_out == LeftOut::BarrierBeforeLookingForRoom {
+                        self.full.store(true, Release);
+                    } else {
+                        self.full.xchg(true, Full);
+                    }
+                    drop(outbox);
+                    if !self.look_for_room(refused) {
                         return;
                     }
                     continue;
                 }
                 // `send_failed()`
-                Err(Ended) => return self.die(),
+                Err(Ended) => {
+                    drop(outbox);
+                    return self.die();
+                }
             }
+            drop(outbox);
             if left_out != LeftOut::BarrierBeforeLookingAgain {
                 smp_mb(Full);
             }
@@ -511,35 +525,18 @@ impl<P: Parts> Connection<P> {
     }
 
     fn owes_nothing(&self) -> bool {
-        let outbox = self.outbox.lock().unwrap();
-        outbox.staged.is_empty() && self.awaited() == 0
-    }
-
-    fn awaited(&self) -> usize {
-        let sent = self.requests_sent.load(Ordering::Relaxed);
-        sent.saturating_sub(self.replies.load(Ordering::Relaxed))
+        let outbox = self.outbox.try_lock();
+        outbox.is_ok_and(|o| o.staged.is_empty()) && !self.table.has_open(self.index)
     }
 
     fn has_backlog(&self) -> bool {
         !self.backlog.is_empty() || self.say_goodbye.load(Acquire)
     }
 
-    fn wait_for_room(&self, refused: u32) -> bool {
+    fn look_for_room(&self, refused: u32) -> bool {
         let left_out = self.table.left_out;
-        if left_out == LeftOut::WaitingBeforeLooking {
-            let has_room = self.socket.has_room();
-            self.full.store(!has_room, Release);
-            return has_room;
-        }
-        match left_out {
-            LeftOut::BarrierBeforeLookingForRoom => self.full.store(true, Release),
-            LeftOut::OrderingOfWaiting => {
-                self.full.store(true, Release);
-                smp_mb(Full);
-            }
-            _ => {
-                self.full.xchg(true, Full);
-            }
+        if left_out != LeftOut::BarrierBeforeLookingForRoom {
+            smp_mb(Full);
         }
         if left_out == LeftOut::LookingForRoom || !self.socket.has_room() {
             return false;
@@ -549,7 +546,7 @@ impl<P: Parts> Connection<P> {
             self.queue_transmit();
             return false;
         }
-        self.take_turn();
+        self.clear_full();
         true
     }
 
@@ -565,9 +562,7 @@ impl<P: Parts> Connection<P> {
             }
             let count = self.socket.send(&outbox.staged)?;
             let all = count == outbox.staged.len();
-            let sent = outbox.staged.drain(..count);
-            let requests = sent.filter_map(|outgoing| outgoing.request).count();
-            self.requests_sent.fetch_add(requests, Ordering::Relaxed);
+            outbox.staged.drain(..count);
             if !all {
                 let sent_some = count > 0;
                 return Ok(Stop::Full { sent_some });
@@ -630,7 +625,7 @@ impl<P: Parts> Connection<P> {
         if self.state.cmpxchg(ALIVE, ENDING, Full).is_err() {
             return;
         }
-        if !self.table.fate.see().is_wanted() {
+        if !self.table.fate.see().is_end_wanted() {
             self.table.told.fetch_add(1, Ordering::Relaxed);
         }
         let ending = match self.owes_nothing() {
@@ -668,7 +663,6 @@ impl<P: Parts> Connection<P> {
             let slot = &self.table.slots[command.tag.number];
             let claimed = slot.claim(command.generation, self.index);
             let request = claimed.expect("a good reply was refused");
-            self.replies.fetch_add(1, Ordering::Relaxed);
             request.decide(Verdict::Complete);
         }
     }

@@ -46,7 +46,7 @@ pub(crate) fn nothing_is_overwritten<P: Parts>() {
     fate.revive();
     user.join().unwrap();
     let seen = fate.see();
-    let both = seen.is_wanted() && !seen.is_over();
+    let both = seen.is_end_wanted() && !seen.is_over();
     assert!(both, "a change is lost");
 }
 

@@ -16,6 +16,8 @@ pub(crate) trait Commands: Send + Sync + 'static {
     fn reclaim(&self, connection: u16) -> Option<Unanswered>;
     fn put_back(&self, other: Unanswered);
     fn generation(&self) -> u32;
+    /// Which connection the command is in flight on, and whether it is still unclaimed.
+    fn status(&self) -> (u16, bool);
 }
 
 /// `Fate` of `rnbd_fate.rs`, or of a variant of it.
@@ -35,7 +37,7 @@ pub(crate) trait Fates: Send + Sync + 'static {
 pub(crate) trait Sights: Copy {
     fn is_over(self) -> bool;
     fn is_disconnected(self) -> bool;
-    fn is_wanted(self) -> bool;
+    fn is_end_wanted(self) -> bool;
 }
 
 /// `List` of `kapi/llist.rs`, or of a variant of it.
@@ -94,6 +96,10 @@ macro_rules! commands {
             fn generation(&self) -> u32 {
                 self.generation()
             }
+
+            fn status(&self) -> (u16, bool) {
+                self.status()
+            }
         }
     };
 }
@@ -143,8 +149,8 @@ macro_rules! fates {
                 self.is_disconnected()
             }
 
-            fn is_wanted(self) -> bool {
-                self.is_wanted()
+            fn is_end_wanted(self) -> bool {
+                self.is_end_wanted()
             }
         }
     };

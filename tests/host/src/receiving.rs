@@ -115,7 +115,7 @@ impl Connection {
         if !*hooked {
             return;
         }
-        self.unless_received(|receive| {
+        self.if_nobody_receives(|receive| {
             // `receive_here()`
             if !large {
                 self.understand(receive, std::mem::take(&mut *socket));
@@ -140,7 +140,7 @@ impl Connection {
         if !*self.hooked.read().unwrap() {
             return;
         }
-        self.unless_received(|receive| {
+        self.if_nobody_receives(|receive| {
             let dead = self.state.load(Acquire) == DEAD;
             if !dead || self.left_out == LeftOut::LookingWhetherDead {
                 let got = std::mem::take(&mut *self.socket.lock().unwrap());
@@ -150,7 +150,7 @@ impl Connection {
         });
     }
 
-    fn unless_received(&self, receive: impl FnOnce(&mut Receive) -> bool) {
+    fn if_nobody_receives(&self, receive: impl FnOnce(&mut Receive) -> bool) {
         if let Some((left, was_wanted)) = self.receive.try_with(receive) {
             if left || was_wanted && self.left_out != LeftOut::HandingOver {
                 self.work.queue();

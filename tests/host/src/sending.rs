@@ -253,12 +253,3 @@ fn who_takes_its_turn_must_not_undo_what_comes_after() {
         Some(3),
     );
 }
-
-#[test]
-#[should_panic(expected = "a command was not sent")]
-fn who_waits_for_room_must_not_be_undone_by_who_came_before() {
-    explore(
-        || room_for_two_is_noticed_without::<Module>(LeftOut::OrderingOfWaiting),
-        Some(3),
-    );
-}

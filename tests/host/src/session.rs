@@ -543,15 +543,6 @@ fn the_socket_must_end_before_it_is_cleared_away() {
 }
 
 #[test]
-#[should_panic(expected = "it left the socket after it was given up")]
-fn who_sends_must_look_again_whether_it_lives() {
-    explore(
-        || nothing_leaves_late_without::<Module>(LeftOut::LookingUnderTheLock),
-        Some(2),
-    );
-}
-
-#[test]
 #[should_panic(expected = "it was never sent")]
 fn what_was_not_sent_must_be_overruled() {
     explore(

@@ -14,8 +14,8 @@ use std::{fs, thread};
 use rustix::io::Errno;
 use rustix::net::netlink::SocketAddrNetlink;
 use rustix::net::{
-    AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, recv, sendto, socket_with,
-    sockopt,
+    AddressFamily, RecvFlags, SendFlags, Shutdown, SocketFlags, SocketType, recv, sendto, shutdown,
+    socket_with, sockopt,
 };
 
 use crate::debug_kernel::patient;
@@ -71,6 +71,11 @@ fn sockets_that_are_not_connected(guest: &Guest) {
     ] {
         let answer = start_with(new_socket(family));
         assert_eq!(answer, expected, "{family:?}");
+        // The kernel notes that nothing can be sent and received, but it may still begin to listen.
+        let ended = new_socket(family);
+        let _ = shutdown(&ended, Shutdown::Both);
+        let answer = start_with(&ended);
+        assert_eq!(answer, expected, "{family:?}, shut down");
     }
     let (connecting, _others) = half_open();
     let device = device::open(0, 0).unwrap();
