@@ -7,8 +7,8 @@
 //! in the callback or in the work item. What the module makes of it is compared with what [`model`]
 //! does, which takes one byte after the other.
 //!
-//! `make fuzz` looks for scripts that go where none has been; `cargo test` of `tests/host` runs those
-//! that are kept in `corpus/`.
+//! `make fuzz` looks for scripts that go where none has been; `cargo test` runs those that are kept in
+//! `corpus/`, and [`tests`] of the sending side.
 
 // What the module calls `kernel::` is the shim's here.
 extern crate self as kernel;
@@ -45,6 +45,8 @@ mod rnbd_translate;
 
 mod model;
 mod script;
+#[cfg(test)]
+mod tests;
 
 use kapi::{
     arrival::Segment,

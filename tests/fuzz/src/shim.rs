@@ -369,10 +369,13 @@ pub(crate) mod kapi {
             pub(crate) outgoing: RefCell<Vec<u8>>,
             /// At most so much goes over with one call.
             pub(crate) limit: Cell<usize>,
+            /// It was told last that more follows.
+            pub(crate) more: Cell<bool>,
         }
 
         impl Socket {
-            pub(crate) fn send(&self, data: Iov<'_>, _more: bool) -> Result<usize> {
+            pub(crate) fn send(&self, data: Iov<'_>, more: bool) -> Result<usize> {
+                self.more.set(more);
                 let mut room = self.limit.get();
                 let mut outgoing = self.outgoing.borrow_mut();
                 let before = outgoing.len();

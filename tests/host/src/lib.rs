@@ -3,7 +3,6 @@
 //!
 //! - `wire`: what goes over the wire, against bytes written by hand from the protocol's text
 //! - `ring`: the queue, against one that is known to work
-//! - `stream`: what a server sends, in whatever pieces: what `make fuzz` has found, once more
 //! - `ownership`: who ends a command, in all interleavings that the memory model allows ([loom])
 //! - `fate`: whether a session goes on, by itself
 //! - `list`: the list of what waits to be sent, while it is filled, emptied and closed
@@ -64,5 +63,4 @@ mod receiving;
 mod ring;
 mod sending;
 mod session;
-mod stream;
 mod wire;
