@@ -28,7 +28,7 @@ pub(super) struct LockClass {
 
 // SAFETY: It has copies that only `restore()` looks into, and a pointer that only it uses.
 unsafe impl Send for LockClass {}
-// SAFETY: As above.
+// SAFETY: Nothing can be done with `&LockClass` but `restore()`, which takes the locks.
 unsafe impl Sync for LockClass {}
 
 #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
@@ -176,7 +176,7 @@ unsafe fn tls_lock(sk: *mut bindings::sock) -> Option<NonNull<bindings::mutex>> 
 /// Both must be valid, `tls` what [`tls_lock()`] has found.
 #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
 unsafe fn lock_both(sk: *mut bindings::sock, tls: Option<NonNull<bindings::mutex>>) {
-    // SAFETY: The caller promises so.
+    // SAFETY: By this function's precondition both locks are valid; TLS, too, takes its own one first.
     unsafe {
         if let Some(lock) = tls {
             bindings::mutex_lock(lock.as_ptr());
@@ -192,7 +192,7 @@ unsafe fn lock_both(sk: *mut bindings::sock, tls: Option<NonNull<bindings::mutex
 /// As there, with the same arguments.
 #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
 unsafe fn unlock_both(sk: *mut bindings::sock, tls: Option<NonNull<bindings::mutex>>) {
-    // SAFETY: The caller promises so.
+    // SAFETY: By this function's precondition `lock_both()` has locked both.
     unsafe {
         bindings::release_sock(sk.cast());
         if let Some(lock) = tls {

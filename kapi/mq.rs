@@ -527,7 +527,8 @@ impl Overdue<'_> {
 
     /// Its hardware queue and its tag.
     pub(crate) fn tag(&self) -> (u32, u32) {
-        // SAFETY: As above; the hardware context lives as long as the queue has requests.
+        // SAFETY: By the type invariant the block layer holds a reference, which keeps the tag; the hardware
+        // context lives as long as the queue has requests.
         unsafe {
             let rq = self.rq.as_ptr();
             ((*(*rq).mq_hctx).queue_num, (*rq).tag as u32)
@@ -536,7 +537,7 @@ impl Overdue<'_> {
 
     /// How long it may take, in jiffies.
     pub(crate) fn timeout_jiffies(&self) -> u32 {
-        // SAFETY: As above.
+        // SAFETY: By the type invariant the block layer holds a reference.
         unsafe { (*self.rq.as_ptr()).timeout }
     }
 }
@@ -581,7 +582,7 @@ impl<T: Operations> VTable<T> {
     ) -> bindings::blk_status_t {
         // SAFETY: blk-mq passes a hardware context of our queue, and a request for it.
         let (driver, cx) = unsafe { Self::driver(hctx) };
-        // SAFETY: As above.
+        // SAFETY: blk-mq passes a `bd` that is valid during the call, with a request in it.
         let (rq, last) = unsafe { (NonNull::new_unchecked((*bd).rq), (*bd).last) };
         // INVARIANT: The request was passed to us and was not started.
         let Queued(status, _) = driver.queue_rq(&cx, NewRequest { rq }, last);
@@ -630,7 +631,8 @@ impl<T: Operations> VTable<T> {
     ///
     /// `rq` must be a request that [`Handle::ends_elsewhere()`] has left to the block layer.
     unsafe extern "C" fn complete(rq: *mut bindings::request) {
-        // SAFETY: The caller promises so; the last handle was gone before that.
+        // SAFETY: `ends_elsewhere()` leaves only a request without handles to the block layer, which calls
+        // this once for it.
         unsafe { Handle::end_here(NonNull::new_unchecked(rq)) };
     }
 
@@ -675,7 +677,7 @@ pub(crate) struct TagSet<T: Operations> {
 
 // SAFETY: The tag set's own locks protect it; it holds no `T`.
 unsafe impl<T: Operations> Send for TagSet<T> {}
-// SAFETY: As above.
+// SAFETY: What `&TagSet` offers is the address of the set, whose own locks protect it.
 unsafe impl<T: Operations> Sync for TagSet<T> {}
 
 impl<T: Operations> TagSet<T> {
