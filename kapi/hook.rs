@@ -257,10 +257,12 @@ impl<T: Events> Hooked<T> {
         }
     }
 
-    /// Whether the socket's `sk_user_data` is still ours. To be called with the callbacks locked.
+    /// Whether the socket's `sk_user_data` is still ours. Certain only with the callbacks locked.
     fn has_user_data(&self) -> bool {
         // SAFETY: `socket` keeps its `sk` valid; the pointer is only compared.
-        unsafe { (*self.socket.sk()).sk_user_data == self.hook.tagged() }
+        unsafe {
+            (&raw const (*self.socket.sk()).sk_user_data).read_volatile() == self.hook.tagged()
+        }
     }
 }
 
@@ -271,11 +273,14 @@ impl<T: Events> Drop for Hooked<T> {
         // SAFETY: `socket` keeps its `sk` valid, and this is the class that it had.
         unsafe { self.lock_class.restore(sk) };
         let _locked = self.socket.lock();
-        let _callbacks = self.socket.lock_callbacks();
         // What somebody else has taken over is set up as he likes.
         if self.has_user_data() {
+            // Not with `sk_callback_lock` held: the socket's spin lock, which this takes, comes before that.
             // SAFETY: `socket` keeps its `sk` valid, and it is locked.
             unsafe { self.settings.restore(sk) };
+        }
+        let _callbacks = self.socket.lock_callbacks();
+        if self.has_user_data() {
             // SAFETY: `sk` is valid, and whoever changes this holds `sk_callback_lock`.
             unsafe { (&raw mut (*sk).sk_user_data).write_volatile(core::ptr::null_mut()) };
         }

@@ -100,7 +100,8 @@ impl Settings {
     ///
     /// # Safety
     ///
-    /// As for [`Self::change()`], which must have returned this for the same `sk`.
+    /// As for [`Self::change()`], which must have returned this for the same `sk`. `sk_callback_lock` must not
+    /// be held.
     pub(super) unsafe fn restore(&self, sk: *mut bindings::sock) {
         // SAFETY: The caller promises that `sk` is valid and locked, as in `change()`. Its spin lock is not held
         // by a task that has locked it.
