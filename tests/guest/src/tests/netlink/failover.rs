@@ -64,7 +64,8 @@ fn news_of_dead_connections(_: &Guest) {
 /// Whoever is to redial has to hear of each death, also where a request finds out first that there is no
 /// connection left.
 fn news_under_load(_: &Guest) {
-    let link = Setup::new(MIB).attach().settle();
+    // nbd.ko leaves what was in flight to its timeout.
+    let link = Setup::new(MIB).timeout(1).attach().settle();
     let news = Netlink::listen();
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
