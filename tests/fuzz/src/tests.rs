@@ -164,9 +164,11 @@ fn a_disconnect_is_no_request() {
     let mut sender = Sender::new();
     sender.stage(Op::Read, 512, 512);
     sender.transmit.stage(&proto::Request::DISCONNECT, None);
-    assert_eq!(sender.send(HEADER + 1), (HEADER + 1, 1, false));
-    assert_eq!(sender.send(usize::MAX), (HEADER - 1, 0, true));
     sender.to_send.extend(proto::Request::DISCONNECT.encode());
+    sender.stage(Op::Read, 512, 512);
+    assert_eq!(sender.send(HEADER + 1), (HEADER + 1, 1, false));
+    assert_eq!(sender.send(HEADER), (HEADER, 0, false));
+    assert_eq!(sender.send(usize::MAX), (HEADER - 1, 1, true));
     sender.assert_sent();
     let socket = Socket::default();
     assert_eq!(say_goodbye_on(&socket), Err(EAGAIN));

@@ -42,6 +42,7 @@ pub fn tests() -> Vec<Test> {
         test!(requests_of_32_mib),
         test!(skewed_buffers),
         test!(vectored_buffers),
+        test!(requests_that_are_split),
         test!(every_small_size),
         test!(end_of_the_device),
         test!(read_only_devices_are_not_written),
@@ -330,6 +331,28 @@ fn skewed_buffers(_: &Guest) {
             assert!(*back == *data, "{len} bytes, {skew} into the page");
         }
     }
+}
+
+/// The block layer makes several requests of one long piece of memory, which begin and end within it.
+fn requests_that_are_split(_: &Guest) {
+    const REQUEST_KIB: usize = 64;
+    let rig = Plan::new(4 << 20).attach();
+    fs::write(
+        "/sys/block/nbd0/queue/max_sectors_kb",
+        REQUEST_KIB.to_string(),
+    )
+    .unwrap();
+    let direct = rig.direct();
+    let mut data = Buffer::huge(2 * MIB);
+    pattern(9, 0, &mut data);
+    direct.write_all_at(&data, 0).expect("to write");
+    assert_pattern(9, 0, &rig.server.peek(0, data.len()));
+    data.fill(0);
+    direct.read_exact_at(&mut data, 0).expect("to read");
+    assert_pattern(9, 0, &data);
+    let requests = rig.server.requests();
+    let longest = requests.iter().map(|request| request.len as usize).max();
+    assert_eq!(longest, Some(REQUEST_KIB * KIB));
 }
 
 fn vectored_buffers(_: &Guest) {

@@ -30,6 +30,7 @@ pub fn tests() -> Vec<Test> {
         test!(requests_of_a_dead_connection_go_to_another),
         test!(writes_of_a_dead_connection_go_to_another),
         test!(half_an_answer_is_asked_for_again),
+        test!(every_tag_is_in_flight),
         test!(all_but_one_die_under_load),
         test!(when_all_are_dead_requests_fail),
         test!(a_bad_reply_costs_only_its_connection),
@@ -218,6 +219,54 @@ fn half_an_answer_is_asked_for_again(guest: &Guest) {
     drop(direct);
     rig.server.be_honest();
     assert_eq!(rig.disconnect(), Ok(0));
+}
+
+/// On each hardware queue, as many requests as it has tags. All are answered; the next time, all fail.
+fn every_tag_is_in_flight(_: &Guest) {
+    const TAGS: usize = 128;
+    const QUEUES: usize = 2;
+    let rig = Plan::new(4 << 20).connections(QUEUES).timeout(2).attach();
+    fs::write("/sys/block/nbd0/queue/scheduler", "none").unwrap();
+    // Far apart, so that they are not merged.
+    let offsets: Vec<u64> = (0..(TAGS * QUEUES) as u64).map(|nth| nth * 8192).collect();
+    for &offset in &offsets {
+        let mut stored = [0; 512];
+        pattern(offset, offset, &mut stored);
+        rig.server.poke(offset, &stored);
+    }
+    for are_answered in [true, false] {
+        rig.server.script(move |conn, request| {
+            conn.defer(request)?;
+            while conn.deferred() < TAGS {
+                let next = conn.next_request()?;
+                conn.defer(&next)?;
+            }
+            if are_answered {
+                conn.send_deferred()
+            } else {
+                conn.close()
+            }
+        });
+        let direct = rig.direct();
+        thread::scope(|scope| {
+            for (queue, offsets) in offsets.chunks(TAGS).enumerate() {
+                for &offset in offsets {
+                    let direct = &direct;
+                    scope.spawn(move || {
+                        move_to(queue);
+                        let mut data = Buffer::new(512);
+                        let read = errno(direct.read_exact_at(&mut data, offset));
+                        if are_answered {
+                            assert_eq!(read, Ok(()));
+                            assert_pattern(offset, offset, &data);
+                        } else {
+                            assert_eq!(read, Err(Errno::IO));
+                        }
+                    });
+                }
+            }
+        });
+    }
 }
 
 fn all_but_one_die_under_load(_: &Guest) {

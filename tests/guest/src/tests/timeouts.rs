@@ -199,6 +199,12 @@ fn of_0_wait_and_warn(guest: &Guest) {
         "control (read@8192,4096B). Runtime 1 seconds",
         "possible stuck request: read of 4096 bytes at 8192",
     );
+    // It asks again and again.
+    let log = guest.log();
+    let warnings = log
+        .iter()
+        .filter(|line| line.contains("ossible stuck request"));
+    assert!(warnings.count() > 1);
     rig.server.be_honest();
     assert_eq!(rig.disconnect(), Ok(0));
 }

@@ -204,6 +204,17 @@ fn debugfs_files(guest: &Guest) {
             let connections = read("connections");
             assert_eq!(connections.lines().count(), 1, "{connections}");
             assert!(connections.starts_with("0 "), "{connections}");
+            move_data(&link.direct(), 0, 1);
+            let connections = read("connections");
+            let number = |name: &str| {
+                let mut words = connections.split_whitespace();
+                let number = words.find_map(|word| word.strip_prefix(&format!("{name}=")));
+                number.and_then(|number| number.parse::<u64>().ok())
+            };
+            assert_eq!(number("awaited"), Some(0), "{connections}");
+            let requests = link.server.requests().len() as u64;
+            assert!(number("requests_sent") >= Some(requests), "{connections}");
+            assert_eq!(number("replies"), number("requests_sent"), "{connections}");
         }
     }
     let change = Setup::change(link.index).size(4 * MIB);
