@@ -349,13 +349,14 @@ impl Device {
         if signal {
             session.end();
         }
-        self.with_config(|config| {
+        self.with_config(|_| {
             self.reset_size();
-            if signal && !config.disconnect_requested {
-                return Err(ERESTARTSYS);
-            }
             Ok(())
-        })
+        })?;
+        if signal {
+            return Err(ERESTARTSYS);
+        }
+        Ok(())
     }
 
     /// `nbd_start_device()`

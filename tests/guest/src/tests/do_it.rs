@@ -30,6 +30,7 @@ pub fn tests() -> Vec<Test> {
         test!(answers_0_when_the_server_resets),
         test!(answers_0_after_clear_sock),
         test!(answers_eintr_after_a_signal),
+        test!(answers_eintr_after_a_signal_that_cuts_a_disconnect_short),
         test!(answers_ebusy_when_a_signal_restarts_it),
         test!(pid_is_the_task_that_called_it),
         test!(two_at_the_same_time),
@@ -82,6 +83,25 @@ fn answers_eintr_after_a_signal(_: &Guest) {
     let mut rig = Plan::new(1 << 20).attach();
     sys::signal_thread(rig.client.tid, libc::SIGUSR1);
     assert_eq!(rig.client.wait(), Err(Errno::INTR));
+    assert_usable(0);
+}
+
+fn answers_eintr_after_a_signal_that_cuts_a_disconnect_short(_: &Guest) {
+    sys::handle_and_ignore(libc::SIGUSR1, false);
+    let mut rig = Plan::new(1 << 20).attach();
+    let direct = rig.direct();
+    // It does not come to read the disconnect.
+    rig.server.script(|conn, _| conn.stall());
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| direct.read_exact_at(&mut Buffer::new(4096), 0));
+        rig.server.wait_for_command(Command::Read);
+        assert_eq!(ioctl_number(rig.open(), DISCONNECT, 0), Ok(0));
+        assert!(rig.client.still_runs_after(Duration::from_millis(100)));
+        sys::signal_thread(rig.client.tid, libc::SIGUSR1);
+        assert_eq!(rig.client.wait(), Err(Errno::INTR));
+        assert_eq!(device::errno(reader.join().unwrap()), Err(Errno::IO));
+    });
+    drop(direct);
     assert_usable(0);
 }
 
