@@ -87,7 +87,7 @@ impl Netlink {
             let device = self.find_or_add(info, wanted, request.sockets.len() as u32)?;
             let connected = device.connect(&request).inspect_err(|e| {
                 if *e == EBUSY {
-                    info.complain(Some(ATTR_SOCKETS), c"a socket is in use");
+                    info.complain(Some(ATTR_SOCKETS), c"a socket or the device is in use");
                 }
             })?;
             if connected {
