@@ -174,10 +174,35 @@ impl Record {
     }
 }
 
+/// Over how many lists the records are spread: with thousands of sockets each is still short.
+const LISTS: usize = 1024;
+
+/// The records, by the addresses of their sockets.
+struct Records([Option<KBox<Record>>; LISTS]);
+
+impl Records {
+    /// The list that a socket's record is in.
+    fn list(&mut self, socket: SocketId) -> Option<&mut Option<KBox<Record>>> {
+        // Sockets are aligned to cache lines, at least.
+        self.0.get_mut((socket.address >> 6) % LISTS)
+    }
+
+    fn find(&mut self, socket: SocketId) -> Option<&Record> {
+        let mut next = self.list(socket)?.as_ref();
+        while let Some(record) = next {
+            if record.socket.can_be(socket) {
+                return Some(record);
+            }
+            next = record.next.as_ref();
+        }
+        None
+    }
+}
+
 global_lock! {
     // SAFETY: `start()` initializes it; `note()` and `find()` do nothing before, and `forget()` comes after
     // `note()`.
-    unsafe(uninit) static RECORDS: SpinLock<Option<KBox<Record>>> = None;
+    unsafe(uninit) static RECORDS: SpinLock<Records> = Records([const { None }; LISTS]);
 }
 
 /// [`start()`] was not called.
@@ -222,27 +247,17 @@ pub(super) fn note(
         return Err(ENODEV);
     }
     let mut records = RECORDS.lock();
-    if find_in(&records, socket).is_some() {
+    if records.find(socket).is_some() {
         return Err(EBUSY);
     }
     record.socket = socket;
     record.had = had;
     record.had_upper_layer = had_upper_layer;
     record.hook = Some(hook);
-    record.next = records.take();
-    *records = Some(record);
+    let list = records.list(socket).ok_or(EINVAL)?;
+    record.next = list.take();
+    *list = Some(record);
     Ok(())
-}
-
-fn find_in(records: &Option<KBox<Record>>, socket: SocketId) -> Option<&Record> {
-    let mut next = records.as_ref();
-    while let Some(record) = next {
-        if record.socket.can_be(socket) {
-            return Some(record);
-        }
-        next = record.next.as_ref();
-    }
-    None
 }
 
 /// The callbacks that a socket had before it got ours, and its hook, if it is still there. To be called with
@@ -254,19 +269,21 @@ pub(super) fn find(
     if STATE.load(Acquire) != STARTED {
         return None;
     }
-    let records = RECORDS.lock();
-    let record = find_in(&records, socket)?;
+    let mut records = RECORDS.lock();
+    let record = records.find(socket)?;
     if record.had_upper_layer && !has_upper_layer {
         return None;
     }
     Some((record.had, record.hook))
 }
 
-/// Notes that a hook is about to go. Forgets its socket, unless that is `kept`. To be called with
-/// `sk_callback_lock` held.
-pub(super) fn forget(hook: NonNull<()>, kept: bool) {
+/// Notes that the hook of a socket is about to go. Forgets the socket, unless that is `kept`. To be called
+/// with `sk_callback_lock` held.
+pub(super) fn forget(socket: SocketId, hook: NonNull<()>, kept: bool) {
     let mut records = RECORDS.lock();
-    let mut place = &mut *records;
+    let Some(mut place) = records.list(socket) else {
+        return;
+    };
     while place
         .as_ref()
         .is_some_and(|record| record.hook != Some(hook))

@@ -249,7 +249,9 @@ impl<T: Events> Hooked<T> {
         // Whoever has put callbacks on top of ours, or has taken the socket over, may call ours or restore
         // them at any time from now on.
         let kept = covered || !self.has_user_data();
-        callbacks::forget(self.hook.as_ptr(), kept);
+        // SAFETY: `socket` keeps its `sk` valid.
+        let id = unsafe { SocketId::of(self.socket.sk()) };
+        callbacks::forget(id, self.hook.as_ptr(), kept);
         drop((callbacks, locked));
         if kept {
             pr_warn!("a device's socket was taken over behind its back, the module has to stay\n");
