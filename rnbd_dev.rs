@@ -8,7 +8,7 @@ use crate::{
     kapi::{
         disk::{BlockDevice, Disk, File, GenDisk, Numbers},
         limits::FixedLimits,
-        mq::{Dispatch, Expiry, NewRequest, Operations, Overdue, Queued, Status, TagSet},
+        mq::{Dispatch, Expired, Expiry, NewRequest, Operations, Overdue, Queued, Status, TagSet},
         published::Published,
         task,
     },
@@ -182,9 +182,10 @@ impl Operations for Nbd {
         }
     }
 
-    fn timeout(&self, cx: &Expiry<'_>, rq: Overdue<'_>) {
-        if let Some(session) = self.session.get(cx) {
-            session.timeout(rq);
+    fn timeout(&self, cx: &Expiry<'_>, rq: Overdue<'_>) -> Expired {
+        match self.session.get(cx) {
+            Some(session) => session.timeout(rq),
+            None => Expired::Waits,
         }
     }
 }

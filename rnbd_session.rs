@@ -8,7 +8,8 @@ use crate::{
     kapi::{
         disk::DiskRef,
         mq::{
-            Dispatch, Extent, NewRequest, Op, Outcome, Overdue, Queued, Status, Unanswered, Unsent,
+            Dispatch, Expired, Extent, NewRequest, Op, Outcome, Overdue, Queued, Status,
+            Unanswered, Unsent,
         },
         published::Dispatched,
         sock::Socket,
@@ -436,10 +437,10 @@ impl Session {
     }
 
     /// `nbd_xmit_timeout()`: a request's time is up. May sleep.
-    pub(crate) fn timeout(&self, rq: Overdue<'_>) {
+    pub(crate) fn timeout(&self, rq: Overdue<'_>) -> Expired {
         let (hw_queue, tag) = rq.tag();
         let Some(slot) = self.table.slot(hw_queue, tag) else {
-            return;
+            return Expired::Waits;
         };
         // Before the slot is looked at: a connection is replaced with the lock held and after its commands
         // were given back, so that the one in the place is the one that the slot names.
@@ -447,16 +448,17 @@ impl Session {
         let (index, unclaimed) = slot.status();
         let count = connections.len();
         let Some(place) = connections.get(usize::from(index)) else {
-            return;
+            return Expired::Waits;
         };
         let connection = place.connection.clone();
         drop(connections);
         if !unclaimed && connection.traffic().idle_jiffies() < rq.timeout_jiffies() as usize {
             // Its data is coming in, or it is just ending.
-            return;
+            return Expired::Waits;
         }
         if count == 1 && self.table.timeout_jiffies() == 0 {
-            return self.warn_of_stuck(&rq, &connection);
+            self.warn_of_stuck(&rq, &connection);
+            return Expired::Waits;
         }
         if connection.is_alive() && self.table.log.allow() {
             pr_err!(
@@ -469,6 +471,7 @@ impl Session {
         }
         // Whoever clears the connection away gives this request back too.
         connection.as_arc_borrow().die();
+        Expired::Ends
     }
 
     fn warn_of_stuck(&self, rq: &Overdue<'_>, connection: &Connection) {

@@ -542,6 +542,16 @@ impl Overdue<'_> {
     }
 }
 
+/// What the driver does about a request whose time is up.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Expired {
+    /// It goes on waiting: its timer starts again.
+    Waits,
+    /// It ends, or is requeued, soon or already: the block layer leaves it alone until it is started again
+    /// (`BLK_EH_DONE`). Flags of the request that the two would change at the same time are not atomic.
+    Ends,
+}
+
 /// A driver's blk-mq operations. They may sleep (`BLK_MQ_F_BLOCKING`).
 pub(crate) trait Operations: Sized + Send + Sync + 'static {
     /// A request to start. `last`: no other follows at once, or `commit_rqs` is called.
@@ -550,8 +560,8 @@ pub(crate) trait Operations: Sized + Send + Sync + 'static {
     /// No other request follows at once, although the one before was not marked `last`.
     fn commit_rqs(&self, cx: &Dispatch<'_>);
 
-    /// A request's time is up. It may have ended meanwhile. Its timer starts anew.
-    fn timeout(&self, cx: &Expiry<'_>, rq: Overdue<'_>);
+    /// A request's time is up. It may have ended meanwhile. Returns whether its timer is to start again.
+    fn timeout(&self, cx: &Expiry<'_>, rq: Overdue<'_>) -> Expired;
 }
 
 /// The C side of [`Operations`]. All queues that use it have a `*const T` as `queuedata` that is valid
@@ -621,8 +631,10 @@ impl<T: Operations> VTable<T> {
             rq,
             _call: PhantomData,
         };
-        driver.timeout(&cx, overdue);
-        bindings::blk_eh_timer_return_BLK_EH_RESET_TIMER
+        match driver.timeout(&cx, overdue) {
+            Expired::Waits => bindings::blk_eh_timer_return_BLK_EH_RESET_TIMER,
+            Expired::Ends => bindings::blk_eh_timer_return_BLK_EH_DONE,
+        }
     }
 
     /// `blk_mq_ops.complete`
