@@ -147,8 +147,8 @@ impl Session {
         for (index, socket) in sockets.iter().enumerate() {
             let index = u16::try_from(index).map_err(|_| EINVAL)?;
             // There is room, so what was made is never lost.
-            let connection = Connection::new(index, table.clone(), socket.clone())?;
-            connections.push(connection, GFP_KERNEL)?;
+            let prepared = Connection::prepare(index, table.clone(), socket.clone())?;
+            connections.push(prepared.take_socket()?, GFP_KERNEL)?;
         }
         Ok(())
     }
@@ -191,7 +191,8 @@ impl Session {
     ///
     /// # Errors
     ///
-    /// `EBUSY` where the socket is in use elsewhere, `ENOMEM`.
+    /// `EBUSY` where the socket is in use elsewhere, `ENOTCONN` where it is not connected, `ENODEV` where the
+    /// module is about to go, `ENOMEM`.
     pub(crate) fn reconnect(
         &self,
         disk: &DiskRef,
@@ -201,17 +202,21 @@ impl Session {
         let mut connections = self.connections.lock();
         // Whatever comes of it, nobody waits any longer.
         let _replaced = ScopeGuard::new(|| self.replacing.store(false, Release));
-        self.end_stuck(&connections, socket, stuck_jiffies)?;
-        let mut places = connections.iter_mut().zip(&self.slots);
-        let Some((place, slot)) = places.find(|(place, _)| !place.connection.is_alive()) else {
+        let Some(index) = Self::replaceable(&connections, stuck_jiffies) else {
             return Ok(false);
         };
+        let places = connections.get_mut(index).zip(self.slots.get(index));
+        let (place, slot) = places.ok_or(EINVAL)?;
+        let number = place.connection.index();
+        // Before anything ends that works. What an allocation would have written out to make room may wait
+        // for this very connection.
+        let prepared =
+            task::without_io(|| Connection::prepare(number, self.table.clone(), socket.clone()))?;
+        self.end_stuck(&place.connection, socket)?;
         // The new one has the old one's number: nothing may be in flight under it.
         place.connection.wait_reaped();
-        let index = place.connection.index();
-        // What an allocation would have written out to make room may wait for this very connection.
         let was_over = self.table.fate.see().is_end_wanted();
-        let new = task::without_io(|| Connection::new(index, self.table.clone(), socket.clone()))?;
+        let new = task::without_io(|| prepared.take_socket())?;
         slot.replace(disk, new.clone())
             .inspect_err(|_| new.as_arc_borrow().die())?;
         place.connection = new.clone();
@@ -230,23 +235,25 @@ impl Session {
         Ok(true)
     }
 
-    /// Declares the connection dead that has been stuck longest, and at least for `stuck_jiffies`, where
-    /// none is dead. `socket` is to come in its place.
-    fn end_stuck(&self, places: &[Owned], socket: &Socket, stuck_jiffies: usize) -> Result {
-        if stuck_jiffies == 0 || places.iter().any(|place| !place.connection.is_alive()) {
+    /// Which place a new connection is put into: the first whose connection is dead, or else that of the
+    /// one that has been stuck longest, and at least for `stuck_jiffies`, where that is not 0.
+    fn replaceable(places: &[Owned], stuck_jiffies: usize) -> Option<usize> {
+        let dead = places.iter().position(|place| !place.connection.is_alive());
+        if dead.is_some() || stuck_jiffies == 0 {
+            return dead;
+        }
+        let stuck = |place: &Owned| place.connection.traffic().stuck_jiffies();
+        let by_time = places.iter().map(stuck).enumerate();
+        let longest = by_time.max_by_key(|(_, jiffies)| *jiffies);
+        let (index, _) = longest.filter(|(_, jiffies)| *jiffies >= stuck_jiffies)?;
+        Some(index)
+    }
+
+    /// Declares `connection` dead, if it is not, since it is stuck. `socket` is to come in its place.
+    fn end_stuck(&self, connection: &Arc<Connection>, socket: &Socket) -> Result {
+        if !connection.is_alive() {
             return Ok(());
         }
-        let by_time = places.iter().map(|place| {
-            (
-                place.connection.traffic().stuck_jiffies(),
-                &place.connection,
-            )
-        });
-        let longest = by_time.max_by_key(|(jiffies, _)| *jiffies);
-        let Some((jiffies, connection)) = longest.filter(|(jiffies, _)| *jiffies >= stuck_jiffies)
-        else {
-            return Ok(());
-        };
         // Nothing that works is ended for a socket that cannot be used.
         if socket.is_hooked() {
             return Err(EBUSY);
@@ -262,10 +269,10 @@ impl Session {
             "nbd{}: connection {}: stuck for {} seconds, replacing it\n",
             self.table.device,
             connection.index(),
-            jiffies / task::HZ as usize
+            connection.traffic().stuck_jiffies() / task::HZ as usize
         );
         self.replacing.store(true, Release);
-        connection.as_arc_borrow().die();
+        connection.as_arc_borrow().die_replaced();
         Ok(())
     }
 

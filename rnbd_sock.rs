@@ -15,7 +15,7 @@ mod sending;
 use crate::{
     kapi::{
         arrival::Arrival,
-        hook::{Events, Hooked},
+        hook::{Events, HookMemory, Hooked},
         sock::{Ending, Socket},
         try_lock::TryLock,
         wq::{HasQueue, Queue},
@@ -157,16 +157,47 @@ impl Events for Connection {
     }
 }
 
-impl Connection {
-    /// Takes a socket over. [`Self::begin()`] must follow. May sleep.
+/// A connection that does not have its socket yet: what needs memory is done.
+pub(crate) struct Prepared {
+    connection: Arc<Connection>,
+    memory: HookMemory<Connection>,
+}
+
+impl Prepared {
+    /// Takes the socket over. [`Connection::begin()`] must follow. May sleep.
     ///
     /// # Errors
     ///
-    /// `EBUSY` where another device, or another part of the kernel, uses the socket.
-    pub(crate) fn new(index: u16, table: Arc<Table>, socket: Socket) -> Result<Arc<Self>> {
+    /// `EBUSY` where another device, or another part of the kernel, uses the socket; `ENOTCONN` where it is
+    /// no connection, and was none; `ENODEV` where the module is about to go.
+    pub(crate) fn take_socket(self) -> Result<Arc<Connection>> {
+        let Prepared { connection, memory } = self;
+        // From the hook on it can receive, and die: whoever reaps it waits for the lock.
+        connection.table.connection_born();
+        let mut hooked = connection.hooked.lock();
+        match connection.socket.hook(memory, connection.clone()) {
+            Ok(hook) => *hooked = Some(hook),
+            Err(e) => {
+                connection.table.connection_gone();
+                return Err(e);
+            }
+        }
+        drop(hooked);
+        Ok(connection)
+    }
+}
+
+impl Connection {
+    /// Makes a connection for a socket, which [`Prepared::take_socket()`] takes over. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn prepare(index: u16, table: Arc<Table>, socket: Socket) -> Result<Prepared> {
+        let memory = HookMemory::new()?;
         let sending = Sending::new()?;
         let receive = Receive::new()?;
-        let this = Arc::pin_init(
+        let connection = Arc::pin_init(
             pin_init!(Connection {
                 index,
                 table,
@@ -184,18 +215,7 @@ impl Connection {
             }),
             GFP_KERNEL,
         )?;
-        // From the hook on it can receive, and die: whoever reaps it waits for the lock.
-        this.table.connection_born();
-        let mut hooked = this.hooked.lock();
-        match this.socket.hook(this.clone()) {
-            Ok(hook) => *hooked = Some(hook),
-            Err(e) => {
-                this.table.connection_gone();
-                return Err(e);
-            }
-        }
-        drop(hooked);
-        Ok(this)
+        Ok(Prepared { connection, memory })
     }
 
     /// Starts to receive: what came in before there was a callback too.
@@ -235,7 +255,8 @@ impl Connection {
 
     /// Declares the connection dead, and ends its socket (`nbd_mark_nsock_dead()`). What is in flight on
     /// it is given back soon after, but not before: it may be sent again elsewhere or be reported as
-    /// failed, so nothing of it may leave the socket afterwards. May sleep.
+    /// failed, so nothing of it may leave the socket afterwards. User space is told, unless it wanted the
+    /// session to end. May sleep.
     pub(crate) fn die(self: ArcBorrow<'_, Self>) {
         if self.state.cmpxchg(ALIVE, ENDING, Full).is_err() {
             return;
@@ -243,6 +264,18 @@ impl Connection {
         if !self.table.fate.see().is_end_wanted() {
             self.queue_link_dead();
         }
+        self.end_socket();
+    }
+
+    /// As [`Self::die()`], for a connection that user space replaces, and therefore need not be told of.
+    pub(crate) fn die_replaced(self: ArcBorrow<'_, Self>) {
+        if self.state.cmpxchg(ALIVE, ENDING, Full).is_ok() {
+            self.end_socket();
+        }
+    }
+
+    /// The rest of a death, for whoever has declared it.
+    fn end_socket(self: ArcBorrow<'_, Self>) {
         // Where nothing is owed a disconnect may be on its way, which is still to be delivered.
         let ending = if self.owes_nothing() {
             Ending::Polite

@@ -13,7 +13,7 @@ use super::{
     sock::{has_upper_layer, is_unix, was_connected, Socket},
     task::{self, ModuleRef},
 };
-use core::{any::TypeId, ptr::NonNull};
+use core::{any::TypeId, mem::MaybeUninit, ptr::NonNull};
 use kernel::{
     prelude::*,
     sync::{
@@ -176,26 +176,49 @@ impl<T: Events> Hook<T> {
     }
 }
 
+/// The memory that [`Socket::hook()`] needs, so that it can be allocated before it is too late to fail.
+pub(crate) struct HookMemory<T: Events> {
+    record: KBox<Record>,
+    hook: KBox<MaybeUninit<Hook<T>>>,
+}
+
+impl<T: Events> HookMemory<T> {
+    /// Allocates it. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new() -> Result<Self> {
+        Ok(HookMemory {
+            record: Record::new()?,
+            hook: KBox::new_uninit(GFP_KERNEL)?,
+        })
+    }
+}
+
 impl Socket {
-    /// Has `owner` told of what happens on the socket, until the returned guard goes. May sleep.
+    /// Tells `owner` what happens on the socket, until the returned guard is dropped. May sleep.
     ///
     /// # Errors
     ///
     /// `EBUSY` where another part of the kernel, such as another device of ours, has the socket, or may have
     /// kept callbacks of ours from before; `ENOTCONN` where it is no connection, and was none; `ENODEV` where
-    /// the module is about to go; `ENOMEM`.
-    pub(crate) fn hook<T: Events>(&self, owner: Arc<T>) -> Result<Hooked<T>> {
+    /// the module is about to go.
+    pub(crate) fn hook<T: Events>(
+        &self,
+        memory: HookMemory<T>,
+        owner: Arc<T>,
+    ) -> Result<Hooked<T>> {
         let module = ModuleRef::get().ok_or(ENODEV)?;
-        let record = Record::new()?;
-        let hook = Hook {
+        let HookMemory { record, hook } = memory;
+        let mut hook = hook.write(Hook {
             mark: &raw const MARK,
             sk: self.sk(),
             kind: TypeId::of::<T>(),
             had: Callbacks::NONE,
             stopped: Atomic::new(false),
             owner,
-        };
-        let mut hook = KBox::new(hook, GFP_KERNEL)?;
+        });
         let settings = {
             let _locked = self.lock();
             let callbacks = self.lock_callbacks();

@@ -38,6 +38,9 @@ pub fn tests() -> Vec<Test> {
         test!(of_connect_with_several_sockets),
         test!(of_connect_of_a_new_device).limit_seconds(300),
         test!(of_reconfigure),
+        test!(of_replacing_a_stuck_connection)
+            .parameters("nbds_max=1 replace_stuck=1")
+            .limit_seconds(200),
         test!(of_status_and_disconnect),
         test!(of_reads_and_writes),
         test!(of_reading_debugfs),
@@ -345,6 +348,39 @@ fn of_reconfigure(guest: &Guest) {
         }
         move_data(0, 14);
     });
+    swept.assert_only_enomem();
+}
+
+/// While there is no memory for the new connection the old one stays, although it is stuck.
+fn of_replacing_a_stuck_connection(guest: &Guest) {
+    let _allocations = of_driver(guest);
+    let link = setup().index(0).attach().settle();
+    let direct = link.direct();
+    let swept = sweep("replacing a stuck connection", |nth| {
+        link.server.script(|conn, _| conn.stall());
+        thread::scope(|scope| {
+            let reader = scope.spawn(|| direct.read_exact_at(&mut Buffer::new(4096), 0));
+            thread::sleep(Duration::from_millis(1200));
+            link.server.be_honest();
+            let change = || {
+                let socket = link.server.connect(Transport::Unix);
+                Setup::change(0).backend("image").sockets([socket])
+            };
+            let with_fault = change();
+            if nth.fail(|| link.netlink.reconfigure(&with_fault)).is_err() {
+                drop(with_fault);
+                let alone = wait_until(SOON, || link.server.living() == 1);
+                assert!(
+                    alone.is_ok(),
+                    "the driver keeps the new socket, or ended the old one"
+                );
+                assert!(!reader.is_finished(), "the old connection was ended");
+                assert_eq!(link.netlink.reconfigure(&change()), Ok(()));
+            }
+            assert_eq!(errno(reader.join().unwrap()), Ok(()));
+        });
+    });
+    assert!(swept.failed > 5);
     swept.assert_only_enomem();
 }
 

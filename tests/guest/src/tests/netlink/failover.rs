@@ -375,7 +375,9 @@ fn a_stuck_connection_is_replaced(_: &Guest) {
         }
         thread::sleep(Duration::from_millis(100));
         assert!(!writer.is_finished());
+        let news = Netlink::listen();
         assert_eq!(link.revive(), Ok(()));
+        assert_eq!(news.dead_link(), None, "whoever replaces it knows");
         writer.join().unwrap().unwrap();
     });
     link.server.be_honest();
