@@ -9,16 +9,17 @@
 ##   make clean              remove build/
 ##
 ## With the workbench: a Debian root, a stock kernel and a virtual machine, made by tools/env
-## and kept in a cache; the first run takes minutes. Nothing else is needed on this machine.
+## and kept in a cache (once, about 5 minutes and 3 GB). It installs two packages on this machine
+## if they are missing: mmdebstrap and debian-archive-keyring.
 ##   make demo               boot the stock kernel, load the driver and use it
 ##   make check              run all tests, or those that match T=pattern
 ##   make check-debug        the tests in the virtual machine on a kernel that looks for faults: KASAN,
-##                           lockdep, kmemleak and others; the first run builds it, in half an hour
+##                           lockdep, kmemleak and others; the first run builds it, in 15 to 25 minutes
 ##   make misuse             show that the driver cannot misuse kapi: what would do so does not compile
 ##   make mutate             put faults into the driver, one at a time: does "make check" find each?
 ##   make mutants            the same for all that is compiled on this machine, by cargo-mutants
 ##   make fuzz               look for byte streams that the driver's parser takes wrongly, for SECONDS=60;
-##                           the first run makes a build root with clang
+##                           the first run builds the debug kernel, too, since that comes with clang
 ##   make soak HOURS=h       everything at once for so long, with faults at random (fractions will do)
 ##   make shell              a shell in the virtual machine, the driver loaded
 ##   make stock              build/rnbd.ko for the stock kernel
@@ -30,10 +31,11 @@
 ##
 ## Variables
 ##   KDIR=dir                the kernel build tree for "make"
-##   DRIVER=nbd              demo, check, soak and shell: use the kernel's own driver instead
+##   DRIVER=nbd              demo, check, check-debug, soak and shell: use the kernel's own driver instead
 ##   KERNEL=debug            demo, check, soak and shell: use the kernel of check-debug
-##   T=pattern               check: only tests whose names contain it; mutate: only faults
-##   SEED=number             check, soak: what the random tests of an earlier run began with
+##   T=pattern,...           check, check-debug, misuse: only tests whose names contain one of them;
+##                           mutate: only such faults; bench: only such cells
+##   SEED=number             check, check-debug, soak: repeat the random tests of an earlier run
 ##   QUICK=1 ROUNDS=n        bench: measure less; so many rounds
 ##   MODES="cost wall scale" bench: or fewer: instructions for an I/O, speed, many devices
 ##   SECONDS=n               fuzz: so long
