@@ -10,20 +10,16 @@
 #[macro_use]
 mod rnbd_params;
 
-mod atomic;
 #[allow(unsafe_code)]
 mod kapi;
-mod rnbd_cmd;
+mod pure;
 mod rnbd_config;
 mod rnbd_debugfs;
 mod rnbd_dev;
 mod rnbd_events;
-mod rnbd_fate;
 mod rnbd_ioctl;
 mod rnbd_netlink;
-mod rnbd_proto;
 mod rnbd_registry;
-mod rnbd_ring;
 mod rnbd_session;
 mod rnbd_shared;
 mod rnbd_sock;

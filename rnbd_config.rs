@@ -11,9 +11,9 @@ use crate::{
         sock::{BadSocket, Ending, Socket},
         task::{self, ModuleRef, TaskId},
     },
+    pure::proto::flags,
     rnbd_debugfs::{self, Files, Shown},
     rnbd_dev::{Device, State, DEFAULT_TIMEOUT_SECONDS, QUEUE_DEPTH},
-    rnbd_proto::flags,
     rnbd_session::{Options, Session},
     rnbd_stream,
 };

@@ -4,7 +4,7 @@
 
 #![forbid(unsafe_code)]
 
-use crate::{rnbd_proto::flags, rnbd_session::Session};
+use crate::{pure::proto::flags, rnbd_session::Session};
 use kernel::{
     debugfs::{Dir, Scope},
     fmt,

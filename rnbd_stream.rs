@@ -12,8 +12,8 @@ use crate::{
         payload::Payload,
         sock::Socket,
     },
-    rnbd_proto::{self as proto, REPLY_BYTES, REQUEST_BYTES},
-    rnbd_ring::Ring,
+    pure::proto::{self as proto, REPLY_BYTES, REQUEST_BYTES},
+    pure::ring::Ring,
 };
 use kernel::prelude::*;
 

@@ -11,8 +11,8 @@ use crate::{
         mq::{Outcome, Parked, Side, Status, Unanswered},
         task,
     },
-    rnbd_cmd::{Cookie, Parking, Slot},
-    rnbd_fate::Fate,
+    pure::cmd::{Cookie, Parking, Slot},
+    pure::fate::Fate,
     rnbd_shared::Shared,
 };
 use kernel::{

@@ -5,8 +5,8 @@
 
 use crate::{
     kapi::mq::{Extent, Op, Status},
-    rnbd_cmd::Cookie,
-    rnbd_proto::{self as proto, Command, ServerError},
+    pure::cmd::Cookie,
+    pure::proto::{self as proto, Command, ServerError},
 };
 
 /// What the server is sent for a request (`nbd_send_cmd()`), if it has a command for it.

@@ -11,8 +11,8 @@ use crate::{
         mq::{Outcome, Side, Status, Unanswered},
         payload::Payload,
     },
-    rnbd_cmd::{Cookie, Refused},
-    rnbd_proto::{Reply, ServerError, REPLY_BYTES},
+    pure::cmd::{Cookie, Refused},
+    pure::proto::{Reply, ServerError, REPLY_BYTES},
     rnbd_stream::Receive,
     rnbd_translate::{status_of, Described},
 };

@@ -12,7 +12,7 @@ use crate::{
         payload::Payload,
         task, wq,
     },
-    rnbd_proto as proto,
+    pure::proto,
     rnbd_stream::Transmit,
     rnbd_translate::wire_of,
 };

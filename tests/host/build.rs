@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Writes wrong variants of `rnbd_cmd.rs`, `rnbd_fate.rs` and `kapi/llist.rs`, each with the model that
+//! Writes wrong variants of `pure/cmd.rs`, `pure/fate.rs` and `kapi/llist.rs`, each with the model that
 //! must fail on it (see `src/mutants.rs`).
 
 use std::{env, fs, path::Path};
@@ -26,21 +26,21 @@ struct Source {
 
 const SOURCES: &[Source] = &[
     Source {
-        path: "../../rnbd_cmd.rs",
+        path: "../../pure/cmd.rs",
         fit: "commands",
-        parts: "wrong, rnbd_fate, llist",
+        parts: "wrong, fate, llist",
         mutants: COMMANDS,
     },
     Source {
-        path: "../../rnbd_fate.rs",
+        path: "../../pure/fate.rs",
         fit: "fates",
-        parts: "rnbd_cmd, wrong, llist",
+        parts: "cmd, wrong, llist",
         mutants: FATES,
     },
     Source {
         path: "../../kapi/llist.rs",
         fit: "lists",
-        parts: "rnbd_cmd, rnbd_fate, wrong",
+        parts: "cmd, fate, wrong",
         mutants: LISTS,
     },
 ];

@@ -2,7 +2,7 @@
 //! Drives the module's own parser of the byte stream with whatever a server may send.
 //!
 //! The files that read a reply and find its command are compiled here as they are: `rnbd_stream.rs`,
-//! `rnbd_proto.rs`, `rnbd_cmd.rs`, `rnbd_ring.rs`, `rnbd_translate.rs`. [`run()`] takes a script, any
+//! `pure/proto.rs`, `pure/cmd.rs`, `pure/ring.rs`, `rnbd_translate.rs`. [`run()`] takes a script, any
 //! bytes, of commands that are started, bytes that a server sends, and the pieces in which they arrive,
 //! in the callback or in the work item. What the module makes of it is compared with what [`model`]
 //! does, which takes one byte after the other.
@@ -18,22 +18,10 @@ mod shim;
 use shim::{alloc, fmt, kapi, prelude, sync};
 
 // The module's files, which are formatted and linted with the module.
-#[allow(clippy::all)]
-#[rustfmt::skip]
-#[path = "../../../atomic.rs"]
-mod atomic;
 #[allow(clippy::all, dead_code)]
 #[rustfmt::skip]
-#[path = "../../../rnbd_cmd.rs"]
-mod rnbd_cmd;
-#[allow(clippy::all, dead_code)]
-#[rustfmt::skip]
-#[path = "../../../rnbd_proto.rs"]
-mod rnbd_proto;
-#[allow(clippy::all, dead_code)]
-#[rustfmt::skip]
-#[path = "../../../rnbd_ring.rs"]
-mod rnbd_ring;
+#[path = "../../../pure/mod.rs"]
+mod pure;
 #[allow(clippy::all, dead_code)]
 #[rustfmt::skip]
 #[path = "../../../rnbd_stream.rs"]
@@ -55,8 +43,8 @@ use kapi::{
     sock::Socket,
 };
 use prelude::*;
-use rnbd_cmd::{Cookie, Parking, Slot};
-use rnbd_proto::{Reply, ServerError};
+use pure::cmd::{Cookie, Parking, Slot};
+use pure::proto::{Reply, ServerError};
 use rnbd_stream::{Receive, Transmit};
 use script::{SLOTS, Script, Step};
 use std::cell::RefCell;
@@ -298,7 +286,7 @@ impl Connection {
 /// As `Connection::handle_reply()`, but for counting and complaining.
 fn handle_reply(
     slots: &[Slot<Parked>],
-    header: &[u8; rnbd_proto::REPLY_BYTES],
+    header: &[u8; pure::proto::REPLY_BYTES],
 ) -> Result<Option<Payload<Unanswered>>> {
     let reply = Reply::decode(header).map_err(|_| EPROTO)?;
     let cookie = Cookie(reply.cookie);

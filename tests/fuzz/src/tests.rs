@@ -5,8 +5,8 @@ use crate::{
     kapi::mq::{Extent, Log, Op, Outcome, Request, Status, Unanswered, Unsent},
     kapi::{payload::Payload, sock::Socket},
     prelude::*,
-    rnbd_cmd::Cookie,
-    rnbd_proto::{self as proto, Command, ServerError},
+    pure::cmd::Cookie,
+    pure::proto::{self as proto, Command, ServerError},
     rnbd_stream::{Receive, Transmit, say_goodbye_on},
     rnbd_translate::{Described, status_of, wire_of},
 };

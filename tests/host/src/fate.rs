@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Whether a session goes on: `rnbd_fate.rs` by itself, in all interleavings.
+//! Whether a session goes on: `pure/fate.rs` by itself, in all interleavings.
 
 use crate::{
     parts::{Fates, Parts, Sights, models},

@@ -10,7 +10,7 @@
 //! - `session`: a command that is handed to connections which die meanwhile and come back, and the
 //!   session's fate
 //! - `receiving`: the lock that nobody waits for, between a socket's callback and a work item
-//! - `mutants`: that the models would notice if `rnbd_cmd.rs`, `rnbd_fate.rs` or `kapi/llist.rs` were
+//! - `mutants`: that the models would notice if `pure/cmd.rs`, `pure/fate.rs` or `kapi/llist.rs` were
 //!   wrong
 //!
 //! `cargo test` runs all of it.
@@ -25,24 +25,8 @@ use shim::{alloc, prelude, sync};
 // The module's files, which are formatted and linted with the module.
 #[allow(clippy::all)]
 #[rustfmt::skip]
-#[path = "../../../atomic.rs"]
-mod atomic;
-#[allow(clippy::all)]
-#[rustfmt::skip]
-#[path = "../../../rnbd_cmd.rs"]
-mod rnbd_cmd;
-#[allow(clippy::all)]
-#[rustfmt::skip]
-#[path = "../../../rnbd_fate.rs"]
-mod rnbd_fate;
-#[allow(clippy::all)]
-#[rustfmt::skip]
-#[path = "../../../rnbd_proto.rs"]
-mod rnbd_proto;
-#[allow(clippy::all)]
-#[rustfmt::skip]
-#[path = "../../../rnbd_ring.rs"]
-mod rnbd_ring;
+#[path = "../../../pure/mod.rs"]
+mod pure;
 #[allow(clippy::all)]
 #[rustfmt::skip]
 #[path = "../../../kapi/llist.rs"]

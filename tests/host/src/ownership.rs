@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Who ends a command: `rnbd_cmd.rs` in all interleavings, with each contender in a thread of its own.
+//! Who ends a command: `pure/cmd.rs` in all interleavings, with each contender in a thread of its own.
 //!
-//! The models are written against [`Parts`], so that the same ones run over `rnbd_cmd.rs` and over
+//! The models are written against [`Parts`], so that the same ones run over `pure/cmd.rs` and over
 //! its spoilt variants (`mutants`).
 
 use crate::{
     blk_mq::{Parked, Tag, Unanswered, Unsent, Verdict},
     parts::{Commands, Parts, models},
-    rnbd_cmd::{Refused, Slot},
+    pure::cmd::{Refused, Slot},
 };
 use loom::thread::{self, JoinHandle};
 use std::sync::Arc;

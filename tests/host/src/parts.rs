@@ -8,7 +8,7 @@ use std::sync::{
     atomic::{AtomicUsize, Ordering},
 };
 
-/// `Slot` of `rnbd_cmd.rs`, or of a variant of it.
+/// `Slot` of `pure/cmd.rs`, or of a variant of it.
 pub(crate) trait Commands: Send + Sync + 'static {
     fn new() -> Self;
     fn start(&self, connection: u16, other: Unanswered) -> u32;
@@ -20,7 +20,7 @@ pub(crate) trait Commands: Send + Sync + 'static {
     fn status(&self) -> (u16, bool);
 }
 
-/// `Fate` of `rnbd_fate.rs`, or of a variant of it.
+/// `Fate` of `pure/fate.rs`, or of a variant of it.
 pub(crate) trait Fates: Send + Sync + 'static {
     type Seen: Sights;
     fn new() -> Self;
@@ -57,7 +57,7 @@ pub(crate) trait Batches: Send + 'static {
     fn pop(&mut self) -> Option<Unsent>;
 }
 
-/// Implements [`Commands`] for the `Slot` of a module like `rnbd_cmd`.
+/// Implements [`Commands`] for the `Slot` of a module like `cmd`.
 macro_rules! commands {
     ($module:ident) => {
         impl $module::Parking for crate::blk_mq::Parked {
@@ -105,7 +105,7 @@ macro_rules! commands {
 }
 pub(crate) use commands;
 
-/// Implements [`Fates`] for the `Fate` of a module like `rnbd_fate`.
+/// Implements [`Fates`] for the `Fate` of a module like `fate`.
 macro_rules! fates {
     ($module:ident) => {
         impl crate::parts::Fates for $module::Fate {
@@ -243,11 +243,14 @@ macro_rules! parts {
 }
 pub(crate) use parts;
 
-use crate::{llist, rnbd_cmd, rnbd_fate};
-commands!(rnbd_cmd);
-fates!(rnbd_fate);
+use crate::{
+    llist,
+    pure::{cmd, fate},
+};
+commands!(cmd);
+fates!(fate);
 lists!(llist);
-parts!(Module, rnbd_cmd, rnbd_fate, llist);
+parts!(Module, cmd, fate, llist);
 
 /// Runs `model` once for each interleaving; where `preemptions` are given, for each in which no more
 /// threads than that are interrupted by another one where they could have gone on.

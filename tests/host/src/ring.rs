@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
-//! `rnbd_ring.rs` does what a `VecDeque` with a bound does.
+//! `pure/ring.rs` does what a `VecDeque` with a bound does.
 
-use crate::rnbd_ring::Ring;
+use crate::pure::ring::Ring;
 use proptest::prelude::*;
 use std::collections::VecDeque;
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Commands are handed to connections that die meanwhile and come back, in a session that may end:
-//! `rnbd_cmd.rs`, `rnbd_fate.rs` and `kapi/llist.rs` in the hands of their users.
+//! `pure/cmd.rs`, `pure/fate.rs` and `kapi/llist.rs` in the hands of their users.
 //!
 //! The steps of `rnbd_session.rs` are repeated here, in the same order and under the same names, those of
 //! a connection in `connection`: keep them alike.

@@ -5,8 +5,8 @@
 //! must not make its own test pass.
 
 use crate::{
-    rnbd_cmd::Cookie,
-    rnbd_proto::{
+    pure::cmd::Cookie,
+    pure::proto::{
         CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, Command, REPLY_BYTES, REQUEST_BYTES, Reply, Request,
         ServerError, WrongMagic, flags,
     },

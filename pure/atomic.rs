@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The atomic word that `rnbd_cmd.rs` and `rnbd_fate.rs` are written against, in the kernel's memory model. The tests put
+//! The atomic word that `cmd.rs` and `fate.rs` are written against, in the kernel's memory model. The tests put
 //! another one in its place, to compile the same file on the host.
 
 #![forbid(unsafe_code)]
