@@ -23,9 +23,7 @@ mod rnbd_registry;
 mod rnbd_session;
 mod rnbd_shared;
 mod rnbd_sock;
-mod rnbd_stream;
 mod rnbd_table;
-mod rnbd_traffic;
 mod rnbd_translate;
 
 use kapi::{

@@ -15,7 +15,7 @@ use crate::{
     rnbd_debugfs::{self, Files, Shown},
     rnbd_dev::{Device, State, DEFAULT_TIMEOUT_SECONDS, QUEUE_DEPTH},
     rnbd_session::{Options, Session},
-    rnbd_stream,
+    rnbd_sock,
 };
 use kernel::{
     prelude::*,
@@ -301,7 +301,7 @@ impl Device {
             return;
         }
         for socket in config.idle_sockets() {
-            if let Err(e) = rnbd_stream::say_goodbye_on(socket) {
+            if let Err(e) = rnbd_sock::say_goodbye_on(socket) {
                 pr_err!("nbd{}: send disconnect failed ({e:?})\n", self.index);
             }
         }

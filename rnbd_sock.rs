@@ -11,6 +11,8 @@
 
 mod receiving;
 mod sending;
+mod stream;
+mod traffic;
 
 use crate::{
     kapi::{
@@ -21,9 +23,7 @@ use crate::{
         wq::{HasQueue, Queue},
     },
     rnbd_events,
-    rnbd_stream::Receive,
     rnbd_table::Table,
-    rnbd_traffic::Traffic,
 };
 use kernel::{
     fmt, impl_has_delayed_work, impl_has_work, new_delayed_work, new_mutex, new_work,
@@ -35,6 +35,10 @@ use kernel::{
     workqueue::{DelayedWork, Work, WorkItem},
 };
 use sending::Sending;
+use stream::Receive;
+use traffic::Traffic;
+
+pub(crate) use stream::say_goodbye_on;
 
 /// How often the work item looks again, where something has come in meanwhile, before it lets others
 /// run.

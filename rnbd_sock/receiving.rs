@@ -4,7 +4,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::{Connection, DEAD};
+use super::{stream::Receive, Connection, DEAD};
 use crate::{
     kapi::{
         arrival::{Arrival, Segment},
@@ -13,7 +13,6 @@ use crate::{
     },
     pure::cmd::{Cookie, Refused},
     pure::proto::{Reply, ServerError, REPLY_BYTES},
-    rnbd_stream::Receive,
     rnbd_translate::{status_of, Described},
 };
 use kernel::{prelude::*, sync::atomic::Acquire};

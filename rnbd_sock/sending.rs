@@ -4,7 +4,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::Connection;
+use super::{stream::Transmit, Connection};
 use crate::{
     kapi::{
         llist::{Batch, List},
@@ -13,7 +13,6 @@ use crate::{
         task, wq,
     },
     pure::proto,
-    rnbd_stream::Transmit,
     rnbd_translate::wire_of,
 };
 use kernel::{

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Drives the module's own parser of the byte stream with whatever a server may send.
 //!
-//! The files that read a reply and find its command are compiled here as they are: `rnbd_stream.rs`,
+//! The files that read a reply and find its command are compiled here as they are: `rnbd_sock/stream.rs`,
 //! `pure/proto.rs`, `pure/cmd.rs`, `pure/ring.rs`, `rnbd_translate.rs`. [`run()`] takes a script, any
 //! bytes, of commands that are started, bytes that a server sends, and the pieces in which they arrive,
 //! in the callback or in the work item. What the module makes of it is compared with what [`model`]
@@ -24,8 +24,8 @@ use shim::{alloc, fmt, kapi, prelude, sync};
 mod pure;
 #[allow(clippy::all, dead_code)]
 #[rustfmt::skip]
-#[path = "../../../rnbd_stream.rs"]
-mod rnbd_stream;
+#[path = "../../../rnbd_sock/stream.rs"]
+mod stream;
 #[allow(clippy::all, dead_code)]
 #[rustfmt::skip]
 #[path = "../../../rnbd_translate.rs"]
@@ -45,9 +45,9 @@ use kapi::{
 use prelude::*;
 use pure::cmd::{Cookie, Parking, Slot};
 use pure::proto::{Reply, ServerError};
-use rnbd_stream::{Receive, Transmit};
 use script::{SLOTS, Script, Step};
 use std::cell::RefCell;
+use stream::{Receive, Transmit};
 
 /// As `rnbd_sock/receiving.rs`: more data than this is left to the work item.
 const ARRIVAL_BYTES: usize = 32 << 10;

@@ -7,8 +7,8 @@ use crate::{
     prelude::*,
     pure::cmd::Cookie,
     pure::proto::{self as proto, Command, ServerError},
-    rnbd_stream::{Receive, Transmit, say_goodbye_on},
     rnbd_translate::{Described, status_of, wire_of},
+    stream::{Receive, Transmit, say_goodbye_on},
 };
 use proptest::prelude::*;
 use std::fs;

@@ -63,7 +63,7 @@ impl Work {
     }
 }
 
-/// `rnbd_stream.rs`'s `Receive`: how much was understood. Loom objects to uses that nothing orders.
+/// `rnbd_sock/stream.rs`'s `Receive`: how much was understood. Loom objects to uses that nothing orders.
 struct Receive {
     understood: UnsafeCell<usize>,
     /// It was cleared away: the test's own.
