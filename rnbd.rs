@@ -16,7 +16,6 @@ mod pure;
 mod rnbd_config;
 mod rnbd_debugfs;
 mod rnbd_dev;
-mod rnbd_events;
 mod rnbd_ioctl;
 mod rnbd_netlink;
 mod rnbd_registry;
@@ -33,7 +32,7 @@ use kapi::{
     wq,
 };
 use kernel::{prelude::*, sync::Arc};
-use rnbd_netlink::Netlink;
+use rnbd_netlink::{events, Netlink};
 use rnbd_registry::Registry;
 use rnbd_shared::Shared;
 
@@ -72,18 +71,18 @@ impl kernel::Module for Rnbd {
         let io = wq::Queue::start(c"rnbd", wq::Kind::Reclaim)?;
         let hooks = Hooks::begin()?;
         let slow = wq::Queue::start(c"rnbd-slow", wq::Kind::Plain)?;
-        let events = Group::new(rnbd_events::GROUP)?;
+        let group = Group::new(events::GROUP)?;
         let shared = Shared {
             io: io.queue(),
             slow: slow.queue(),
-            events: events.clone(),
+            events: Arc::new(events::Multicast(group.clone()), GFP_KERNEL)?,
         };
         let registry = Registry::new(layout, shared)?;
         let devices = AllDevices(registry.clone());
         let netlink = Netlink {
             registry: registry.clone(),
         };
-        let netlink = Registration::new(netlink, events)?;
+        let netlink = Registration::new(netlink, group)?;
         for index in 0..count {
             // As nbd.c: the module loads with the devices that could be made. One may be there already:
             // netlink can be used by now.

@@ -3,6 +3,8 @@
 
 #![forbid(unsafe_code)]
 
+pub(crate) mod events;
+
 use crate::{
     kapi::{
         disk::Disk,
@@ -10,7 +12,6 @@ use crate::{
     },
     rnbd_config::Request,
     rnbd_dev::{Device, Nbd},
-    rnbd_events::ATTR_INDEX,
     rnbd_registry::Registry,
 };
 use kernel::{prelude::*, sync::Arc};
@@ -20,6 +21,7 @@ const CMD_DISCONNECT: u8 = 2;
 const CMD_RECONFIGURE: u8 = 3;
 const CMD_STATUS: u8 = 5;
 
+const ATTR_INDEX: u16 = 1;
 const ATTR_SIZE_BYTES: u16 = 2;
 const ATTR_BLOCK_SIZE_BYTES: u16 = 3;
 const ATTR_TIMEOUT: u16 = 4;

@@ -3,8 +3,14 @@
 
 #![forbid(unsafe_code)]
 
-use crate::kapi::{genl::Group, wq::Queue};
+use crate::kapi::wq::Queue;
 use kernel::sync::Arc;
+
+/// What user space is told without asking.
+pub(crate) trait Events: Send + Sync {
+    /// A connection of `device` has died, and the user did not ask for it. May sleep.
+    fn link_dead(&self, device: u32);
+}
 
 /// See the module's documentation.
 #[derive(Clone)]
@@ -13,6 +19,6 @@ pub(crate) struct Shared {
     pub(crate) io: Arc<Queue>,
     /// For work that may wait for anything, such as removing a disk.
     pub(crate) slow: Arc<Queue>,
-    /// Where user space is told of dead connections.
-    pub(crate) events: Arc<Group>,
+    /// Where user space is told of what happens.
+    pub(crate) events: Arc<dyn Events>,
 }

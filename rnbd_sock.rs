@@ -22,7 +22,6 @@ use crate::{
         try_lock::TryLock,
         wq::{HasQueue, Queue},
     },
-    rnbd_events,
     rnbd_table::Table,
 };
 use kernel::{
@@ -121,7 +120,7 @@ impl WorkItem<3> for Connection {
 
     /// Tells user space that the connection is dead. Not on the queue of the I/O: it may wait for memory.
     fn run(this: Arc<Connection>) {
-        rnbd_events::link_dead(&this.table.shared.events, this.table.device);
+        this.table.shared.events.link_dead(this.table.device);
     }
 }
 

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What user space is told without asking: netlink multicasts of the family "nbd".
+
+#![forbid(unsafe_code)]
+
+use super::ATTR_INDEX;
+use crate::{kapi::genl::Group, rnbd_shared::Events};
+use kernel::{prelude::*, sync::Arc};
+
+/// `NBD_GENL_MCAST_GROUP_NAME`
+pub(crate) const GROUP: &CStr = c"nbd_mc_group";
+
+/// `NBD_CMD_LINK_DEAD`
+const CMD_LINK_DEAD: u8 = 4;
+
+/// Multicasts events to whoever has joined the group.
+pub(crate) struct Multicast(pub(crate) Arc<Group>);
+
+impl Events for Multicast {
+    /// `nbd_mcast_index()`
+    fn link_dead(&self, device: u32) {
+        let index = device.to_ne_bytes();
+        if let Err(e) = self.0.multicast(CMD_LINK_DEAD, ATTR_INDEX, &index) {
+            pr_warn!("nbd{device}: cannot tell that a link is dead ({e:?})\n");
+        }
+    }
+}
