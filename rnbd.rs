@@ -18,6 +18,7 @@ mod rnbd_debugfs;
 mod rnbd_dev;
 mod rnbd_ioctl;
 mod rnbd_netlink;
+mod rnbd_ratelimit;
 mod rnbd_registry;
 mod rnbd_session;
 mod rnbd_shared;
