@@ -13,8 +13,6 @@ mod rnbd_params;
 #[allow(unsafe_code)]
 mod kapi;
 mod pure;
-mod rnbd_config;
-mod rnbd_debugfs;
 mod rnbd_dev;
 mod rnbd_ioctl;
 mod rnbd_netlink;

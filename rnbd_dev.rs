@@ -1,31 +1,32 @@
 // SPDX-License-Identifier: GPL-2.0
-//! One `/dev/nbdN`: its disk, its life from the first open to the last close, and what the data path
-//! sees of it. What user space sets up is in `rnbd_config.rs`.
+//! One `/dev/nbdN`: its disk, its locks, and what the data path sees of it. What user space does with it is
+//! in `rnbd_dev/`.
 
 #![forbid(unsafe_code)]
 
+mod config;
+pub(crate) mod connect;
+mod debugfs;
+mod lifetime;
+mod setup;
+
 use crate::{
     kapi::{
-        disk::{BlockDevice, Disk, File, GenDisk, Numbers},
+        disk::{Disk, GenDisk, Numbers},
         limits::FixedLimits,
         mq::{Dispatch, Expired, Expiry, NewRequest, Operations, Overdue, Queued, Status, TagSet},
         published::Published,
-        task,
     },
-    rnbd_config::Config,
-    rnbd_ioctl,
     rnbd_session::Session,
     rnbd_shared::Shared,
 };
+use config::Config;
 use kernel::{
     debugfs::Dir,
     new_condvar, new_mutex, new_spinlock,
     prelude::*,
     str::CString,
-    sync::{
-        atomic::{Atomic, Relaxed},
-        Arc, CondVar, Mutex, MutexGuard, SpinLock,
-    },
+    sync::{atomic::Atomic, Arc, CondVar, Mutex, MutexGuard, SpinLock},
 };
 
 /// `NBD_MAJOR`.
@@ -190,47 +191,6 @@ impl Operations for Nbd {
     }
 }
 
-impl BlockDevice for Nbd {
-    /// `nbd_open()`
-    fn open(device: &Device) -> Result {
-        let mut state = device.state.lock();
-        if state.config.as_ref().is_none_or(|c| c.is_disconnected()) {
-            device.scan_partitions_later();
-        }
-        match &mut state.config {
-            Some(config) => config.references += 1,
-            None => {
-                device.new_config(&mut state)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// `nbd_release()`
-    fn release(device: &Device, openers: u32) {
-        let disconnect = openers == 0
-            && device
-                .with_config(|config| Ok(config.disconnect_on_close))
-                .unwrap_or(false);
-        if disconnect {
-            device.disconnect_and_put();
-        }
-        device.put_config();
-    }
-
-    fn ioctl(device: &Device, cmd: u32, arg: usize) -> Result<usize> {
-        rnbd_ioctl::ioctl(device, cmd, arg)
-    }
-
-    fn pid(&self) -> i32 {
-        self.pid.load(Relaxed)
-    }
-
-    fn backend(&self, print: impl FnOnce(&CStr) -> isize) -> isize {
-        print(self.backend.lock().as_deref().unwrap_or(c""))
-    }
-}
-
 impl Device {
     /// The next open reads the partition table, where there can be partitions.
     pub(crate) fn scan_partitions_later(&self) {
@@ -299,78 +259,5 @@ impl Device {
     /// starts the device.
     pub(crate) fn with_config<R>(&self, f: impl FnOnce(&mut Config) -> Result<R>) -> Result<R> {
         f(self.lock().config_mut()?)
-    }
-
-    /// Makes a configuration, with one reference (`nbd_alloc_and_init_config()`). There is none.
-    ///
-    /// # Errors
-    ///
-    /// `ENXIO` where the device is about to be removed, `ENODEV` where the module is about to go,
-    /// `ENOMEM`.
-    pub(crate) fn new_config<'a>(&self, state: &'a mut State) -> Result<&'a mut Config> {
-        let config = KBox::new(Config::new()?, GFP_KERNEL)?;
-        let mut life = self.life.lock();
-        if life.doomed {
-            return Err(ENXIO);
-        }
-        life.in_use = true;
-        Ok(state.config.insert(config))
-    }
-
-    /// Lets go of the configuration (`nbd_config_put()`). The last one ends the session, and the device
-    /// where it is not wanted any more. May sleep.
-    pub(crate) fn put_config(&self) {
-        let mut state = self.state.lock();
-        let last = state.config.as_mut().is_some_and(|config| {
-            config.references -= 1;
-            config.references == 0
-        });
-        if !last {
-            return;
-        }
-        if let Some(mut config) = state.config.take() {
-            self.tear_down(&mut config);
-            state.timeout_jiffies = 0;
-            self.disk
-                .set_request_timeout(DEFAULT_TIMEOUT_SECONDS * task::HZ);
-            self.leave();
-        }
-    }
-
-    /// Nobody uses the device any more. Has it removed where it was to go. The configuration lock is held.
-    fn leave(&self) {
-        let mut life = self.life.lock();
-        life.in_use = false;
-        let doom = life.destroy_on_disconnect && !life.doomed;
-        life.doomed |= doom;
-        drop(life);
-        if doom {
-            self.graveyard.clone().bury_later();
-        }
-    }
-
-    /// Undoes what was set up. The lock is held.
-    fn tear_down(&self, config: &mut Config) {
-        config.hide();
-        config.end();
-        if config.session.is_some() {
-            // Nothing is in flight any more, and what comes in is refused.
-            let gone = self.session.retract(&self.disk.freeze());
-            drop(gone);
-        }
-        self.disk.invalidate();
-        self.disk.reset_limits();
-        if config.size_bytes != 0 {
-            self.disk.uevent_change();
-        }
-        if config.started {
-            self.remove_file(File::Pid);
-        }
-        self.pid.store(0, Relaxed);
-        if config.has_backend_file {
-            self.remove_file(File::Backend);
-        }
-        // Also where the file could not be made: the next image is another one.
-        *self.backend.lock() = None;
     }
 }

@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Front end 1: the ioctls of `include/uapi/linux/nbd.h` (`nbd_ioctl()`).
+//! Front end 1: `/dev/nbdN` itself (`nbd_fops`), with the ioctls of `include/uapi/linux/nbd.h`.
 
 #![forbid(unsafe_code)]
 
-use crate::{kapi::task, rnbd_dev::Device};
+use crate::{
+    kapi::{disk::BlockDevice, task},
+    rnbd_dev::{Device, Nbd},
+};
 use kernel::{
     ioctl::{_IO, _IOC_TYPE},
     prelude::*,
+    sync::atomic::Relaxed,
 };
 
 const TYPE: u32 = 0xab;
@@ -22,13 +26,35 @@ const NBD_DISCONNECT: u32 = _IO(TYPE, 8);
 const NBD_SET_TIMEOUT: u32 = _IO(TYPE, 9);
 const NBD_SET_FLAGS: u32 = _IO(TYPE, 10);
 
-/// Carries out an ioctl, native or compat: the argument is a number, never a pointer. May sleep.
+impl BlockDevice for Nbd {
+    fn open(device: &Device) -> Result {
+        device.open()
+    }
+
+    fn release(device: &Device, openers: u32) {
+        device.close(openers);
+    }
+
+    fn ioctl(device: &Device, cmd: u32, arg: usize) -> Result<usize> {
+        ioctl(device, cmd, arg)
+    }
+
+    fn pid(&self) -> i32 {
+        self.pid.load(Relaxed)
+    }
+
+    fn backend(&self, print: impl FnOnce(&CStr) -> isize) -> isize {
+        print(self.backend.lock().as_deref().unwrap_or(c""))
+    }
+}
+
+/// `nbd_ioctl()`: carries out an ioctl, native or compat: the argument is a number, never a pointer. May sleep.
 ///
 /// # Errors
 ///
 /// `EPERM` without `CAP_SYS_ADMIN`; `EINVAL` for an ioctl of another kind, and on a device that netlink
 /// has connected; `ENOTTY` for one of ours that does not exist; or that of the call.
-pub(crate) fn ioctl(device: &Device, cmd: u32, arg: usize) -> Result<usize> {
+fn ioctl(device: &Device, cmd: u32, arg: usize) -> Result<usize> {
     if !task::may_administer() {
         return Err(EPERM);
     }

@@ -10,8 +10,7 @@ use crate::{
         disk::Disk,
         genl::{self, Attr, Commands, Info, Policy},
     },
-    rnbd_config::Request,
-    rnbd_dev::{Device, Nbd},
+    rnbd_dev::{connect::Request, Device, Nbd},
     rnbd_registry::Registry,
 };
 use kernel::{prelude::*, sync::Arc};

@@ -16,19 +16,19 @@ use kernel::{
 };
 
 /// What the files show. Reading one takes no lock that is held while they are removed.
-pub(crate) struct Shown {
-    pub(crate) pid: i32,
-    pub(crate) session: Arc<Session>,
-    pub(crate) flags: u32,
-    pub(crate) size_bytes: Atomic<u64>,
-    pub(crate) block_bytes: Atomic<u32>,
+pub(super) struct Shown {
+    pub(super) pid: i32,
+    pub(super) session: Arc<Session>,
+    pub(super) flags: u32,
+    pub(super) size_bytes: Atomic<u64>,
+    pub(super) block_bytes: Atomic<u32>,
 }
 
 /// The files of a session. Dropping this removes them, and waits for their readers.
-pub(crate) type Files = Pin<KBox<Scope<Arc<Shown>>>>;
+pub(super) type Files = Pin<KBox<Scope<Arc<Shown>>>>;
 
 /// Makes the files of `nbd{index}` in `root`. May sleep.
-pub(crate) fn show(root: &Dir, index: u32, shown: Arc<Shown>) -> Result<Files> {
+pub(super) fn show(root: &Dir, index: u32, shown: Arc<Shown>) -> Result<Files> {
     let name = kernel::str::CString::try_from_fmt(fmt!("nbd{index}"))?;
     KBox::pin_init(
         root.scope(shown, &name, |shown: &Arc<Shown>, dir| {

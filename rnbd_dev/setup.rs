@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: GPL-2.0
+//! What either front end sets up: sockets, sizes, flags, timeouts.
+
+#![forbid(unsafe_code)]
+
+use super::{
+    config::{Config, DEFAULT_BLOCK_BYTES},
+    Device, State, DEFAULT_TIMEOUT_SECONDS,
+};
+use crate::{
+    kapi::{
+        disk::Sectors,
+        limits::{valid_block_size, Features},
+        sock::{BadSocket, Socket},
+        task::{self, TaskId},
+    },
+    pure::proto::flags,
+};
+use kernel::{prelude::*, sync::atomic::Relaxed};
+
+/// The longest that a timer can be set for (`MAX_JIFFY_OFFSET`, as far as 32 bits hold it).
+const MAX_JIFFIES: u32 = u32::MAX / 4;
+
+impl Device {
+    /// Adds a socket to the ones that the device will use (`nbd_add_socket()`).
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` for something that is no TCP or UNIX stream socket, `ENOTCONN` for one that is no
+    /// connection and was none, `EBADF`, `ENOTSOCK`, `EBUSY` where the device was started or another task
+    /// sets it up, `ENOMEM`.
+    pub(crate) fn add_socket(&self, fd: usize) -> Result {
+        let fd = i32::try_from(fd).map_err(|_| EINVAL)?;
+        self.with_config(|config| {
+            if config.started {
+                pr_err!(
+                    "nbd{}: cannot add a socket to a running device\n",
+                    self.index
+                );
+                return Err(EBUSY);
+            }
+            let socket = self.socket_from_fd(fd)?;
+            let me = TaskId::current();
+            if *config.setup_by.get_or_insert(me) != me {
+                pr_err!("nbd{}: being set up by another task\n", self.index);
+                return Err(EBUSY);
+            }
+            Ok(config.sockets.push(socket, GFP_KERNEL)?)
+        })
+    }
+
+    pub(super) fn socket_from_fd(&self, fd: i32) -> Result<Socket> {
+        Socket::from_fd(fd).map_err(|e| match e {
+            BadSocket::Fd(errno) => errno,
+            BadSocket::Kind => {
+                pr_err!(
+                    "nbd{}: unsupported socket: should be TCP or UNIX\n",
+                    self.index
+                );
+                EINVAL
+            }
+            BadSocket::NotConnected => {
+                pr_err!("nbd{}: unsupported socket: not connected\n", self.index);
+                ENOTCONN
+            }
+        })
+    }
+
+    /// Sets the size, in bytes.
+    pub(crate) fn set_size_bytes(&self, size_bytes: usize) -> Result {
+        self.with_config(|config| self.set_size(config, size_bytes as u64, config.block_bytes))
+    }
+
+    /// Sets the size, in blocks of the size that was set.
+    pub(crate) fn set_size_blocks(&self, blocks: usize) -> Result {
+        self.with_config(|config| {
+            let size_bytes = (blocks as u64)
+                .checked_mul(u64::from(config.block_bytes))
+                .ok_or(EINVAL)?;
+            self.set_size(config, size_bytes, config.block_bytes)
+        })
+    }
+
+    /// Sets the block size, in bytes; 0 is the default.
+    pub(crate) fn set_block_bytes(&self, bytes: usize) -> Result {
+        let bytes = checked_block_bytes(bytes as u64)?;
+        self.with_config(|config| self.set_size(config, config.size_bytes, bytes))
+    }
+
+    /// `nbd_set_size()`: remembers it, and tells the block layer where the device runs.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL`; `EBUSY` where the block size is to change and what is in flight does not end, or somebody
+    /// who waits for that changes other limits.
+    pub(super) fn set_size(
+        &self,
+        config: &mut Config,
+        size_bytes: u64,
+        block_bytes: u32,
+    ) -> Result {
+        if i64::try_from(size_bytes).is_err() {
+            return Err(EINVAL);
+        }
+        if config.started {
+            self.set_limits(config, block_bytes)?;
+        }
+        config.size_bytes = size_bytes;
+        config.block_bytes = block_bytes;
+        if !config.started {
+            return Ok(());
+        }
+        if let Some(shown) = &config.shown {
+            shown.size_bytes.store(size_bytes, Relaxed);
+            shown.block_bytes.store(block_bytes, Relaxed);
+        }
+        self.scan_partitions_later();
+        let told = self.disk.set_capacity_and_notify(Sectors(size_bytes >> 9));
+        if !told {
+            self.disk.uevent_change();
+        }
+        Ok(())
+    }
+
+    fn set_limits(&self, config: &Config, block_bytes: u32) -> Result {
+        let set = self.disk.set_limits(features(config.flags), block_bytes);
+        set.inspect_err(|e| {
+            if *e == EBUSY {
+                pr_err!(
+                    "nbd{}: cannot change the block size while requests get no answer\n",
+                    self.index
+                );
+            }
+        })
+    }
+
+    /// Sets how long a request may take; 0 is for ever (`nbd_set_cmd_timeout()`).
+    pub(crate) fn set_timeout_seconds(&self, seconds: usize) -> Result {
+        self.apply_timeout(&mut self.lock(), seconds as u64);
+        Ok(())
+    }
+
+    pub(super) fn apply_timeout(&self, state: &mut State, seconds: u64) {
+        // What is longer than the block layer can wait is as good as for ever, and not zero.
+        let jiffies = seconds.saturating_mul(u64::from(task::HZ));
+        let jiffies = u32::try_from(jiffies).map_or(MAX_JIFFIES, |j| j.min(MAX_JIFFIES));
+        state.timeout_jiffies = jiffies;
+        self.disk.set_request_timeout(match seconds {
+            0 => DEFAULT_TIMEOUT_SECONDS * task::HZ,
+            _ => jiffies,
+        });
+        let session = state.config.as_ref().and_then(|c| c.session.as_ref());
+        if let Some(session) = session {
+            session.table().set_timeout_jiffies(jiffies);
+        }
+    }
+
+    /// Sets what the server can do. Taken up when the device starts or its size is set.
+    pub(crate) fn set_flags(&self, flags: usize) -> Result {
+        self.with_config(|config| {
+            config.flags = flags as u32;
+            Ok(())
+        })
+    }
+}
+
+/// A block size that the block layer takes; 0 is the default.
+pub(super) fn checked_block_bytes(bytes: u64) -> Result<u32> {
+    let bytes = match bytes {
+        0 => u64::from(DEFAULT_BLOCK_BYTES),
+        bytes => bytes,
+    };
+    let small = usize::try_from(bytes).map_err(|_| EINVAL)?;
+    if !valid_block_size(small) {
+        return Err(EINVAL);
+    }
+    u32::try_from(bytes).map_err(|_| EINVAL)
+}
+
+/// What the disk can do with such a server (`nbd_apply_limits()`).
+fn features(flags: u32) -> Features {
+    let has = |flag| flags & flag != 0;
+    Features {
+        write_cache: has(flags::SEND_FLUSH),
+        fua: has(flags::SEND_FLUSH) && has(flags::SEND_FUA),
+        rotational: has(flags::ROTATIONAL),
+        discard: has(flags::SEND_TRIM),
+        write_zeroes: has(flags::SEND_WRITE_ZEROES),
+    }
+}
