@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Requests whose time is up.
+
+#![forbid(unsafe_code)]
+
+use super::Session;
+use crate::{
+    kapi::{
+        mq::{Expired, Overdue},
+        task,
+    },
+    rnbd_sock::Connection,
+    rnbd_translate::Described,
+};
+use kernel::prelude::*;
+
+impl Session {
+    /// `nbd_xmit_timeout()`: a request's time is up. May sleep.
+    pub(crate) fn timeout(&self, rq: Overdue<'_>) -> Expired {
+        let (hw_queue, tag) = rq.tag();
+        let Some(slot) = self.table.slot(hw_queue, tag) else {
+            return Expired::Waits;
+        };
+        // Before the slot is looked at: a connection is replaced with the lock held and after its commands
+        // were given back, so that the one in the place is the one that the slot names.
+        let connections = self.connections.lock();
+        let (index, unclaimed) = slot.status();
+        let count = connections.len();
+        let Some(place) = connections.get(usize::from(index)) else {
+            return Expired::Waits;
+        };
+        let connection = place.connection.clone();
+        drop(connections);
+        if !unclaimed && connection.traffic().idle_jiffies() < rq.timeout_jiffies() as usize {
+            // Its data is coming in, or it is just ending.
+            return Expired::Waits;
+        }
+        if count == 1 && self.table.timeout_jiffies() == 0 {
+            self.warn_of_stuck(&rq, &connection);
+            return Expired::Waits;
+        }
+        if connection.is_alive() && self.table.log.allow() {
+            pr_err!(
+                "nbd{}: connection {} timed out, retrying ({}/{} alive)\n",
+                self.table.device,
+                index,
+                self.table.connections_alive().saturating_sub(1),
+                count
+            );
+        }
+        // Whoever clears the connection away gives this request back too.
+        connection.as_arc_borrow().die();
+        Expired::Ends
+    }
+
+    fn warn_of_stuck(&self, rq: &Overdue<'_>, connection: &Connection) {
+        if !self.table.log.allow() {
+            return;
+        }
+        pr_info!(
+            "nbd{}: possible stuck request: {}; nothing came from the server for {} seconds\n",
+            self.table.device,
+            Described(&rq.extent()),
+            connection.traffic().idle_jiffies() / task::HZ as usize
+        );
+    }
+}
