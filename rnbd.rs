@@ -25,9 +25,11 @@ mod rnbd_table;
 mod rnbd_translate;
 
 use kapi::{
-    disk::Major,
-    genl::{Group, Registration},
-    hook::Hooks,
+    block::gendisk::Major,
+    net::{
+        genl::{Group, Registration},
+        hook::Hooks,
+    },
     wq,
 };
 use kernel::{prelude::*, sync::Arc};

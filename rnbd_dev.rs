@@ -11,11 +11,12 @@ mod lifetime;
 mod setup;
 
 use crate::{
-    kapi::{
-        disk::{Disk, GenDisk, Numbers},
+    kapi::block::{
+        gendisk::{Disk, GenDisk, Numbers},
         limits::FixedLimits,
-        mq::{Dispatch, Expired, Expiry, NewRequest, Operations, Overdue, Queued, Status, TagSet},
+        mq::{Dispatch, Expired, Expiry, Operations, TagSet},
         published::Published,
+        request::{NewRequest, Overdue, Queued, Status},
     },
     rnbd_session::Session,
     rnbd_shared::Shared,

@@ -4,7 +4,7 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    kapi::{disk::BlockDevice, task},
+    kapi::{block::gendisk::BlockDevice, task},
     rnbd_dev::{Device, Nbd},
 };
 use kernel::{

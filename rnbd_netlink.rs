@@ -7,8 +7,11 @@ pub(crate) mod events;
 
 use crate::{
     kapi::{
-        disk::Disk,
-        genl::{self, Attr, Commands, Info, Policy},
+        block::gendisk::Disk,
+        net::{
+            attr::{self, Attr},
+            genl::{Commands, Info, Policy},
+        },
     },
     rnbd_dev::{connect::Request, Device, Nbd},
     rnbd_registry::Registry,
@@ -189,10 +192,10 @@ fn refuse_going(info: &Info<'_>, device: &Device) -> Result {
 
 fn put_status(list: &mut KVec<u8>, device: &Device) -> Result {
     let mut item = KVec::new();
-    genl::put(&mut item, DEVICE_INDEX, &device.index.to_ne_bytes())?;
+    attr::put(&mut item, DEVICE_INDEX, &device.index.to_ne_bytes())?;
     let connected = u8::from(device.is_in_use());
-    genl::put(&mut item, DEVICE_CONNECTED, &[connected])?;
-    genl::put(list, DEVICE_ITEM, &item)
+    attr::put(&mut item, DEVICE_CONNECTED, &[connected])?;
+    attr::put(list, DEVICE_ITEM, &item)
 }
 
 /// What a message asks for.

@@ -4,7 +4,7 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    kapi::{disk::Disk, task},
+    kapi::{block::gendisk::Disk, task},
     rnbd_dev::{self, Device, Graveyard, Layout, Nbd},
     rnbd_shared::Shared,
 };

@@ -9,7 +9,10 @@ mod reconnect;
 mod timeout;
 
 use crate::{
-    kapi::{disk::DiskRef, published::Dispatched, sock::Socket},
+    kapi::{
+        block::{disk::DiskRef, published::Dispatched},
+        net::sock::Socket,
+    },
     rnbd_shared::Shared,
     rnbd_sock::Connection,
     rnbd_table::Table,

@@ -16,9 +16,11 @@ mod traffic;
 
 use crate::{
     kapi::{
-        arrival::Arrival,
-        hook::{Events, HookMemory, Hooked},
-        sock::{Ending, Socket},
+        net::{
+            arrival::Arrival,
+            hook::{Events, HookMemory, Hooked},
+            sock::{Ending, Socket},
+        },
         try_lock::TryLock,
         wq::{HasQueue, Queue},
     },

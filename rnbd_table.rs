@@ -7,7 +7,7 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    kapi::mq::{Outcome, Parked, Side, Status, Unanswered},
+    kapi::block::request::{Outcome, Parked, Side, Status, Unanswered},
     pure::cmd::{Cookie, Parking, Slot},
     pure::fate::Fate,
     rnbd_ratelimit::Ratelimit,

@@ -4,7 +4,7 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    kapi::mq::{Extent, Op, Status},
+    kapi::block::request::{Extent, Op, Status},
     pure::cmd::Cookie,
     pure::proto::{self as proto, Command, ServerError},
 };

@@ -6,7 +6,7 @@
 use super::debugfs::{Files, Shown};
 use crate::{
     kapi::{
-        sock::{Ending, Socket},
+        net::sock::{Ending, Socket},
         task::{ModuleRef, TaskId},
     },
     rnbd_session::Session,

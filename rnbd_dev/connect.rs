@@ -4,7 +4,7 @@
 #![forbid(unsafe_code)]
 
 use super::{config::Config, setup::checked_block_bytes, Device, State};
-use crate::kapi::{disk::File, task};
+use crate::kapi::{block::gendisk::File, task};
 use kernel::{prelude::*, str::CString};
 
 /// `NBD_CFLAG_DESTROY_ON_DISCONNECT`

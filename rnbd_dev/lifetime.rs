@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     kapi::{
-        disk::{File, Sectors},
+        block::{disk::Sectors, gendisk::File},
         task,
     },
     pure::proto::flags,

@@ -9,9 +9,11 @@ use super::{
 };
 use crate::{
     kapi::{
-        disk::Sectors,
-        limits::{valid_block_size, Features},
-        sock::{BadSocket, Socket},
+        block::{
+            disk::Sectors,
+            limits::{valid_block_size, Features},
+        },
+        net::sock::{BadSocket, Socket},
         task::{self, TaskId},
     },
     pure::proto::flags,

@@ -4,7 +4,7 @@
 #![forbid(unsafe_code)]
 
 use super::ATTR_INDEX;
-use crate::{kapi::genl::Group, rnbd_shared::Events};
+use crate::{kapi::net::genl::Group, rnbd_shared::Events};
 use kernel::{prelude::*, sync::Arc};
 
 /// `NBD_GENL_MCAST_GROUP_NAME`

@@ -6,7 +6,10 @@
 use super::Session;
 use crate::{
     kapi::{
-        mq::{Dispatch, Extent, NewRequest, Op, Outcome, Queued, Status, Unanswered, Unsent},
+        block::{
+            mq::Dispatch,
+            request::{Extent, NewRequest, Op, Outcome, Queued, Status, Unanswered, Unsent},
+        },
         task,
     },
     pure::{

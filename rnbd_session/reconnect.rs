@@ -5,7 +5,7 @@
 
 use super::{Owned, Session};
 use crate::{
-    kapi::{disk::DiskRef, sock::Socket, task},
+    kapi::{block::disk::DiskRef, net::sock::Socket, task},
     rnbd_sock::Connection,
 };
 use kernel::{

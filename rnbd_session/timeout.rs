@@ -6,7 +6,7 @@
 use super::Session;
 use crate::{
     kapi::{
-        mq::{Expired, Overdue},
+        block::{mq::Expired, request::Overdue},
         task,
     },
     rnbd_sock::Connection,

@@ -7,9 +7,11 @@
 use super::{stream::Receive, Connection, DEAD};
 use crate::{
     kapi::{
-        arrival::{Arrival, Segment},
-        mq::{Outcome, Side, Status, Unanswered},
-        payload::Payload,
+        block::{
+            payload::Payload,
+            request::{Outcome, Side, Status, Unanswered},
+        },
+        net::arrival::{Arrival, Segment},
     },
     pure::cmd::{Cookie, Refused},
     pure::proto::{Reply, ServerError, REPLY_BYTES},

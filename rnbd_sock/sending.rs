@@ -7,9 +7,11 @@
 use super::{stream::Transmit, Connection};
 use crate::{
     kapi::{
+        block::{
+            payload::Payload,
+            request::{Outcome, Side, Status, Unsent},
+        },
         llist::{Batch, List},
-        mq::{Outcome, Side, Status, Unsent},
-        payload::Payload,
         task, wq,
     },
     pure::proto,

@@ -6,11 +6,15 @@
 
 use crate::{
     kapi::{
-        arrival::Segment,
-        iov::{IoPage, Pieces, RecvIov, SendIov},
-        mq::{Outcome, Unanswered, Unsent},
-        payload::Payload,
-        sock::Socket,
+        block::{
+            payload::Payload,
+            request::{Outcome, Unanswered, Unsent},
+        },
+        net::{
+            arrival::Segment,
+            iov::{IoPage, Pieces, RecvIov, SendIov},
+            sock::Socket,
+        },
     },
     pure::proto::{self as proto, REPLY_BYTES, REQUEST_BYTES},
     pure::ring::Ring,

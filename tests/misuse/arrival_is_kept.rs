@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What came in is read in the callback that told of it.
 
-use crate::kapi::arrival::Arrival;
+use crate::kapi::net::arrival::Arrival;
 
 struct Kept(Option<Arrival<'static>>);
 

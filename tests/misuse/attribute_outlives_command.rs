@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! An attribute goes with its message.
 
-use crate::kapi::genl::{Attr, Info};
+use crate::kapi::net::{attr::Attr, genl::Info};
 
 struct Kept(Option<Attr<'static>>);
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! A disk that a callback has lent cannot be stored.
 
-use crate::{kapi::disk::DiskRef, rnbd_dev::Device};
+use crate::{kapi::block::disk::DiskRef, rnbd_dev::Device};
 
 struct Kept(Option<&'static DiskRef>);
 

@@ -2,7 +2,7 @@
 //! What the owner of a disk lends goes with it.
 
 use crate::{
-    kapi::disk::{Disk, Sectors},
+    kapi::block::{disk::Sectors, gendisk::Disk},
     rnbd_dev::Nbd,
 };
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What a dispatch looks at is not borrowed any more when its owner goes.
 
-use crate::kapi::{mq::Dispatch, published::Dispatched};
+use crate::kapi::block::{mq::Dispatch, published::Dispatched};
 
 fn look(connection: Dispatched<u32>, cx: &Dispatch<'_>) -> u32 {
     let seen = connection.get(cx);

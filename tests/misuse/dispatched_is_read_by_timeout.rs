@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What can be replaced while requests are in flight is for dispatches only.
 
-use crate::kapi::{
+use crate::kapi::block::{
     mq::{Dispatch, Expiry},
     published::Dispatched,
 };

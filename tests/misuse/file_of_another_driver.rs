@@ -2,7 +2,7 @@
 //! A file shows the driver part of the disk that it is of.
 
 use crate::{
-    kapi::disk::{BlockDevice, File, GenDisk},
+    kapi::block::gendisk::{BlockDevice, File, GenDisk},
     rnbd_dev::Nbd,
 };
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! A queue is frozen no longer than the disk is borrowed.
 
-use crate::{kapi::disk::Disk, rnbd_dev::Nbd};
+use crate::{kapi::block::gendisk::Disk, rnbd_dev::Nbd};
 
 fn freeze(disk: Disk<Nbd>) {
     let frozen = disk.disk.freeze();

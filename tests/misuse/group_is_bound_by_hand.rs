@@ -2,7 +2,7 @@
 //! A multicast group has a family that is registered.
 
 use crate::{
-    kapi::genl::{Group, Registration},
+    kapi::net::genl::{Group, Registration},
     rnbd_netlink::Netlink,
 };
 use kernel::{prelude::*, sync::Arc};

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Only kapi says that one is in an operation.
 
-use crate::kapi::mq::{Dispatch, InQueue};
+use crate::kapi::block::mq::{Dispatch, InQueue};
 
 fn pretend(cx: &Dispatch<'_>) {
     let queue = cx.queue();

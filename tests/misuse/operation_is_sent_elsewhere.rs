@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Another task is in no operation.
 
-use crate::kapi::mq::Dispatch;
+use crate::kapi::block::mq::Dispatch;
 
 fn elsewhere(_what: impl Send) {}
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Nobody looks at memory that is being received into.
 
-use crate::kapi::{
+use crate::kapi::net::{
     iov::{IoPage, Pieces, RecvIov},
     sock::Socket,
 };

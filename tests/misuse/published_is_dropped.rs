@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What is published is not borrowed any more when its owner goes.
 
-use crate::kapi::{mq::Dispatch, published::Published};
+use crate::kapi::block::{mq::Dispatch, published::Published};
 
 fn look(session: Published<u32>, cx: &Dispatch<'_>) -> u32 {
     let seen = session.get(cx);

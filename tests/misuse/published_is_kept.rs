@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What an operation has borrowed cannot be stored.
 
-use crate::kapi::{mq::Expiry, published::Published};
+use crate::kapi::block::{mq::Expiry, published::Published};
 
 struct Kept(Option<&'static u32>);
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What an operation has borrowed is not used after it.
 
-use crate::kapi::{mq::Dispatch, published::Published};
+use crate::kapi::block::{mq::Dispatch, published::Published};
 
 fn look<'a>(
     session: &'a Published<u32>,

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! A handle says once how its request ends.
 
-use crate::kapi::mq::{Outcome, Status, Unanswered};
+use crate::kapi::block::request::{Outcome, Status, Unanswered};
 
 fn end(handle: Unanswered) {
     handle.decide(Outcome::Complete(Status::OK));

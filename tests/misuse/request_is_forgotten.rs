@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! queue_rq cannot return before it has refused or started the request.
 
-use crate::kapi::mq::{NewRequest, Queued, Status};
+use crate::kapi::block::request::{NewRequest, Queued, Status};
 
 fn queue_rq(rq: NewRequest) -> Queued {
     Queued(Status::OK) //~ E0423

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! A request is started once.
 
-use crate::kapi::mq::{NewRequest, Queued};
+use crate::kapi::block::request::{NewRequest, Queued};
 
 fn start(rq: NewRequest) -> Queued {
     let _handles = rq.start();

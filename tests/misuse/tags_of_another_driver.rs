@@ -2,8 +2,9 @@
 //! The operations of a queue get the driver part that they are of.
 
 use crate::{
-    kapi::{
-        disk::{BlockDevice, Disk, Numbers, QueueId},
+    kapi::block::{
+        disk::QueueId,
+        gendisk::{BlockDevice, Disk, Numbers},
         limits::FixedLimits,
         mq::TagSet,
     },

@@ -2,10 +2,11 @@
 //! What is being sent is not received into.
 
 use crate::kapi::{
-    iov::{Pieces, RecvIov, SendIov},
-    mq::Unsent,
-    payload::Payload,
-    sock::Socket,
+    block::{payload::Payload, request::Unsent},
+    net::{
+        iov::{Pieces, RecvIov, SendIov},
+        sock::Socket,
+    },
 };
 
 fn receive(socket: &Socket, room: &mut Pieces, write: &mut Payload<Unsent>) {

@@ -37,10 +37,11 @@ mod script;
 mod tests;
 
 use kapi::{
-    arrival::Segment,
-    mq::{Extent, Log, Op, Outcome, Request, Side, Status, Unanswered, Unsent},
-    payload::Payload,
-    sock::Socket,
+    block::{
+        payload::Payload,
+        request::{Extent, Log, Op, Outcome, Request, Side, Status, Unanswered, Unsent},
+    },
+    net::{arrival::Segment, sock::Socket},
 };
 use prelude::*;
 use pure::cmd::{Cookie, Parking, Slot};

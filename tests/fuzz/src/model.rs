@@ -2,7 +2,7 @@
 //! What a stream of replies means, byte by byte and with nothing of the module's. Numbers are written out
 //! once more: a constant that is wrong must not make its own test pass.
 
-use crate::kapi::mq::{Op, Outcome, Status};
+use crate::kapi::block::request::{Op, Outcome, Status};
 
 /// A command that a reply may be for.
 struct InFlight {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! What happens, read from bytes that mean something whatever they are.
 
-use crate::kapi::mq::Op;
+use crate::kapi::block::request::Op;
 
 /// Places of the table.
 pub(crate) const SLOTS: usize = 8;

@@ -68,6 +68,14 @@ pub(crate) mod sync {
 
 /// `kapi`
 pub(crate) mod kapi {
+    pub(crate) mod block {
+        pub(crate) use super::{payload, request};
+    }
+
+    pub(crate) mod net {
+        pub(crate) use super::{arrival, iov, sock};
+    }
+
     /// Memory that several may write to: a request's, a page.
     type Memory = std::rc::Rc<std::cell::RefCell<Vec<u8>>>;
 
@@ -75,7 +83,7 @@ pub(crate) mod kapi {
         std::rc::Rc::new(std::cell::RefCell::new(vec![0; len]))
     }
 
-    pub(crate) mod mq {
+    pub(crate) mod request {
         use super::Memory;
         use std::cell::RefCell;
         use std::rc::Rc;
@@ -193,7 +201,7 @@ pub(crate) mod kapi {
     }
 
     pub(crate) mod payload {
-        use super::mq::{Side, Unanswered};
+        use super::request::{Side, Unanswered};
 
         pub(crate) struct Payload<S> {
             pub(super) side: S,
@@ -249,8 +257,8 @@ pub(crate) mod kapi {
     pub(crate) mod sock {
         use super::{
             Memory,
-            mq::{Side, Unanswered},
             payload::Payload,
+            request::{Side, Unanswered},
         };
         use crate::prelude::*;
         use std::cell::{Cell, RefCell};

@@ -2,8 +2,8 @@
 //! The same without a fuzzer: what it has found, once more, and what needs no search.
 
 use crate::{
-    kapi::mq::{Extent, Log, Op, Outcome, Request, Status, Unanswered, Unsent},
-    kapi::{payload::Payload, sock::Socket},
+    kapi::block::request::{Extent, Log, Op, Outcome, Request, Status, Unanswered, Unsent},
+    kapi::{block::payload::Payload, net::sock::Socket},
     prelude::*,
     pure::cmd::Cookie,
     pure::proto::{self as proto, Command, ServerError},

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Stand-ins for `kapi::mq`: a request with its two handles, and the block layer behind it.
+//! Stand-ins for `kapi::block::request`: a request with its two handles, and the block layer behind it.
 //!
 //! What the driver synchronises with is loom's; what only the test remembers is `std`'s, which loom
 //! does not see, so that it adds no interleavings.
@@ -157,7 +157,7 @@ impl Tag {
     }
 }
 
-/// `kapi::mq::Handle`: one of the two handles of a request in flight.
+/// `kapi::block::request::Handle`: one of the two handles of a request in flight.
 pub(crate) struct Handle(Arc<Tag>);
 
 impl Handle {
@@ -203,7 +203,7 @@ impl Drop for Handle {
     }
 }
 
-/// `kapi::mq::Unsent`
+/// `kapi::block::request::Unsent`
 pub(crate) struct Unsent(pub(crate) Handle);
 
 impl Unsent {
@@ -238,7 +238,7 @@ impl Unsent {
     }
 }
 
-/// `kapi::mq::Unanswered`
+/// `kapi::block::request::Unanswered`
 pub(crate) struct Unanswered(pub(crate) Handle);
 
 impl Unanswered {
@@ -248,7 +248,7 @@ impl Unanswered {
     }
 }
 
-/// `kapi::mq::Parked`: room for one handle.
+/// `kapi::block::request::Parked`: room for one handle.
 pub(crate) struct Parked(Atomic<*mut Tag>);
 
 impl Parked {

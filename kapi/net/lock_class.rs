@@ -3,7 +3,7 @@
 //!
 //! Source: `include/linux/lockdep.h`, `include/net/tls.h`.
 
-use super::bindings;
+use crate::kapi::bindings;
 #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
 use {
     super::sock::is_unix,

@@ -1,10 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The data of a request: its bios' memory, piece by piece. Source: `include/linux/bvec.h`.
 
-use super::{
-    bindings,
-    mq::{Side, Unanswered},
-};
+use super::request::{Side, Unanswered};
+use crate::kapi::bindings;
 use kernel::prelude::*;
 
 /// A position in the data of a request.
@@ -144,7 +142,10 @@ impl<S: Side> Payload<S> {
 
     /// Calls `each` with the pieces from here on until it returns false or the data ends. Returns
     /// whether the end was reached. The position stays.
-    pub(super) fn for_each_piece(&self, mut each: impl FnMut(bindings::bio_vec) -> bool) -> bool {
+    pub(in crate::kapi) fn for_each_piece(
+        &self,
+        mut each: impl FnMut(bindings::bio_vec) -> bool,
+    ) -> bool {
         let mut position = self.position;
         while let Some(piece) = position.piece() {
             let len = piece.bv_len;
@@ -164,7 +165,7 @@ impl Payload<Unanswered> {
     /// # Errors
     ///
     /// Those of `copy`.
-    pub(super) fn fill(
+    pub(in crate::kapi) fn fill(
         &mut self,
         bytes: usize,
         mut copy: impl FnMut(*mut u8, usize, usize) -> Result,

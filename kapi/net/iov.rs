@@ -3,10 +3,12 @@
 //!
 //! Source: `include/linux/bvec.h`.
 
-use super::{
+use crate::kapi::{
     bindings,
-    mq::{Unanswered, Unsent},
-    payload::Payload,
+    block::{
+        payload::Payload,
+        request::{Unanswered, Unsent},
+    },
 };
 use kernel::{alloc::AllocError, page::Page, prelude::*};
 

@@ -7,7 +7,7 @@
 //! them, and put them back, when we have long let go of the socket. So it is written down here which
 //! callbacks a socket had, while it is hooked and, where somebody may have kept ours, for ever.
 
-use super::bindings;
+use crate::kapi::bindings;
 use core::ptr::NonNull;
 use kernel::{
     prelude::*,

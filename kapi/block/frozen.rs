@@ -3,7 +3,8 @@
 //!
 //! Source: `include/linux/blk-mq.h`.
 
-use super::{bindings, disk::DiskRef, task::Deadline};
+use super::disk::DiskRef;
+use crate::kapi::{bindings, task::Deadline};
 use core::marker::PhantomData;
 use kernel::{ffi, prelude::*};
 

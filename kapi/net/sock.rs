@@ -4,10 +4,8 @@
 //!
 //! The `kernel` crate (7.3) has no sockets. Source: `include/linux/net.h`, `include/net/sock.h`.
 
-use super::{
-    bindings,
-    iov::{Iov, RecvIov, SendIov},
-};
+use super::iov::{Iov, RecvIov, SendIov};
+use crate::kapi::bindings;
 use core::{mem::MaybeUninit, ptr::NonNull};
 use kernel::{error::to_result, prelude::*};
 

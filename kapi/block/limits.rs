@@ -3,11 +3,8 @@
 //!
 //! Source: `include/linux/blkdev.h`.
 
-use super::{
-    bindings,
-    disk::{DiskRef, Sectors},
-    task::Deadline,
-};
+use super::disk::{DiskRef, Sectors};
+use crate::kapi::{bindings, task::Deadline};
 use core::{marker::PhantomData, mem::ManuallyDrop};
 use kernel::{
     error::to_result,

@@ -3,7 +3,11 @@
 //!
 //! Source: `tcp_read_sock()` in `net/ipv4/tcp.c`; the use of it follows `drivers/scsi/iscsi_tcp.c`.
 
-use super::{bindings, iov::IoPage, mq::Unanswered, payload::Payload, sock::has_data};
+use super::{iov::IoPage, sock::has_data};
+use crate::kapi::{
+    bindings,
+    block::{payload::Payload, request::Unanswered},
+};
 use core::{marker::PhantomData, mem::MaybeUninit};
 use kernel::{error::to_result, prelude::*};
 

@@ -4,7 +4,7 @@
 //! Source: `sk_set_memalloc()` in `net/core/sock.c`. It is not called itself, because it takes the lock of
 //! the static key for each socket, which waits while a processor is being taken away.
 
-use super::bindings;
+use crate::kapi::bindings;
 #[cfg(not(CONFIG_JUMP_LABEL))]
 use kernel::sync::atomic::{Atomic, Relaxed};
 

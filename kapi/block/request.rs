@@ -1,24 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
-//! blk-mq: tag sets, requests, and the operations of a driver.
+//! Requests, from `queue_rq` to their end.
 //!
-//! Mirrors `kernel::block::mq`, which (7.3) has no timeout, no request direction, no access to a
-//! request's data and no blocking `queue_rq`. Source: `include/linux/blk-mq.h`,
-//! `Documentation/block/blk-mq.rst`.
+//! Source: `include/linux/blk-mq.h`.
 
-use super::{bindings, llist::Linked};
+use crate::kapi::{bindings, llist::Linked};
 use core::{marker::PhantomData, mem::ManuallyDrop, ptr::NonNull};
 use kernel::{
     cpu::CpuId,
-    error::to_result,
-    ffi,
-    prelude::*,
     sync::atomic::{Atomic, Full, Relaxed, Release},
-    types::Opaque,
 };
 
 /// A block layer status (`blk_status_t`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Status(u8);
+pub(crate) struct Status(pub(super) u8);
 
 impl Status {
     pub(crate) const OK: Status = Status(bindings::BLK_STS_OK as u8);
@@ -31,7 +25,7 @@ impl Status {
     /// `EIO`.
     pub(crate) const IOERR: Status = Status(bindings::BLK_STS_IOERR);
     /// Not an end: the block layer keeps the request until the queue runs again, which the driver
-    /// sees to ([`Dispatch::run_again()`]).
+    /// sees to ([`Dispatch::run_again()`](super::mq::Dispatch::run_again)).
     pub(crate) const DEV_RESOURCE: Status = Status(bindings::BLK_STS_DEV_RESOURCE);
 }
 
@@ -73,7 +67,7 @@ impl Outcome {
 }
 
 /// The driver's private data in each request.
-struct Pdu {
+pub(super) struct Pdu {
     /// [`Handle`]s. The last one that goes ends the request.
     handles: Atomic<i32>,
     /// How it ends, as its [`Unanswered`] says: see [`Outcome::pack()`].
@@ -90,7 +84,7 @@ const REQUEUE: u32 = 1 << 8;
 const NOT_OVERRULED: u32 = 1 << 9;
 
 impl Pdu {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Pdu {
             handles: Atomic::new(0),
             outcome: Atomic::new(0),
@@ -114,7 +108,7 @@ impl Pdu {
 ///
 /// `rq` was passed to `queue_rq`, and neither has it been started nor has `queue_rq` returned.
 pub(crate) struct NewRequest {
-    rq: NonNull<bindings::request>,
+    pub(super) rq: NonNull<bindings::request>,
 }
 
 /// One of the two handles of a request in flight. When both are gone it ends.
@@ -122,7 +116,7 @@ pub(crate) struct NewRequest {
 /// # Invariants
 ///
 /// `rq` was started and has not ended, and this handle is counted in its `Pdu::handles`.
-struct Handle {
+pub(super) struct Handle {
     rq: NonNull<bindings::request>,
 }
 
@@ -137,7 +131,7 @@ pub(crate) struct Unanswered(Handle);
 /// What became of a request in `queue_rq`: only the request itself makes one.
 ///
 /// It stays in the task: it must not be what `queue_rq` says of another request.
-pub(crate) struct Queued(Status, PhantomData<*mut ()>);
+pub(crate) struct Queued(pub(super) Status, PhantomData<*mut ()>);
 
 impl Queued {
     fn new(status: Status) -> Self {
@@ -190,7 +184,7 @@ unsafe fn extent(rq: NonNull<bindings::request>) -> Extent {
 
 /// # Safety
 ///
-/// `rq` must point to a request of a tag set of [`TagSet`], for as long as `'a`.
+/// `rq` must point to a request of a tag set of [`TagSet`](super::mq::TagSet), for as long as `'a`.
 unsafe fn pdu<'a>(rq: NonNull<bindings::request>) -> &'a Pdu {
     // SAFETY: blk-mq allocates `cmd_size` bytes behind each request (`blk_mq_rq_to_pdu()` is that
     // address), and `init_request` wrote a `Pdu` there. It consists of atomics, so sharing is fine.
@@ -373,7 +367,7 @@ impl Handle {
     /// # Safety
     ///
     /// As for [`Self::end()`].
-    unsafe fn end_here(rq: NonNull<bindings::request>) {
+    pub(super) unsafe fn end_here(rq: NonNull<bindings::request>) {
         // SAFETY: No handle is left, so the request is nobody else's.
         let status = unsafe { pdu(rq) }.ends_as();
         // SAFETY: The request was started, nobody else can end it, and it is not to be requeued, so what
@@ -454,59 +448,6 @@ impl Drop for Parked {
     }
 }
 
-/// Proof of being inside an operation that the block layer called: its queue cannot be quiesced and
-/// frozen before it is over.
-///
-/// # Safety
-///
-/// There must be no value of it, or reference to one, outside an operation of that queue.
-pub(crate) unsafe trait InQueue {
-    /// The queue.
-    #[doc(hidden)]
-    fn queue(&self) -> *mut bindings::request_queue;
-}
-
-/// Proof of being inside `queue_rq` or `commit_rqs`: the queue cannot be quiesced before it is over.
-pub(crate) struct Dispatch<'a> {
-    hctx: *mut bindings::blk_mq_hw_ctx,
-    _call: PhantomData<&'a ()>,
-}
-
-// SAFETY: Only `VTable` makes one, and lends it to the operation.
-unsafe impl InQueue for Dispatch<'_> {
-    fn queue(&self) -> *mut bindings::request_queue {
-        // SAFETY: The hardware context is valid during the call.
-        unsafe { (*self.hctx).queue }
-    }
-}
-
-impl Dispatch<'_> {
-    /// Which hardware queue it is.
-    pub(crate) fn hw_queue(&self) -> u32 {
-        // SAFETY: The hardware context is valid during the call.
-        unsafe { (*self.hctx).queue_num }
-    }
-
-    /// Has the hardware queue run again after `delay_ms`.
-    pub(crate) fn run_again(&self, delay_ms: u32) {
-        // SAFETY: The hardware context is valid during the call.
-        unsafe { bindings::blk_mq_delay_run_hw_queue(self.hctx, delay_ms as usize) };
-    }
-}
-
-/// Proof of being inside `timeout`: the queue cannot be frozen before it is over.
-pub(crate) struct Expiry<'a> {
-    queue: *mut bindings::request_queue,
-    _call: PhantomData<&'a ()>,
-}
-
-// SAFETY: Only `VTable` makes one, and lends it to the operation.
-unsafe impl InQueue for Expiry<'_> {
-    fn queue(&self) -> *mut bindings::request_queue {
-        self.queue
-    }
-}
-
 /// A request whose time is up. The block layer holds a reference, so its tag is not given away, but
 /// it may have ended meanwhile.
 ///
@@ -514,8 +455,8 @@ unsafe impl InQueue for Expiry<'_> {
 ///
 /// `rq` was passed to `timeout`, which has not returned.
 pub(crate) struct Overdue<'a> {
-    rq: NonNull<bindings::request>,
-    _call: PhantomData<&'a ()>,
+    pub(super) rq: NonNull<bindings::request>,
+    pub(super) _call: PhantomData<&'a ()>,
 }
 
 impl Overdue<'_> {
@@ -539,190 +480,5 @@ impl Overdue<'_> {
     pub(crate) fn timeout_jiffies(&self) -> u32 {
         // SAFETY: By the type invariant the block layer holds a reference.
         unsafe { (*self.rq.as_ptr()).timeout }
-    }
-}
-
-/// What the driver does about a request whose time is up.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Expired {
-    /// It goes on waiting: its timer starts again.
-    Waits,
-    /// It ends, or is requeued, soon or already: the block layer leaves it alone until it is started again
-    /// (`BLK_EH_DONE`). Flags of the request that the two would change at the same time are not atomic.
-    Ends,
-}
-
-/// A driver's blk-mq operations. They may sleep (`BLK_MQ_F_BLOCKING`).
-pub(crate) trait Operations: Sized + Send + Sync + 'static {
-    /// A request to start. `last`: no other follows at once, or `commit_rqs` is called.
-    fn queue_rq(&self, cx: &Dispatch<'_>, rq: NewRequest, last: bool) -> Queued;
-
-    /// No other request follows at once, although the one before was not marked `last`.
-    fn commit_rqs(&self, cx: &Dispatch<'_>);
-
-    /// A request's time is up. It may have ended meanwhile. Returns whether its timer is to start again.
-    fn timeout(&self, cx: &Expiry<'_>, rq: Overdue<'_>) -> Expired;
-}
-
-/// The C side of [`Operations`]. All queues that use it have a `*const T` as `queuedata` that is valid
-/// for as long as the queue is ([`super::disk::Disk`] sees to it).
-struct VTable<T: Operations>(PhantomData<T>);
-
-impl<T: Operations> VTable<T> {
-    /// # Safety
-    ///
-    /// `hctx` must be a hardware context of a queue of [`super::disk::Disk<T>`].
-    unsafe fn driver<'a>(hctx: *mut bindings::blk_mq_hw_ctx) -> (&'a T, Dispatch<'a>) {
-        let cx = Dispatch {
-            hctx,
-            _call: PhantomData,
-        };
-        // SAFETY: The caller promises that `queuedata` is a `*const T`.
-        (unsafe { &*(*cx.queue()).queuedata.cast::<T>() }, cx)
-    }
-
-    /// `blk_mq_ops.queue_rq`
-    ///
-    /// # Safety
-    ///
-    /// `hctx` as for [`Self::driver()`]; `bd` must hold a request of it that was not started.
-    unsafe extern "C" fn queue_rq(
-        hctx: *mut bindings::blk_mq_hw_ctx,
-        bd: *const bindings::blk_mq_queue_data,
-    ) -> bindings::blk_status_t {
-        // SAFETY: blk-mq passes a hardware context of our queue, and a request for it.
-        let (driver, cx) = unsafe { Self::driver(hctx) };
-        // SAFETY: blk-mq passes a `bd` that is valid during the call, with a request in it.
-        let (rq, last) = unsafe { (NonNull::new_unchecked((*bd).rq), (*bd).last) };
-        // INVARIANT: The request was passed to us and was not started.
-        let Queued(status, _) = driver.queue_rq(&cx, NewRequest { rq }, last);
-        status.0
-    }
-
-    /// `blk_mq_ops.commit_rqs`
-    ///
-    /// # Safety
-    ///
-    /// `hctx` as for [`Self::driver()`].
-    unsafe extern "C" fn commit_rqs(hctx: *mut bindings::blk_mq_hw_ctx) {
-        // SAFETY: blk-mq passes a hardware context of our queue.
-        let (driver, cx) = unsafe { Self::driver(hctx) };
-        driver.commit_rqs(&cx);
-    }
-
-    /// `blk_mq_ops.timeout`
-    ///
-    /// # Safety
-    ///
-    /// `rq` must be a request of a queue of [`super::disk::Disk<T>`], referenced during the call.
-    unsafe extern "C" fn timeout(rq: *mut bindings::request) -> bindings::blk_eh_timer_return {
-        // SAFETY: blk-mq passes a request of our queue and holds a reference to it and to the queue.
-        let (driver, queue, rq) = unsafe {
-            let queue = (*rq).q;
-            let driver = &*(*queue).queuedata.cast::<T>();
-            (driver, queue, NonNull::new_unchecked(rq))
-        };
-        let cx = Expiry {
-            queue,
-            _call: PhantomData,
-        };
-        // INVARIANT: The request was passed to us.
-        let overdue = Overdue {
-            rq,
-            _call: PhantomData,
-        };
-        match driver.timeout(&cx, overdue) {
-            Expired::Waits => bindings::blk_eh_timer_return_BLK_EH_RESET_TIMER,
-            Expired::Ends => bindings::blk_eh_timer_return_BLK_EH_DONE,
-        }
-    }
-
-    /// `blk_mq_ops.complete`
-    ///
-    /// # Safety
-    ///
-    /// `rq` must be a request that [`Handle::ends_elsewhere()`] has left to the block layer.
-    unsafe extern "C" fn complete(rq: *mut bindings::request) {
-        // SAFETY: `ends_elsewhere()` leaves only a request without handles to the block layer, which calls
-        // this once for it.
-        unsafe { Handle::end_here(NonNull::new_unchecked(rq)) };
-    }
-
-    /// `blk_mq_ops.init_request`
-    ///
-    /// # Safety
-    ///
-    /// `rq` must be a new request of a [`TagSet`].
-    unsafe extern "C" fn init_request(
-        _set: *mut bindings::blk_mq_tag_set,
-        rq: *mut bindings::request,
-        _hctx: ffi::c_uint,
-        _node: ffi::c_int,
-    ) -> ffi::c_int {
-        // SAFETY: `cmd_size` bytes lie behind the request, enough for a `Pdu` and aligned for one: a
-        // request's size is a multiple of its alignment, which is that of a pointer.
-        unsafe { rq.add(1).cast::<Pdu>().write(Pdu::new()) };
-        0
-    }
-
-    const OPS: bindings::blk_mq_ops = bindings::blk_mq_ops {
-        queue_rq: Some(Self::queue_rq),
-        commit_rqs: Some(Self::commit_rqs),
-        timeout: Some(Self::timeout),
-        complete: Some(Self::complete),
-        init_request: Some(Self::init_request),
-        ..pin_init::zeroed()
-    };
-}
-
-/// A set of tags, and the requests that go with them.
-///
-/// # Invariants
-///
-/// `inner` was set up by `blk_mq_alloc_tag_set()`.
-#[pin_data(PinnedDrop)]
-pub(crate) struct TagSet<T: Operations> {
-    #[pin]
-    inner: Opaque<bindings::blk_mq_tag_set>,
-    _driver: PhantomData<T>,
-}
-
-// SAFETY: The tag set's own locks protect it; it holds no `T`.
-unsafe impl<T: Operations> Send for TagSet<T> {}
-// SAFETY: What `&TagSet` offers is the address of the set, whose own locks protect it.
-unsafe impl<T: Operations> Sync for TagSet<T> {}
-
-impl<T: Operations> TagSet<T> {
-    /// Tags for `hw_queues` hardware queues, `depth` for each. May sleep.
-    pub(crate) fn new(hw_queues: u32, depth: u32) -> impl PinInit<Self, Error> {
-        try_pin_init!(Self {
-            inner <- Opaque::try_ffi_init(move |slot: *mut bindings::blk_mq_tag_set| {
-                // SAFETY: `slot` is ours to initialise, and it is pinned.
-                unsafe {
-                    slot.write(pin_init::zeroed());
-                    (*slot).ops = &VTable::<T>::OPS;
-                    (*slot).nr_hw_queues = hw_queues;
-                    (*slot).queue_depth = depth;
-                    (*slot).numa_node = bindings::NUMA_NO_NODE;
-                    (*slot).cmd_size = size_of::<Pdu>() as u32;
-                    (*slot).flags =
-                        bindings::BLK_MQ_F_BLOCKING | bindings::BLK_MQ_F_NO_SCHED_BY_DEFAULT;
-                    to_result(bindings::blk_mq_alloc_tag_set(slot))
-                }
-            }),
-            _driver: PhantomData,
-        })
-    }
-
-    pub(super) fn as_ptr(&self) -> *mut bindings::blk_mq_tag_set {
-        self.inner.get()
-    }
-}
-
-#[pinned_drop]
-impl<T: Operations> PinnedDrop for TagSet<T> {
-    fn drop(self: Pin<&mut Self>) {
-        // SAFETY: By the type invariant it was allocated; a disk that uses it goes before it does.
-        unsafe { bindings::blk_mq_free_tag_set(self.inner.get()) };
     }
 }

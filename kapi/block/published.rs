@@ -3,11 +3,11 @@
 //! them.
 
 use super::{
-    bindings,
     disk::{DiskRef, QueueId},
     frozen::Frozen,
     mq::{Dispatch, InQueue},
 };
+use crate::kapi::bindings;
 use core::marker::PhantomData;
 use kernel::{
     prelude::*,
@@ -93,6 +93,13 @@ impl<T> Drop for Published<T> {
     }
 }
 
+impl QueueId {
+    /// Something that this queue's operations can read.
+    pub(crate) fn published<T>(self) -> Published<T> {
+        Published::new(self)
+    }
+}
+
 /// An `Arc` that `queue_rq` and `commit_rqs` of one queue read without a lock or a count. Unlike
 /// [`Published`] it can be replaced while requests are in flight.
 ///
@@ -160,5 +167,12 @@ impl<T> Drop for Dispatched<T> {
         // SAFETY: By the type invariant it came from `Arc::into_raw()`, and with exclusive access
         // nobody looks at it.
         drop(unsafe { Arc::from_raw(self.ptr.load(Relaxed)) });
+    }
+}
+
+impl DiskRef {
+    /// Something that this disk's dispatches can read.
+    pub(crate) fn dispatched<T>(&self, value: Arc<T>) -> Dispatched<T> {
+        Dispatched::new(QueueId::new(self.queue()), value)
     }
 }

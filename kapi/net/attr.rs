@@ -1,0 +1,97 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Netlink attributes: reading those of a message, and writing them.
+//!
+//! Source: `include/net/netlink.h`.
+
+use crate::kapi::bindings;
+use kernel::prelude::*;
+
+/// An attribute.
+///
+/// # Invariants
+///
+/// `raw` and the value behind it are valid for `'a`.
+#[derive(Clone, Copy)]
+pub(crate) struct Attr<'a> {
+    pub(super) raw: *const bindings::nlattr,
+    value: &'a [u8],
+}
+
+impl<'a> Attr<'a> {
+    /// # Safety
+    ///
+    /// `raw` must be an attribute whose length netlink has checked, and live for `'a`.
+    pub(super) unsafe fn from_raw(raw: *const bindings::nlattr) -> Self {
+        const HEADER: usize = size_of::<bindings::nlattr>();
+        // SAFETY: By this function's precondition there is an attribute.
+        let len = usize::from(unsafe { (*raw).nla_len }).saturating_sub(HEADER);
+        // SAFETY: By this function's precondition netlink has checked that so much follows the header.
+        let value = unsafe { core::slice::from_raw_parts(raw.cast::<u8>().add(HEADER), len) };
+        // INVARIANT: By this function's precondition both live for `'a`.
+        Attr { raw, value }
+    }
+
+    /// Its value, if it is long enough for one.
+    pub(crate) fn u32(&self) -> Option<u32> {
+        self.value.first_chunk().map(|b| u32::from_ne_bytes(*b))
+    }
+
+    /// Its value, if it is long enough for one.
+    pub(crate) fn u64(&self) -> Option<u64> {
+        self.value.first_chunk().map(|b| u64::from_ne_bytes(*b))
+    }
+
+    /// Its value as a string: without the zero bytes at its end, as `nla_strcmp()` compares it.
+    pub(crate) fn string(&self) -> &'a [u8] {
+        let len = self
+            .value
+            .iter()
+            .rposition(|b| *b != 0)
+            .map_or(0, |last| last + 1);
+        self.value.get(..len).unwrap_or(&[])
+    }
+
+    /// The attributes within it: type and value of each. Ends where one is malformed.
+    pub(crate) fn nested(&self) -> Nested<'a> {
+        Nested { rest: self.value }
+    }
+}
+
+/// See [`Attr::nested()`].
+pub(crate) struct Nested<'a> {
+    rest: &'a [u8],
+}
+
+impl<'a> Iterator for Nested<'a> {
+    type Item = (u16, Nested<'a>);
+
+    fn next(&mut self) -> Option<Self::Item> {
+        let ([l0, l1, t0, t1], _) = self.rest.split_first_chunk()?;
+        let len = usize::from(u16::from_ne_bytes([*l0, *l1]));
+        let kind = u16::from_ne_bytes([*t0, *t1]) & bindings::NLA_TYPE_MASK as u16;
+        let value = self.rest.get(size_of::<bindings::nlattr>()..len)?;
+        let next = len.next_multiple_of(bindings::NLA_ALIGNTO as usize);
+        self.rest = self.rest.get(next..).unwrap_or(&[]);
+        Some((kind, Nested { rest: value }))
+    }
+}
+
+impl Nested<'_> {
+    /// What is left, as a value.
+    pub(crate) fn u32(&self) -> Option<u32> {
+        self.rest.first_chunk().map(|b| u32::from_ne_bytes(*b))
+    }
+}
+
+/// Appends an attribute to `to`, padded (`nla_put()`).
+pub(crate) fn put(to: &mut KVec<u8>, kind: u16, value: &[u8]) -> Result {
+    let len = value.len() + size_of::<bindings::nlattr>();
+    let len = u16::try_from(len).map_err(|_| EMSGSIZE)?;
+    to.extend_from_slice(&len.to_ne_bytes(), GFP_KERNEL)?;
+    to.extend_from_slice(&kind.to_ne_bytes(), GFP_KERNEL)?;
+    to.extend_from_slice(value, GFP_KERNEL)?;
+    while to.len() % bindings::NLA_ALIGNTO as usize != 0 {
+        to.push(0, GFP_KERNEL)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The network: sockets, and generic netlink.
+
+pub(crate) mod arrival;
+pub(crate) mod attr;
+mod callbacks;
+pub(crate) mod genl;
+pub(crate) mod hook;
+pub(crate) mod iov;
+mod lock_class;
+mod memalloc;
+mod owner;
+mod saved;
+pub(crate) mod sock;
