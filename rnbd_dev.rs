@@ -49,9 +49,9 @@ pub(crate) struct Layout {
 }
 
 /// Where devices go that are no longer wanted.
-pub(crate) trait Graveyard: Send + Sync {
-    /// Some device is doomed: has it removed, soon. The caller may hold the device's locks.
-    fn bury_later(self: Arc<Self>);
+pub(crate) trait Remover: Send + Sync {
+    /// Some device is unwanted: has it removed, soon. The caller may hold the device's locks.
+    fn remove_later(self: Arc<Self>);
 }
 
 /// What the configuration lock protects.
@@ -69,7 +69,7 @@ pub(crate) struct State {
 /// What whoever looks for a device asks of it. Not part of [`State`], whose lock may be held for seconds,
 /// while this one is held for a few instructions only.
 #[derive(Default)]
-pub(crate) struct Life {
+pub(crate) struct Usage {
     /// There is a configuration, or what it has set up is still being undone.
     in_use: bool,
     /// The device is removed when it is no longer used (`NBD_DESTROY_ON_DISCONNECT`).
@@ -77,9 +77,9 @@ pub(crate) struct Life {
     /// Somebody asked for a disconnect since the device was made (`NBD_DISCONNECT_REQUESTED`).
     pub(crate) disconnect_requested: bool,
     /// It is to be removed: nobody may use it again.
-    doomed: bool,
+    unwanted: bool,
     /// Somebody removes it.
-    buried: bool,
+    removing: bool,
 }
 
 /// See the module's documentation: the disk, and with it the driver's part.
@@ -92,7 +92,7 @@ pub(crate) struct Nbd {
     partitions: bool,
     /// As in [`Layout`].
     pub(crate) stuck_jiffies: usize,
-    graveyard: Arc<dyn Graveyard>,
+    remover: Arc<dyn Remover>,
     /// Where debugfs shows the devices.
     pub(crate) debugfs: Dir,
     /// The process that started the session, as sysfs shows it; 0 while there is none.
@@ -110,7 +110,7 @@ pub(crate) struct Nbd {
     settled: CondVar,
     /// Taken with or without `state`.
     #[pin]
-    pub(crate) life: SpinLock<Life>,
+    pub(crate) usage: SpinLock<Usage>,
     /// What all devices share. It goes last: the module may be unloaded when the last user of it has gone.
     pub(crate) shared: Shared,
 }
@@ -121,7 +121,7 @@ pub(crate) fn add(
     layout: Layout,
     debugfs: Dir,
     shared: Shared,
-    graveyard: Arc<dyn Graveyard>,
+    remover: Arc<dyn Remover>,
 ) -> Result<Disk<Nbd>> {
     let tags = Arc::pin_init(TagSet::new(layout.hw_queues, QUEUE_DEPTH), GFP_KERNEL)?;
     // The limits are nbd.c's.
@@ -146,7 +146,7 @@ pub(crate) fn add(
             index,
             partitions: layout.part_shift > 0,
             stuck_jiffies: layout.stuck_jiffies,
-            graveyard,
+            remover,
             debugfs,
             shared,
             pid: Atomic::new(0),
@@ -154,7 +154,7 @@ pub(crate) fn add(
             session: queue.published(),
             state <- new_mutex!(state),
             settled <- new_condvar!(),
-            life <- new_spinlock!(Life::default()),
+            usage <- new_spinlock!(Usage::default()),
         })
     })
 }
@@ -202,31 +202,31 @@ impl Device {
 
     /// Whether nobody uses it and it is not about to go.
     pub(crate) fn is_unused(&self) -> bool {
-        let life = self.life.lock();
-        !life.in_use && !life.destroy_on_disconnect && !life.doomed
+        let usage = self.usage.lock();
+        !usage.in_use && !usage.destroy_on_disconnect && !usage.unwanted
     }
 
     /// Whether somebody uses it, as the status says.
     pub(crate) fn is_in_use(&self) -> bool {
-        self.life.lock().in_use
+        self.usage.lock().in_use
     }
 
     /// Whether it is to be removed: now, or when it is closed after the disconnect that was asked for.
     pub(crate) fn is_going(&self) -> bool {
-        let life = self.life.lock();
-        life.doomed || (life.destroy_on_disconnect && life.disconnect_requested)
+        let usage = self.usage.lock();
+        usage.unwanted || (usage.destroy_on_disconnect && usage.disconnect_requested)
     }
 
     /// Whether it is being removed.
-    pub(crate) fn is_doomed(&self) -> bool {
-        self.life.lock().doomed
+    pub(crate) fn is_being_removed(&self) -> bool {
+        self.usage.lock().unwanted
     }
 
     /// Whether the device is to be removed, by whoever is told so, which is one caller only.
-    pub(crate) fn begin_burial(&self) -> bool {
-        let mut life = self.life.lock();
-        let begin = life.doomed && !life.buried;
-        life.buried |= begin;
+    pub(crate) fn begin_removal(&self) -> bool {
+        let mut usage = self.usage.lock();
+        let begin = usage.unwanted && !usage.removing;
+        usage.removing |= begin;
         begin
     }
 

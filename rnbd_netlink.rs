@@ -13,7 +13,7 @@ use crate::{
             genl::{Commands, Info, Policy},
         },
     },
-    rnbd_dev::{connect::Request, Device, Nbd},
+    rnbd_dev::{connect::Setup, Device, Nbd},
     rnbd_registry::Registry,
 };
 use kernel::{prelude::*, sync::Arc};
@@ -86,10 +86,10 @@ impl Netlink {
         }
         info.require(ATTR_SOCKETS, c"at least one socket is needed")?;
         info.require(ATTR_SIZE_BYTES, c"a size in bytes is needed")?;
-        let request = request(info)?;
+        let setup = parse_setup(info)?;
         let device = loop {
-            let device = self.find_or_add(info, wanted, request.sockets.len() as u32)?;
-            let connected = device.connect(&request).inspect_err(|e| {
+            let device = self.find_or_add(info, wanted, setup.sockets.len() as u32)?;
+            let connected = device.connect(&setup).inspect_err(|e| {
                 if *e == EBUSY {
                     info.complain(Some(ATTR_SOCKETS), c"a socket or the device is in use");
                 }
@@ -139,8 +139,8 @@ impl Netlink {
     /// `nbd_genl_reconfigure()`
     fn reconfigure(&self, info: &Info<'_>) -> Result {
         administrator(info)?;
-        let request = request(info)?;
-        self.device(info)?.reconfigure(&request)
+        let setup = parse_setup(info)?;
+        self.device(info)?.reconfigure(&setup)
     }
 
     /// The device that a message names.
@@ -151,7 +151,7 @@ impl Netlink {
             info.complain(Some(ATTR_INDEX), c"there is no such device");
             return Err(EINVAL);
         };
-        if device.is_doomed() {
+        if device.is_being_removed() {
             info.complain(Some(ATTR_INDEX), c"the device is being removed");
             return Err(EINVAL);
         }
@@ -199,9 +199,9 @@ fn put_status(list: &mut KVec<u8>, device: &Device) -> Result {
 }
 
 /// What a message asks for.
-fn request<'a>(info: &Info<'a>) -> Result<Request<'a>> {
+fn parse_setup<'a>(info: &Info<'a>) -> Result<Setup<'a>> {
     let number = |kind| info.attr(kind).and_then(|a: Attr<'a>| a.u64());
-    Ok(Request {
+    Ok(Setup {
         size_bytes: number(ATTR_SIZE_BYTES),
         block_bytes: number(ATTR_BLOCK_SIZE_BYTES),
         timeout_seconds: number(ATTR_TIMEOUT),

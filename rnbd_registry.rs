@@ -5,7 +5,7 @@
 
 use crate::{
     kapi::{block::gendisk::Disk, task},
-    rnbd_dev::{self, Device, Graveyard, Layout, Nbd},
+    rnbd_dev::{self, Device, Layout, Nbd, Remover},
     rnbd_shared::Shared,
 };
 use kernel::{
@@ -50,18 +50,18 @@ impl WorkItem for Registry {
     /// disk means waiting, and they need not wait for one another.
     fn run(this: Arc<Registry>) {
         loop {
-            let doomed = this.with(|devices| {
+            let unwanted = this.with(|devices| {
                 let mut devices = devices.iter();
                 devices
-                    .find(|(_, device)| device.begin_burial())
+                    .find(|(_, device)| device.begin_removal())
                     .map(|(index, device)| (*index, device.clone()))
             });
-            let Some((index, device)) = doomed else {
+            let Some((index, device)) = unwanted else {
                 return;
             };
-            match Burial::new(this.clone(), index, device.clone()) {
-                Ok(burial) => drop(this.shared.slow.enqueue(burial)),
-                Err(_) => this.bury(index, &device),
+            match Removal::new(this.clone(), index, device.clone()) {
+                Ok(removal) => drop(this.shared.slow.enqueue(removal)),
+                Err(_) => this.remove(index, &device),
             }
         }
     }
@@ -69,42 +69,42 @@ impl WorkItem for Registry {
 
 /// A device that is being removed.
 #[pin_data]
-struct Burial {
+struct Removal {
     registry: Arc<Registry>,
     index: u32,
     device: Arc<Disk<Nbd>>,
     #[pin]
-    work: Work<Burial>,
+    work: Work<Removal>,
 }
 
 impl_has_work! {
-    impl HasWork<Self> for Burial { self.work }
+    impl HasWork<Self> for Removal { self.work }
 }
 
-impl Burial {
+impl Removal {
     fn new(registry: Arc<Registry>, index: u32, device: Arc<Disk<Nbd>>) -> Result<Arc<Self>> {
         Arc::pin_init(
-            pin_init!(Burial {
+            pin_init!(Removal {
                 registry,
                 index,
                 device,
-                work <- new_work!("rnbd::burial"),
+                work <- new_work!("rnbd::removal"),
             }),
             GFP_KERNEL,
         )
     }
 }
 
-impl WorkItem for Burial {
-    type Pointer = Arc<Burial>;
+impl WorkItem for Removal {
+    type Pointer = Arc<Removal>;
 
-    fn run(this: Arc<Burial>) {
-        this.registry.bury(this.index, &this.device);
+    fn run(this: Arc<Removal>) {
+        this.registry.remove(this.index, &this.device);
     }
 }
 
-impl Graveyard for Registry {
-    fn bury_later(self: Arc<Self>) {
+impl Remover for Registry {
+    fn remove_later(self: Arc<Self>) {
         // Where it is queued already it will see this one too.
         let slow = self.shared.slow.clone();
         let _ = slow.enqueue(self);
@@ -197,8 +197,8 @@ impl Registry {
     }
 
     /// Removes a device. Nobody gets its index before it is gone from sight. Who has looked it up keeps
-    /// the rest of it for a moment longer, and finds that it is doomed. May sleep.
-    fn bury(&self, index: u32, device: &Disk<Nbd>) {
+    /// the rest of it for a moment longer, and finds that it is unwanted. May sleep.
+    fn remove(&self, index: u32, device: &Disk<Nbd>) {
         device.remove();
         let node = self.with(|devices| devices.remove(&index));
         drop(node);

@@ -145,10 +145,10 @@ impl Session {
     }
 
     /// Sends a disconnect on every connection. May sleep.
-    pub(crate) fn say_goodbye(&self) {
+    pub(crate) fn send_disconnect(&self) {
         self.table.fate.request_disconnect();
         for owned in &*self.connections.lock() {
-            owned.connection.as_arc_borrow().say_goodbye();
+            owned.connection.as_arc_borrow().send_disconnect();
         }
     }
 

@@ -39,7 +39,8 @@ use sending::Sending;
 use stream::Receive;
 use traffic::Traffic;
 
-pub(crate) use stream::say_goodbye_on;
+pub(crate) use sending::Pace;
+pub(crate) use stream::send_disconnect_on;
 
 /// How often the work item looks again, where something has come in meanwhile, before it lets others
 /// run.
@@ -136,7 +137,7 @@ impl WorkItem<4> for Connection {
 
 impl Events for Connection {
     fn arrived(this: ArcBorrow<'_, Self>, arrival: Arrival<'_>) {
-        this.if_nobody_receives(|receive| this.receive_here(receive, arrival));
+        this.if_nobody_receives(|receive| this.receive_in_callback(receive, arrival));
     }
 
     fn takes_from_sender(&self) -> bool {
@@ -145,9 +146,9 @@ impl Events for Connection {
         self.traffic.awaited() <= 1
     }
 
-    fn sent_here(this: Arc<Self>) {
+    fn sender_leaves(this: Arc<Self>) {
         let connection = this.as_arc_borrow();
-        connection.if_nobody_receives(|receive| connection.receive_little(receive));
+        connection.if_nobody_receives(|receive| connection.receive_in_sender(receive));
     }
 
     fn readable(this: ArcBorrow<'_, Self>) {
@@ -333,7 +334,7 @@ impl Connection {
 
     /// Returns whether something is left.
     fn receive_or_reap(self: ArcBorrow<'_, Self>, receive: &mut Receive) -> bool {
-        match self.receive_much(receive) {
+        match self.receive_in_worker(receive) {
             Ok(true) => return true,
             Ok(false) => {}
             Err(e) => {
@@ -354,7 +355,7 @@ impl Connection {
             hooked.stop();
         }
         if let Some(payload) = receive.current.take() {
-            payload.into_side().decide(self.table.outcome_of_lost());
+            payload.into_side().finish(self.table.outcome_of_lost());
         }
         self.give_back_unsent();
         // Nobody sends any more: the socket is anybody's.

@@ -52,7 +52,7 @@ pub(crate) struct Table {
     pub(crate) fate: Fate,
     /// Connections that have not been reaped.
     #[pin]
-    alive: Mutex<u32>,
+    unreaped: Mutex<u32>,
     #[pin]
     all_gone: CondVar,
     /// What all devices share. It goes last: the module may be unloaded when the last user of it has gone.
@@ -82,7 +82,7 @@ impl Table {
                 slots,
                 timeout_jiffies: Atomic::new(timeout_jiffies),
                 fate: Fate::new(),
-                alive <- new_mutex!(0),
+                unreaped <- new_mutex!(0),
                 all_gone <- new_condvar!(),
             }),
             GFP_KERNEL,
@@ -123,7 +123,7 @@ impl Table {
     pub(crate) fn reclaim(&self, connection: u16) {
         for slot in &self.slots {
             if let Some(request) = slot.reclaim(connection) {
-                request.decide(self.outcome_of_lost());
+                request.finish(self.outcome_of_lost());
             }
         }
     }
@@ -156,16 +156,16 @@ impl Table {
         self.timeout_jiffies.store(jiffies, Relaxed);
     }
 
-    /// A connection has come to life. May sleep.
+    /// A connection is there. May sleep.
     pub(crate) fn connection_born(&self) {
-        *self.alive.lock() += 1;
+        *self.unreaped.lock() += 1;
     }
 
     /// A connection has been reaped. May sleep.
     pub(crate) fn connection_gone(&self) {
-        let mut alive = self.alive.lock();
-        *alive = alive.saturating_sub(1);
-        if *alive > 0 {
+        let mut unreaped = self.unreaped.lock();
+        *unreaped = unreaped.saturating_sub(1);
+        if *unreaped > 0 {
             return;
         }
         if self.fate.all_gone() {
@@ -174,18 +174,18 @@ impl Table {
         self.all_gone.notify_all();
     }
 
-    /// How many connections are alive. May sleep.
+    /// How many connections have not been cleared away. May sleep.
     pub(crate) fn connections_alive(&self) -> u32 {
-        *self.alive.lock()
+        *self.unreaped.lock()
     }
 
     /// Waits until the last connection has been reaped, or for a signal; returns whether it was a
     /// signal.
     pub(crate) fn wait_gone_or_signal(&self) -> bool {
-        let mut alive = self.alive.lock();
-        while *alive > 0 {
-            if self.all_gone.wait_interruptible(&mut alive) {
-                return *alive > 0;
+        let mut unreaped = self.unreaped.lock();
+        while *unreaped > 0 {
+            if self.all_gone.wait_interruptible(&mut unreaped) {
+                return *unreaped > 0;
             }
         }
         false
@@ -193,9 +193,9 @@ impl Table {
 
     /// Waits until the last connection has been reaped.
     pub(crate) fn wait_gone(&self) {
-        let mut alive = self.alive.lock();
-        while *alive > 0 {
-            self.all_gone.wait(&mut alive);
+        let mut unreaped = self.unreaped.lock();
+        while *unreaped > 0 {
+            self.all_gone.wait(&mut unreaped);
         }
     }
 }

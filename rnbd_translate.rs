@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// What the server is sent for a request (`nbd_send_cmd()`), if it has a command for it.
-pub(crate) fn wire_of(extent: &Extent, cookie: Cookie) -> Option<proto::Request> {
+pub(crate) fn wire_of(extent: &Extent, cookie: Cookie) -> Option<proto::RequestHeader> {
     let command = command_of(extent.op)?;
     let mut flags = 0;
     if extent.fua {
@@ -19,7 +19,7 @@ pub(crate) fn wire_of(extent: &Extent, cookie: Cookie) -> Option<proto::Request>
     if extent.nounmap && command == Command::WriteZeroes {
         flags |= proto::CMD_FLAG_NO_HOLE;
     }
-    Some(proto::Request {
+    Some(proto::RequestHeader {
         command,
         flags,
         cookie: cookie.0,

@@ -75,7 +75,7 @@ impl Command {
 
 /// One request, before it is put on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Request {
+pub(crate) struct RequestHeader {
     /// What to do.
     pub(crate) command: Command,
     /// `CMD_FLAG_*`.
@@ -88,9 +88,9 @@ pub(crate) struct Request {
     pub(crate) len_bytes: u32,
 }
 
-impl Request {
+impl RequestHeader {
     /// What ends a session.
-    pub(crate) const DISCONNECT: Request = Request {
+    pub(crate) const DISCONNECT: RequestHeader = RequestHeader {
         command: Command::Disconnect,
         flags: 0,
         cookie: 0,
@@ -126,26 +126,26 @@ pub(crate) struct WrongMagic(pub(crate) u32);
 
 /// A reply's header.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Reply {
+pub(crate) struct ReplyHeader {
     /// The cookie of the request that this answers.
     pub(crate) cookie: u64,
     /// 0, or what went wrong (see [`ServerError`]). Data follows only where this is 0.
     pub(crate) error: u32,
 }
 
-impl Reply {
+impl ReplyHeader {
     /// Reads a reply's header (`struct nbd_reply`).
     ///
     /// # Errors
     ///
     /// [`WrongMagic`]: the stream cannot be understood from here on.
-    pub(crate) fn decode(wire: &[u8; REPLY_BYTES]) -> Result<Reply, WrongMagic> {
+    pub(crate) fn decode(wire: &[u8; REPLY_BYTES]) -> Result<ReplyHeader, WrongMagic> {
         let [m0, m1, m2, m3, e0, e1, e2, e3, cookie @ ..] = *wire;
         let magic = u32::from_be_bytes([m0, m1, m2, m3]);
         if magic != REPLY_MAGIC {
             return Err(WrongMagic(magic));
         }
-        Ok(Reply {
+        Ok(ReplyHeader {
             cookie: u64::from_be_bytes(cookie),
             error: u32::from_be_bytes([e0, e1, e2, e3]),
         })

@@ -65,11 +65,11 @@ impl Device {
     /// `ENOMEM`.
     pub(super) fn new_config<'a>(&self, state: &'a mut State) -> Result<&'a mut Config> {
         let config = KBox::new(Config::new()?, GFP_KERNEL)?;
-        let mut life = self.life.lock();
-        if life.doomed {
+        let mut usage = self.usage.lock();
+        if usage.unwanted {
             return Err(ENXIO);
         }
-        life.in_use = true;
+        usage.in_use = true;
         Ok(state.config.insert(config))
     }
 
@@ -95,13 +95,13 @@ impl Device {
 
     /// Nobody uses the device any more. Has it removed where it was to go. The configuration lock is held.
     fn leave(&self) {
-        let mut life = self.life.lock();
-        life.in_use = false;
-        let doom = life.destroy_on_disconnect && !life.doomed;
-        life.doomed |= doom;
-        drop(life);
+        let mut usage = self.usage.lock();
+        usage.in_use = false;
+        let doom = usage.destroy_on_disconnect && !usage.unwanted;
+        usage.unwanted |= doom;
+        drop(usage);
         if doom {
-            self.graveyard.clone().bury_later();
+            self.remover.clone().remove_later();
         }
     }
 
@@ -242,22 +242,22 @@ impl Device {
     /// Asks the servers to end the session. May sleep.
     pub(crate) fn disconnect(&self) -> Result {
         self.with_config(|config| {
-            self.say_goodbye(config);
+            self.send_disconnect(config);
             Ok(())
         })
     }
 
     /// `nbd_disconnect()`
-    fn say_goodbye(&self, config: &mut Config) {
+    fn send_disconnect(&self, config: &mut Config) {
         pr_info!("nbd{}: NBD_DISCONNECT\n", self.index);
-        self.life.lock().disconnect_requested = true;
+        self.usage.lock().disconnect_requested = true;
         config.disconnect_requested = true;
         if let Some(session) = &config.session {
-            session.say_goodbye();
+            session.send_disconnect();
             return;
         }
         for socket in config.idle_sockets() {
-            if let Err(e) = rnbd_sock::say_goodbye_on(socket) {
+            if let Err(e) = rnbd_sock::send_disconnect_on(socket) {
                 pr_err!("nbd{}: send disconnect failed ({e:?})\n", self.index);
             }
         }
@@ -268,7 +268,7 @@ impl Device {
     pub(crate) fn disconnect_and_put(&self) {
         // In one step: what comes afterwards is another session. It can only fail where there is none.
         let put = self.with_config(|config| {
-            self.say_goodbye(config);
+            self.send_disconnect(config);
             config.end();
             config.setup_by = None;
             config.bound = false;

@@ -16,7 +16,7 @@ use crate::{
         fate::{Exhausted, Seen},
         proto::flags,
     },
-    rnbd_sock::Connection,
+    rnbd_sock::{Connection, Pace},
     rnbd_translate::command_of,
 };
 use kernel::{
@@ -35,9 +35,9 @@ const LOOK_AGAIN_MS: u32 = 100;
 /// to have a worker woken up for it.
 const LONG_READ_BYTES: u32 = 64 << 10;
 
-/// A command's place in the table.
+/// A command's tag in the table.
 #[derive(Clone, Copy)]
-struct Place {
+struct TagId {
     hw_queue: u32,
     tag: u32,
 }
@@ -59,13 +59,17 @@ impl Session {
             Ok(connection) => connection,
             Err(status) => return rq.refuse(status),
         };
-        let place = Place {
+        let tag = TagId {
             hw_queue: cx.hw_queue(),
             tag: rq.tag(),
         };
-        let urgent = is_long_read(&extent);
-        let (transmit, other, queued) = rq.start();
-        self.dispatch(cx, connection, place, (transmit, other), last, urgent);
+        let pace = if is_long_read(&extent) {
+            Pace::AtOnce
+        } else {
+            Pace::Batched
+        };
+        let (unsent, unanswered, queued) = rq.start();
+        self.dispatch(cx, connection, tag, (unsent, unanswered), last, pace);
         queued
     }
 
@@ -74,39 +78,39 @@ impl Session {
         &'a self,
         cx: &'a Dispatch<'_>,
         mut connection: ArcBorrow<'a, Connection>,
-        place: Place,
-        (mut transmit, mut other): (Unsent, Unanswered),
+        tag: TagId,
+        (mut unsent, mut unanswered): (Unsent, Unanswered),
         last: bool,
-        urgent: bool,
+        pace: Pace,
     ) {
-        let Some(slot) = self.table.slot(place.hw_queue, place.tag) else {
+        let Some(slot) = self.table.slot(tag.hw_queue, tag.tag) else {
             // There is a slot for every tag of every queue, so this cannot be; both handles go, and
             // the request fails.
             return;
         };
         loop {
-            let generation = slot.start(connection.index(), other);
-            let Err(back) = connection.push(transmit) else {
+            let generation = slot.start(connection.index(), unanswered);
+            let Err(back) = connection.push(unsent) else {
                 // `commit_rqs` names the hardware queue, which is another connection's here.
-                if last || u32::from(connection.index()) != place.hw_queue {
-                    connection.kick(urgent);
+                if last || u32::from(connection.index()) != tag.hw_queue {
+                    connection.kick(pace);
                 }
                 return;
             };
-            transmit = back;
+            unsent = back;
             // It has died since it was picked.
             let Ok(ours) = slot.claim(generation, connection.index()) else {
                 // It has given the command back. What was not sent was not done, whatever a reply
                 // that came first may say.
-                transmit.overrule(Outcome::Requeue);
+                unsent.overrule(Outcome::Requeue);
                 return;
             };
-            other = ours;
+            unanswered = ours;
             match self.pick(cx, self.table.fate.see()) {
                 Some(next) => connection = next,
                 None => {
                     // It was started, so it cannot be left to the block layer: once around.
-                    other.decide(Outcome::Requeue);
+                    unanswered.finish(Outcome::Requeue);
                     return;
                 }
             }
@@ -116,7 +120,7 @@ impl Session {
     /// `nbd_commit_rqs`: what was queued without a `last` is sent. May sleep.
     pub(crate) fn commit_rqs(&self, cx: &Dispatch<'_>) {
         if let Some(connection) = self.connection(cx, cx.hw_queue() as usize) {
-            connection.kick(false);
+            connection.kick(Pace::Batched);
         }
     }
 

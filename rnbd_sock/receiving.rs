@@ -14,7 +14,7 @@ use crate::{
         net::arrival::{Arrival, Segment},
     },
     pure::cmd::{Cookie, Refused},
-    pure::proto::{Reply, ServerError, REPLY_BYTES},
+    pure::proto::{ReplyHeader, ServerError, REPLY_BYTES},
     rnbd_translate::{status_of, Described},
 };
 use kernel::{prelude::*, sync::atomic::Acquire};
@@ -30,7 +30,7 @@ const LITTLE_CALLS: u32 = 2;
 
 impl Connection {
     /// Receives in the work item. Returns whether something may be left.
-    pub(super) fn receive_much(&self, receive: &mut Receive) -> Result<bool> {
+    pub(super) fn receive_in_worker(&self, receive: &mut Receive) -> Result<bool> {
         self.receive_up_to(receive, BUDGET, usize::MAX)
     }
 
@@ -49,7 +49,7 @@ impl Connection {
     }
 
     /// Receives what has arrived. Returns whether something is left to the work item.
-    pub(super) fn receive_here(&self, receive: &mut Receive, arrival: Arrival<'_>) -> bool {
+    pub(super) fn receive_in_callback(&self, receive: &mut Receive, arrival: Arrival<'_>) -> bool {
         let stayed = arrival.read(|segment| match self.receive_segment(receive, segment) {
             Ok(goes_on) => goes_on,
             Err(e) => {
@@ -66,7 +66,7 @@ impl Connection {
             return Ok(false);
         }
         loop {
-            self.understand(receive)?;
+            self.parse(receive)?;
             if receive.awaited_bytes() > ARRIVAL_BYTES {
                 return Ok(false);
             }
@@ -80,7 +80,7 @@ impl Connection {
 
     /// Receives what is there, in a task of somebody else. Returns whether something is left to the
     /// work item.
-    pub(super) fn receive_little(&self, receive: &mut Receive) -> bool {
+    pub(super) fn receive_in_sender(&self, receive: &mut Receive) -> bool {
         // The socket is another's once it was cleared away.
         if self.state.load(Acquire) == DEAD {
             return false;
@@ -101,7 +101,7 @@ impl Connection {
             return Err(error);
         }
         for _ in 0..calls {
-            self.understand(receive)?;
+            self.parse(receive)?;
             if receive.awaited_bytes() > bytes {
                 break;
             }
@@ -113,7 +113,7 @@ impl Connection {
             self.traffic.received(got);
             if !all && !self.socket.has_input() {
                 // The next bytes are announced by the callback.
-                self.understand(receive)?;
+                self.parse(receive)?;
                 return Ok(false);
             }
         }
@@ -121,8 +121,8 @@ impl Connection {
     }
 
     /// Works through what was received.
-    fn understand(&self, receive: &mut Receive) -> Result {
-        receive.understand(
+    fn parse(&self, receive: &mut Receive) -> Result {
+        receive.parse(
             |header| self.handle_reply(header),
             |payload| self.complete(payload.into_side(), Status::OK),
         )
@@ -130,7 +130,7 @@ impl Connection {
 
     /// nbd.c's `nbd_handle_reply()`: finds and claims the command. Returns it where data follows.
     fn handle_reply(&self, header: &[u8; REPLY_BYTES]) -> Result<Option<Payload<Unanswered>>> {
-        let reply = Reply::decode(header).map_err(|magic| {
+        let reply = ReplyHeader::decode(header).map_err(|magic| {
             self.complain(format_args!("wrong magic ({:#010x})", magic.0));
             EPROTO
         })?;
@@ -171,7 +171,7 @@ impl Connection {
         if request.forgets_reply() {
             self.table.forget_reply(request);
         } else {
-            request.decide(Outcome::Complete(status));
+            request.finish(Outcome::Complete(status));
         }
     }
 

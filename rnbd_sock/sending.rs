@@ -12,6 +12,7 @@ use crate::{
             request::{Outcome, Side, Status, Unsent},
         },
         llist::{Batch, List},
+        net::sock::Next,
         task, wq,
     },
     pure::proto,
@@ -67,6 +68,16 @@ impl Submitter {
     }
 }
 
+/// When a command is sent.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Pace {
+    /// By its submitter.
+    AtOnce,
+    /// By a work item where others are in flight or likely to follow, so that one call sends several. By its
+    /// submitter where not.
+    Batched,
+}
+
 /// How sending stopped.
 enum Stop {
     /// There is nothing to do.
@@ -86,7 +97,7 @@ pub(super) struct Sending {
     /// The sender waits for room in the socket.
     full: Atomic<bool>,
     /// A disconnect is to be sent.
-    say_goodbye: Atomic<bool>,
+    send_disconnect: Atomic<bool>,
     /// Commands that no sender has taken over.
     backlog: List<Unsent>,
     #[pin]
@@ -107,7 +118,7 @@ impl Sending {
         Ok(pin_init!(Sending {
             submitter: Submitter::nobody(),
             full: Atomic::new(false),
-            say_goodbye: Atomic::new(false),
+            send_disconnect: Atomic::new(false),
             backlog: List::new(),
             outbox <- new_mutex!(outbox),
         }))
@@ -125,9 +136,8 @@ impl Connection {
         self.sending.backlog.push(request)
     }
 
-    /// Sends what waits: at once where `urgent` or nothing else is going on, or else by a work item,
-    /// so that what follows soon can go with it in one call. May sleep.
-    pub(crate) fn kick(self: ArcBorrow<'_, Self>, urgent: bool) {
+    /// Sends the backlog, here or by a work item, as `pace` has it. May sleep.
+    pub(crate) fn kick(self: ArcBorrow<'_, Self>, pace: Pace) {
         let goes_on = self.sending.submitter.goes_on();
         // Pairs with `clear_full()`, and with the exchange in `List::push()` before this.
         if self.sending.full.load(Acquire) {
@@ -136,7 +146,8 @@ impl Connection {
         // TLS waits for a lock of its own, and not at all when the task has a signal. A worker has none,
         // and holds none of the locks that a submitter may.
         let by_work = self.socket.has_upper_layer();
-        if by_work || (!urgent && (goes_on || self.traffic.awaited() > 0)) {
+        let batch = pace == Pace::Batched && (goes_on || self.traffic.awaited() > 0);
+        if by_work || batch {
             self.queue_transmit();
         } else {
             self.transmit_backlog();
@@ -144,8 +155,8 @@ impl Connection {
     }
 
     /// Sends a disconnect after what is being sent now. May sleep.
-    pub(crate) fn say_goodbye(self: ArcBorrow<'_, Self>) {
-        self.sending.say_goodbye.store(true, Release);
+    pub(crate) fn send_disconnect(self: ArcBorrow<'_, Self>) {
+        self.sending.send_disconnect.store(true, Release);
         // Who has the lock looks again afterwards: pairs with the barrier in `transmit_backlog()`.
         smp_mb(Full);
         // At once: the socket is ended soon.
@@ -243,7 +254,7 @@ impl Connection {
     }
 
     fn has_backlog(&self) -> bool {
-        !self.sending.backlog.is_empty() || self.sending.say_goodbye.load(Acquire)
+        !self.sending.backlog.is_empty() || self.sending.send_disconnect.load(Acquire)
     }
 
     /// The socket has taken less than it was given, and nothing at all the last `refused` times; `full` was
@@ -279,11 +290,11 @@ impl Connection {
 
     fn transmit_all(&self, outbox: &mut Outbox) -> Result<Stop> {
         for _ in 0..BUDGET {
-            let more_waits = self.stage(outbox);
+            let next = self.stage(outbox);
             if outbox.transmit.is_empty() {
                 return Ok(Stop::Idle);
             }
-            let sent = match outbox.transmit.send(&self.socket, more_waits) {
+            let sent = match outbox.transmit.send(&self.socket, next) {
                 Ok(sent) => sent,
                 Err(e) if e == EAGAIN => return Ok(Stop::Full { sent_some: false }),
                 Err(e) if e == EINTR || e == ERESTARTSYS => return Ok(Stop::Signal),
@@ -297,20 +308,22 @@ impl Connection {
         Ok(Stop::Budget)
     }
 
-    /// Stages what waits, headers written. Returns whether something is left.
-    fn stage(&self, outbox: &mut Outbox) -> bool {
+    /// Writes the headers of commands that wait, and stages them. Returns whether some are left.
+    fn stage(&self, outbox: &mut Outbox) -> Next {
         if outbox.transmit.has_place()
-            && self.sending.say_goodbye.load(Acquire)
-            && self.sending.say_goodbye.xchg(false, Full)
+            && self.sending.send_disconnect.load(Acquire)
+            && self.sending.send_disconnect.xchg(false, Full)
         {
-            outbox.transmit.stage(&proto::Request::DISCONNECT, None);
+            outbox
+                .transmit
+                .stage(&proto::RequestHeader::DISCONNECT, None);
         }
         while outbox.transmit.has_place() {
             if outbox.waiting.is_empty() {
                 outbox.waiting = self.sending.backlog.take();
             }
             let Some(request) = outbox.waiting.pop() else {
-                return false;
+                return Next::Nothing;
             };
             match self.wire_of(&request) {
                 Some(wire) => outbox.transmit.stage(&wire, Some(Payload::new(request))),
@@ -318,10 +331,14 @@ impl Connection {
                 None => request.overrule(Outcome::Complete(Status::IOERR)),
             }
         }
-        !outbox.waiting.is_empty() || !self.sending.backlog.is_empty()
+        if outbox.waiting.is_empty() && self.sending.backlog.is_empty() {
+            Next::Nothing
+        } else {
+            Next::More
+        }
     }
 
-    fn wire_of(&self, request: &Unsent) -> Option<proto::Request> {
+    fn wire_of(&self, request: &Unsent) -> Option<proto::RequestHeader> {
         let (hw_queue, tag) = request.tag();
         wire_of(&request.extent(), self.table.cookie(hw_queue, tag)?)
     }

@@ -13,7 +13,7 @@ use crate::{
         net::{
             arrival::Segment,
             iov::{IoPage, Pieces, RecvIov, SendIov},
-            sock::Socket,
+            sock::{Next, Socket},
         },
     },
     pure::proto::{self as proto, REPLY_BYTES, REQUEST_BYTES},
@@ -117,13 +117,13 @@ impl Transmit {
         }
     }
 
-    /// Sends what is staged, as far as one call can. `more_waits`: further messages follow at once. May
+    /// Sends what is staged, as far as one call can. `next`: whether further messages follow at once. May
     /// sleep for the socket's lock.
     ///
     /// # Errors
     ///
     /// Those of [`Socket::send()`].
-    pub(crate) fn send(&mut self, socket: &Socket, more_waits: bool) -> Result<Sent> {
+    pub(crate) fn send(&mut self, socket: &Socket, next: Next) -> Result<Sent> {
         let mut iov = SendIov::new(&mut self.pieces);
         let mut whole = true;
         for message in self.staged.iter() {
@@ -136,7 +136,7 @@ impl Transmit {
             }
         }
         let offered = iov.bytes();
-        let bytes = socket.send(iov, !whole || more_waits)?;
+        let bytes = socket.send(iov, if whole { next } else { Next::More })?;
         Ok(Sent {
             bytes,
             requests: self.count(bytes),
@@ -160,7 +160,7 @@ impl Transmit {
     }
 
     /// Writes a header, and puts the message at the end of what is sent.
-    pub(crate) fn stage(&mut self, wire: &proto::Request, payload: Option<Payload<Unsent>>) {
+    pub(crate) fn stage(&mut self, wire: &proto::RequestHeader, payload: Option<Payload<Unsent>>) {
         // Headers of messages that are staged lie behind one another, and there are fewer than fit.
         let header_at = self.next_header;
         let message = Outgoing {
@@ -234,7 +234,7 @@ impl Receive {
     /// # Errors
     ///
     /// Those of `handle`. Nothing of the stream can be understood any more.
-    pub(crate) fn understand(
+    pub(crate) fn parse(
         &mut self,
         handle: impl Fn(&[u8; REPLY_BYTES]) -> Result<Option<Payload<Unanswered>>>,
         complete: impl Fn(Payload<Unanswered>),
@@ -293,11 +293,11 @@ impl Receive {
 }
 
 /// Sends a disconnect on a socket that no connection has taken over. May sleep.
-pub(crate) fn say_goodbye_on(socket: &Socket) -> Result {
+pub(crate) fn send_disconnect_on(socket: &Socket) -> Result {
     let mut page = IoPage::new()?;
-    page.write(0, &proto::Request::DISCONNECT.encode())?;
+    page.write(0, &proto::RequestHeader::DISCONNECT.encode())?;
     let mut pieces = Pieces::new(1)?;
     let mut iov = SendIov::new(&mut pieces);
     iov.push_bytes(&page, 0, REQUEST_BYTES);
-    socket.send(iov, false).map(|_| ())
+    socket.send(iov, Next::Nothing).map(|_| ())
 }

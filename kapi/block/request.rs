@@ -296,7 +296,7 @@ impl Unsent {
 
 impl Unanswered {
     /// Says how the request ends, and lets go of it.
-    pub(crate) fn decide(self, outcome: Outcome) {
+    pub(crate) fn finish(self, outcome: Outcome) {
         self.0.pdu().outcome.store(outcome.pack(), Relaxed);
     }
 

@@ -50,8 +50,8 @@ impl<'a, T: Events> Found<'a, T> {
             };
         }
         // SAFETY: The caller promises that `sk` is valid.
-        let (id, above) = unsafe { (SocketId::of(sk), has_upper_layer(sk)) };
-        let (had, hook) = saved::find(id, above).unwrap_or((Callbacks::NONE, None));
+        let (id, has_upper) = unsafe { (SocketId::of(sk), has_upper_layer(sk)) };
+        let (had, hook) = saved::find(id, has_upper).unwrap_or((Callbacks::NONE, None));
         // SAFETY: A socket with a hook is not freed, so a hook that was noted of this address is this one's. It
         // is forgotten before it goes, with the lock held for writing, and therefore stays for `'a`.
         let hook = hook.and_then(|hook| unsafe { Hook::for_socket(hook.cast().as_ptr(), sk) });
@@ -119,7 +119,7 @@ unsafe extern "C" fn data_ready<T: Events>(sk: *mut bindings::sock) {
     unsafe { call(forward, sk) };
     // What is taken to receive is what `recvmsg()` takes. `unix_stream_sendmsg()` holds none of it.
     if let Some(owner) = receiver {
-        T::sent_here(owner);
+        T::sender_leaves(owner);
     }
 }
 

@@ -51,8 +51,8 @@ impl<T: Events> Hook<T> {
             return Err(EBUSY);
         }
         // SAFETY: The caller promises that `sk` is valid.
-        let (id, above) = unsafe { (SocketId::of(sk), has_upper_layer(sk)) };
-        saved::note(record, id, self.had, above, self.as_ptr())?;
+        let (id, has_upper) = unsafe { (SocketId::of(sk), has_upper_layer(sk)) };
+        saved::note(record, id, self.had, has_upper, self.as_ptr())?;
         // SAFETY: `sk` is valid, and whoever changes this holds `sk_callback_lock`.
         unsafe { (&raw mut (*sk).sk_user_data).write_volatile(self.tagged()) };
         // SAFETY: `sk` is valid, and ours find the hook there.
@@ -159,7 +159,11 @@ impl<T: Events> Hooked<T> {
         let kept = covered || !self.has_user_data();
         // SAFETY: `socket` keeps its `sk` valid.
         let id = unsafe { SocketId::of(self.socket.sk()) };
-        saved::forget(id, self.hook.as_ptr(), kept);
+        if kept {
+            saved::forget_hook(id, self.hook.as_ptr());
+        } else {
+            saved::forget(id, self.hook.as_ptr());
+        }
         drop((callbacks, locked));
         if kept {
             pr_warn!("a device's socket was taken over behind its back, the module has to stay\n");

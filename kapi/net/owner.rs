@@ -12,19 +12,19 @@ use kernel::sync::{
 };
 
 /// What a socket tells its owner. Called in any context, also in softirq: must not sleep, but for
-/// [`Self::sent_here()`].
+/// [`Self::sender_leaves()`].
 pub(crate) trait Events: Send + Sync + 'static {
     /// As [`Self::readable()`], where what came in can be read at once.
     fn arrived(this: ArcBorrow<'_, Self>, arrival: Arrival<'_>);
 
     /// As [`Self::readable()`], for what another task of this machine has sent. Returns whether that
-    /// task is to receive it here, which [`Self::sent_here()`] does then.
+    /// task is to receive it here, which [`Self::sender_leaves()`] does then.
     fn takes_from_sender(&self) -> bool;
 
     /// Called by a task that has sent something, on its way out of `sendmsg()`. It holds no lock of the
     /// socket's, and no other that a task may not hold in `recvmsg()`: may sleep, shortly. The socket may have
     /// been given up meanwhile.
-    fn sent_here(this: Arc<Self>);
+    fn sender_leaves(this: Arc<Self>);
 
     /// There may be something to receive: data, the end of the stream, an error.
     fn readable(this: ArcBorrow<'_, Self>);

@@ -187,6 +187,15 @@ impl Records {
         self.0.get_mut((socket.address >> 6) % LISTS)
     }
 
+    /// Where the record of a socket with that hook is.
+    fn place(&mut self, socket: SocketId, hook: NonNull<()>) -> Option<&mut Option<KBox<Record>>> {
+        let mut place = self.list(socket)?;
+        while place.as_ref()?.hook != Some(hook) {
+            place = &mut place.as_mut()?.next;
+        }
+        Some(place)
+    }
+
     fn find(&mut self, socket: SocketId) -> Option<&Record> {
         let mut next = self.list(socket)?.as_ref();
         while let Some(record) = next {
@@ -277,25 +286,21 @@ pub(super) fn find(
     Some((record.had, record.hook))
 }
 
-/// Notes that the hook of a socket is about to go. Forgets the socket, unless that is `kept`. To be called
-/// with `sk_callback_lock` held.
-pub(super) fn forget(socket: SocketId, hook: NonNull<()>, kept: bool) {
+/// Forgets a socket, whose hook is about to be freed. To be called with `sk_callback_lock` held.
+pub(super) fn forget(socket: SocketId, hook: NonNull<()>) {
     let mut records = RECORDS.lock();
-    let Some(mut place) = records.list(socket) else {
-        return;
-    };
-    while place
-        .as_ref()
-        .is_some_and(|record| record.hook != Some(hook))
-    {
-        let Some(record) = place else { return };
-        place = &mut record.next;
-    }
-    if kept {
-        if let Some(record) = place {
-            record.hook = None;
+    if let Some(place) = records.place(socket, hook) {
+        if let Some(record) = place.take() {
+            *place = KBox::into_inner(record).next;
         }
-    } else if let Some(record) = place.take() {
-        *place = KBox::into_inner(record).next;
+    }
+}
+
+/// Forgets the hook of a socket, which is about to be freed, and keeps the rest. To be called with
+/// `sk_callback_lock` held.
+pub(super) fn forget_hook(socket: SocketId, hook: NonNull<()>) {
+    let mut records = RECORDS.lock();
+    if let Some(Some(record)) = records.place(socket, hook) {
+        record.hook = None;
     }
 }

@@ -44,6 +44,15 @@ unsafe impl Send for Socket {}
 // SAFETY: Sockets may be used by several tasks at a time, and lock themselves.
 unsafe impl Sync for Socket {}
 
+/// What follows data that is sent (`MSG_MORE`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Next {
+    /// Further data, at once: a segment that is not full waits for it.
+    More,
+    /// Nothing that is known of.
+    Nothing,
+}
+
 impl Socket {
     /// The socket behind a file descriptor of the current process (`nbd_get_socket()`). May sleep.
     pub(crate) fn from_fd(fd: i32) -> core::result::Result<Self, BadSocket> {
@@ -95,16 +104,15 @@ impl Socket {
         self.family() == bindings::AF_UNIX && u32::from(kind) == bindings::SOCK_STREAM
     }
 
-    /// Sends as much of `data` as fits. `more`: further data follows at once. Does not wait for room,
-    /// but may sleep for the socket's lock.
+    /// Sends as much of `data` as fits. Does not wait for room, but may sleep for the socket's lock.
     ///
     /// # Errors
     ///
     /// `EAGAIN` where nothing fits, or for want of memory; anything else means that the connection is
     /// gone.
-    pub(crate) fn send(&self, data: SendIov<'_>, more: bool) -> Result<usize> {
+    pub(crate) fn send(&self, data: SendIov<'_>, next: Next) -> Result<usize> {
         let mut flags = bindings::MSG_DONTWAIT | bindings::MSG_NOSIGNAL;
-        if more {
+        if next == Next::More {
             flags |= bindings::MSG_MORE;
         }
         let sent = self.transfer(data.into_inner(), bindings::ITER_SOURCE, |socket, msg| {

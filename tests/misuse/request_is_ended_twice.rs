@@ -4,7 +4,7 @@
 use crate::kapi::block::request::{Outcome, Status, Unanswered};
 
 fn end(handle: Unanswered) {
-    handle.decide(Outcome::Complete(Status::OK));
-    handle.decide(Outcome::Requeue); //~ E0382
+    handle.finish(Outcome::Complete(Status::OK));
+    handle.finish(Outcome::Requeue); //~ E0382
     //fix:
 }

@@ -5,7 +5,7 @@ use crate::kapi::{
     block::{payload::Payload, request::Unsent},
     net::{
         iov::{Pieces, RecvIov, SendIov},
-        sock::Socket,
+        sock::{Next, Socket},
     },
 };
 
@@ -13,5 +13,5 @@ fn receive(socket: &Socket, room: &mut Pieces, write: &mut Payload<Unsent>) {
     let mut iov = RecvIov::new(room); //fix: let mut iov = SendIov::new(room);
     iov.push_payload(write); //~ E0308
     //fix: iov.push_payload(write);
-    let _ = socket.receive(iov); //fix: let _ = socket.send(iov, false);
+    let _ = socket.receive(iov); //fix: let _ = socket.send(iov, Next::Nothing);
 }

@@ -41,11 +41,14 @@ use kapi::{
         payload::Payload,
         request::{Extent, Log, Op, Outcome, Request, Side, Status, Unanswered, Unsent},
     },
-    net::{arrival::Segment, sock::Socket},
+    net::{
+        arrival::Segment,
+        sock::{Next, Socket},
+    },
 };
 use prelude::*;
 use pure::cmd::{Cookie, Parking, Slot};
-use pure::proto::{Reply, ServerError};
+use pure::proto::{ReplyHeader, ServerError};
 use script::{SLOTS, Script, Step};
 use std::cell::RefCell;
 use stream::{Receive, Transmit};
@@ -205,7 +208,7 @@ impl Connection {
 
     fn receive_segment(&mut self, segment: &mut Segment<'_>) -> Result {
         loop {
-            self.understand()?;
+            self.parse()?;
             let data = self.receive.current.as_ref().map_or(0, Payload::left_bytes);
             if data > ARRIVAL_BYTES || segment.left_bytes() == 0 {
                 return Ok(());
@@ -219,15 +222,13 @@ impl Connection {
         self.socket.limit.set(limit);
         while !self.dead {
             let before: Vec<u8> = self.socket.incoming.borrow().iter().copied().collect();
-            let got = self
-                .understand()
-                .and_then(|()| self.receive.fill(&self.socket));
+            let got = self.parse().and_then(|()| self.receive.fill(&self.socket));
             match got {
                 Ok((got, _)) => self.model.feed(&before[..got]),
                 Err(e) if e == EAGAIN => return,
                 Err(_) => self.dead = true,
             }
-            if self.understand().is_err() {
+            if self.parse().is_err() {
                 self.dead = true;
             }
             if limit != usize::MAX {
@@ -236,18 +237,18 @@ impl Connection {
         }
     }
 
-    fn understand(&mut self) -> Result {
+    fn parse(&mut self) -> Result {
         let slots = &self.slots;
-        self.receive.understand(
+        self.receive.parse(
             |header| handle_reply(slots, header),
-            |payload| payload.into_side().decide(Outcome::Complete(Status::OK)),
+            |payload| payload.into_side().finish(Outcome::Complete(Status::OK)),
         )
     }
 
     fn send(&mut self, limit: usize) {
         self.socket.limit.set(limit);
         let was_empty = self.transmit.is_empty();
-        match self.transmit.send(&self.socket, false) {
+        match self.transmit.send(&self.socket, Next::Nothing) {
             Ok(sent) => assert!(sent.bytes <= limit && !was_empty),
             Err(e) => assert!(e == EAGAIN && (limit == 0 || was_empty)),
         }
@@ -258,11 +259,11 @@ impl Connection {
     /// What is still in flight is given back, and nothing is lost.
     fn finish(mut self) {
         if let Some(payload) = self.receive.current.take() {
-            payload.into_side().decide(Outcome::Requeue);
+            payload.into_side().finish(Outcome::Requeue);
         }
         for slot in &self.slots {
             if let Some(request) = slot.reclaim(OURS) {
-                request.decide(Outcome::Requeue);
+                request.finish(Outcome::Requeue);
             }
         }
         let ended = self.decided.borrow().len();
@@ -289,19 +290,19 @@ fn handle_reply(
     slots: &[Slot<Parked>],
     header: &[u8; pure::proto::REPLY_BYTES],
 ) -> Result<Option<Payload<Unanswered>>> {
-    let reply = Reply::decode(header).map_err(|_| EPROTO)?;
+    let reply = ReplyHeader::decode(header).map_err(|_| EPROTO)?;
     let cookie = Cookie(reply.cookie);
     let slot = slots.get(cookie.slot() as usize).ok_or(EPROTO)?;
     let request = slot.claim(cookie.generation(), OURS).map_err(|_| EPROTO)?;
     if let Some(error) = ServerError::from_wire(reply.error) {
         let op = request.extent().op;
-        request.decide(Outcome::Complete(rnbd_translate::status_of(error, op)));
+        request.finish(Outcome::Complete(rnbd_translate::status_of(error, op)));
         return Ok(None);
     }
     let payload = Payload::new(request);
     if payload.left_bytes() > 0 {
         return Ok(Some(payload));
     }
-    payload.into_side().decide(Outcome::Complete(Status::OK));
+    payload.into_side().finish(Outcome::Complete(Status::OK));
     Ok(None)
 }

@@ -168,7 +168,7 @@ pub(crate) mod kapi {
         }
 
         impl Unanswered {
-            pub(crate) fn decide(self, outcome: Outcome) {
+            pub(crate) fn finish(self, outcome: Outcome) {
                 self.0.end(outcome);
             }
         }
@@ -264,6 +264,12 @@ pub(crate) mod kapi {
         use std::cell::{Cell, RefCell};
         use std::collections::VecDeque;
         use std::marker::PhantomData;
+
+        #[derive(Clone, Copy, PartialEq, Eq)]
+        pub(crate) enum Next {
+            More,
+            Nothing,
+        }
 
         pub(crate) struct IoPage(Memory);
 
@@ -382,8 +388,8 @@ pub(crate) mod kapi {
         }
 
         impl Socket {
-            pub(crate) fn send(&self, data: Iov<'_>, more: bool) -> Result<usize> {
-                self.more.set(more);
+            pub(crate) fn send(&self, data: Iov<'_>, next: Next) -> Result<usize> {
+                self.more.set(next == Next::More);
                 let mut room = self.limit.get();
                 let mut outgoing = self.outgoing.borrow_mut();
                 let before = outgoing.len();

@@ -3,12 +3,15 @@
 
 use crate::{
     kapi::block::request::{Extent, Log, Op, Outcome, Request, Status, Unanswered, Unsent},
-    kapi::{block::payload::Payload, net::sock::Socket},
+    kapi::{
+        block::payload::Payload,
+        net::sock::{Next, Socket},
+    },
     prelude::*,
     pure::cmd::Cookie,
     pure::proto::{self as proto, Command, ServerError},
     rnbd_translate::{Described, status_of, wire_of},
-    stream::{Receive, Transmit, say_goodbye_on},
+    stream::{Receive, Transmit, send_disconnect_on},
 };
 use proptest::prelude::*;
 use std::fs;
@@ -75,7 +78,7 @@ impl Sender {
     /// them, and whether that was all.
     fn send(&mut self, limit: usize) -> (usize, u64, bool) {
         self.socket.limit.set(limit);
-        let sent = self.transmit.send(&self.socket, false).unwrap();
+        let sent = self.transmit.send(&self.socket, Next::Nothing).unwrap();
         (sent.bytes, sent.requests, sent.all)
     }
 
@@ -130,7 +133,7 @@ fn more_follows_what_one_call_cannot_send() {
     assert!(!sender.socket.more.get());
     // So it does where the caller knows.
     sender.stage(Op::Read, 512, 512);
-    sender.transmit.send(&sender.socket, true).unwrap();
+    sender.transmit.send(&sender.socket, Next::More).unwrap();
     assert!(sender.socket.more.get());
     sender.assert_sent();
     // There is no room for the next header, although it would have no data.
@@ -148,7 +151,9 @@ fn what_was_not_wholly_sent_is_given_back() {
     }
     let first = HEADER + 512;
     assert_eq!(sender.send(2 * first - 1), (2 * first - 1, 1, false));
-    sender.transmit.stage(&proto::Request::DISCONNECT, None);
+    sender
+        .transmit
+        .stage(&proto::RequestHeader::DISCONNECT, None);
     sender.transmit.give_back(Outcome::Requeue);
     assert!(sender.transmit.is_empty());
     let given_back = sender.given_back.borrow();
@@ -163,20 +168,24 @@ fn what_was_not_wholly_sent_is_given_back() {
 fn a_disconnect_is_no_request() {
     let mut sender = Sender::new();
     sender.stage(Op::Read, 512, 512);
-    sender.transmit.stage(&proto::Request::DISCONNECT, None);
-    sender.to_send.extend(proto::Request::DISCONNECT.encode());
+    sender
+        .transmit
+        .stage(&proto::RequestHeader::DISCONNECT, None);
+    sender
+        .to_send
+        .extend(proto::RequestHeader::DISCONNECT.encode());
     sender.stage(Op::Read, 512, 512);
     assert_eq!(sender.send(HEADER + 1), (HEADER + 1, 1, false));
     assert_eq!(sender.send(HEADER), (HEADER, 0, false));
     assert_eq!(sender.send(usize::MAX), (HEADER - 1, 1, true));
     sender.assert_sent();
     let socket = Socket::default();
-    assert_eq!(say_goodbye_on(&socket), Err(EAGAIN));
+    assert_eq!(send_disconnect_on(&socket), Err(EAGAIN));
     socket.limit.set(usize::MAX);
-    assert_eq!(say_goodbye_on(&socket), Ok(()));
+    assert_eq!(send_disconnect_on(&socket), Ok(()));
     assert_eq!(
         *socket.outgoing.borrow(),
-        proto::Request::DISCONNECT.encode()
+        proto::RequestHeader::DISCONNECT.encode()
     );
     assert!(!socket.more.get());
 }
@@ -224,7 +233,7 @@ fn flags_go_with_what_they_are_for() {
             };
             // NBD_CMD_FLAG_FUA, NBD_CMD_FLAG_NO_HOLE
             let no_hole = nounmap && op == Op::WriteZeroes;
-            let expected = proto::Request {
+            let expected = proto::RequestHeader {
                 command,
                 flags: u16::from(fua) + 2 * u16::from(no_hole),
                 cookie: cookie.0,

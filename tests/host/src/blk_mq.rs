@@ -243,7 +243,7 @@ pub(crate) struct Unanswered(pub(crate) Handle);
 
 impl Unanswered {
     /// Says how the request ends, and lets go of it.
-    pub(crate) fn decide(self, verdict: Verdict) {
+    pub(crate) fn finish(self, verdict: Verdict) {
         self.0.0.verdict.store(verdict as u32, Ordering::Relaxed);
     }
 }

@@ -269,7 +269,7 @@ impl<P: Parts> Table<P> {
     fn reclaim(&self, connection: u16) {
         for slot in &self.slots {
             if let Some(request) = slot.reclaim(connection) {
-                request.decide(self.outcome_of_lost());
+                request.finish(self.outcome_of_lost());
             }
         }
     }
@@ -335,7 +335,7 @@ pub(crate) struct Connection<P: Parts> {
     /// `Traffic`, as far as it counts requests.
     reaped: Completion,
     full: Atomic<bool>,
-    say_goodbye: Atomic<bool>,
+    send_disconnect: Atomic<bool>,
     backlog: P::List,
     outbox: Mutex<Outbox<P>>,
     /// The lock that nobody waits for; `receiving` is about how that works.
@@ -365,7 +365,7 @@ impl<P: Parts> Connection<P> {
             state: Atomic::new(ALIVE),
             reaped: Completion::default(),
             full: Atomic::new(false),
-            say_goodbye: Atomic::new(false),
+            send_disconnect: Atomic::new(false),
             backlog: P::List::new(),
             outbox: Mutex::new(Outbox {
                 waiting: Batches::empty(),
@@ -437,8 +437,8 @@ impl<P: Parts> Connection<P> {
         self.transmit_backlog();
     }
 
-    pub(crate) fn say_goodbye(&self) {
-        self.say_goodbye.store(true, Release);
+    pub(crate) fn send_disconnect(&self) {
+        self.send_disconnect.store(true, Release);
         if self.table.left_out != LeftOut::BarrierAfterGoodbye {
             smp_mb(Full);
         }
@@ -530,7 +530,7 @@ impl<P: Parts> Connection<P> {
     }
 
     fn has_backlog(&self) -> bool {
-        !self.backlog.is_empty() || self.say_goodbye.load(Acquire)
+        !self.backlog.is_empty() || self.send_disconnect.load(Acquire)
     }
 
     fn look_for_room(&self, refused: u32) -> bool {
@@ -571,7 +571,7 @@ impl<P: Parts> Connection<P> {
     }
 
     fn stage(&self, outbox: &mut Outbox<P>) {
-        if self.say_goodbye.load(Acquire) && self.say_goodbye.xchg(false, Full) {
+        if self.send_disconnect.load(Acquire) && self.send_disconnect.xchg(false, Full) {
             outbox.staged.push(Outgoing {
                 message: Message(None),
                 request: None,
@@ -663,7 +663,7 @@ impl<P: Parts> Connection<P> {
             let slot = &self.table.slots[command.tag.number];
             let claimed = slot.claim(command.generation, self.index);
             let request = claimed.expect("a good reply was refused");
-            request.decide(Verdict::Complete);
+            request.finish(Verdict::Complete);
         }
     }
 

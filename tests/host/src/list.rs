@@ -26,7 +26,7 @@ impl<P: Parts> Shared<P> {
     /// Appends a new request; returns whether the list has taken it. It completes where it has.
     fn append(&self, tag: usize) -> bool {
         let (unsent, unanswered) = self.tags[tag].start();
-        unanswered.decide(Verdict::Complete);
+        unanswered.finish(Verdict::Complete);
         let refused = self
             .list
             .push(unsent)

@@ -46,14 +46,14 @@ impl<S: Commands> Shared<S> {
     fn reap(&self, connection: u16) -> JoinHandle<bool> {
         self.spawn(move |slot| {
             let claimed = slot.reclaim(connection);
-            claimed.map(|r| r.decide(Verdict::Requeue)).is_some()
+            claimed.map(|r| r.finish(Verdict::Requeue)).is_some()
         })
     }
 }
 
 /// Completes what a reply has claimed; returns whether it has claimed anything.
 fn complete(claimed: Option<Unanswered>) -> bool {
-    claimed.map(|r| r.decide(Verdict::Complete)).is_some()
+    claimed.map(|r| r.finish(Verdict::Complete)).is_some()
 }
 
 /// Sends a write: its data is read until the transmit side lets go.
@@ -78,7 +78,7 @@ fn read_is_answered_while_it_is_sent<P: Parts>() {
     let reply = shared.spawn(move |slot| {
         let request = slot.claim(generation, 0).expect("a good reply was refused");
         request.0.write_pages();
-        request.decide(Verdict::Complete);
+        request.finish(Verdict::Complete);
     });
     drop(transmit);
     reply.join().unwrap();
@@ -109,7 +109,7 @@ fn forgotten_reply<P: Parts>() {
     let receiver = shared.spawn(move |slot| {
         slot.put_back(slot.claim(generation, 0).expect("a good reply was refused"));
         let reclaimed = slot.reclaim(0).expect("a forgotten command is lost");
-        reclaimed.decide(Verdict::Requeue);
+        reclaimed.finish(Verdict::Requeue);
     });
     let other_death = shared.reap(1);
     send(transmit);

@@ -116,9 +116,9 @@ impl Connection {
             return;
         }
         self.if_nobody_receives(|receive| {
-            // `receive_here()`
+            // `receive_in_callback()`
             if !large {
-                self.understand(receive, std::mem::take(&mut *socket));
+                self.parse(receive, std::mem::take(&mut *socket));
             }
             large
         });
@@ -144,7 +144,7 @@ impl Connection {
             let dead = self.state.load(Acquire) == DEAD;
             if !dead || self.left_out == LeftOut::LookingWhetherDead {
                 let got = std::mem::take(&mut *self.socket.lock().unwrap());
-                self.understand(receive, got);
+                self.parse(receive, got);
             }
             false
         });
@@ -158,7 +158,7 @@ impl Connection {
         }
     }
 
-    fn understand(&self, receive: &mut Receive, got: usize) {
+    fn parse(&self, receive: &mut Receive, got: usize) {
         assert!(!receive.reaped, "received after it was cleared away");
         receive.understood.with_mut(|understood| {
             // SAFETY: Whoever has the `Receive` is alone with it, and loom looks.
@@ -192,7 +192,7 @@ impl Connection {
             if got == 0 {
                 break;
             }
-            self.understand(receive, got);
+            self.parse(receive, got);
         }
         let ended = self.state.compare_exchange(ENDED, DEAD, SeqCst, Relaxed);
         if ended.is_ok() {

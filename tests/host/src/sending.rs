@@ -96,7 +96,7 @@ fn what_is_left_to_the_work_item_is_sent<P: Parts>() {
 /// The user says goodbye while a task submits.
 fn the_goodbye_is_sent_without<P: Parts>(left_out: LeftOut) {
     let sender = Sender::<P>::new(left_out, 1, None);
-    let user = sender.spawn(|s| s.connection.say_goodbye());
+    let user = sender.spawn(|s| s.connection.send_disconnect());
     sender.submit(0);
     user.join().unwrap();
     assert_eq!(sender.connection.sent(), (1, 1), "the goodbye was not sent");

@@ -155,7 +155,7 @@ impl<P: Parts> Session<P> {
             match self.pick(self.table.fate.see()) {
                 Some(next) => connection = next,
                 None => {
-                    other.decide(Verdict::Requeue);
+                    other.finish(Verdict::Requeue);
                     return;
                 }
             }
@@ -496,7 +496,7 @@ fn answered_before_it_was_sent_without<P: Parts>(left_out: LeftOut) {
     });
     let dying = session.spawn(|s| {
         if let Some(request) = s.table.slots[0].claim(1, 0) {
-            request.decide(Verdict::Complete);
+            request.finish(Verdict::Complete);
         }
         s.all[0].die();
     });

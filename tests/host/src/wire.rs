@@ -7,8 +7,8 @@
 use crate::{
     pure::cmd::Cookie,
     pure::proto::{
-        CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, Command, REPLY_BYTES, REQUEST_BYTES, Reply, Request,
-        ServerError, WrongMagic, flags,
+        CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, Command, REPLY_BYTES, REQUEST_BYTES, ReplyHeader,
+        RequestHeader, ServerError, WrongMagic, flags,
     },
 };
 use proptest::prelude::*;
@@ -24,7 +24,7 @@ const COMMANDS: [(Command, u16, &str); 6] = [
 
 /// What stands before the cookie of a request, and what stands after it.
 fn assert_encodes(command: Command, flags: u16, head: [u8; 8], range: [u8; 12]) {
-    let request = Request {
+    let request = RequestHeader {
         command,
         flags,
         cookie: 0x0123_4567_89ab_cdef,
@@ -91,15 +91,15 @@ fn flush_and_disconnect_carry_no_range() {
 #[test]
 fn the_goodbye_is_a_disconnect_and_nothing_else() {
     let expected = *b"\x25\x60\x95\x13\0\0\0\x02\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0";
-    assert_eq!(Request::DISCONNECT.encode(), expected);
+    assert_eq!(RequestHeader::DISCONNECT.encode(), expected);
 }
 
 #[test]
 fn a_reply_is_16_bytes_in_network_byte_order() {
     assert_eq!(REPLY_BYTES, 16);
     assert_eq!(
-        Reply::decode(b"\x67\x44\x66\x98\0\0\0\x1c\x01\x23\x45\x67\x89\xab\xcd\xef"),
-        Ok(Reply {
+        ReplyHeader::decode(b"\x67\x44\x66\x98\0\0\0\x1c\x01\x23\x45\x67\x89\xab\xcd\xef"),
+        Ok(ReplyHeader {
             cookie: 0x0123_4567_89ab_cdef,
             error: 28
         })
@@ -119,7 +119,7 @@ fn other_magic_numbers_of_the_protocol_start_no_reply() {
     for magic in magics {
         let mut wire = [0; 16];
         wire[..4].copy_from_slice(&magic.to_be_bytes());
-        assert_eq!(Reply::decode(&wire), Err(WrongMagic(magic)));
+        assert_eq!(ReplyHeader::decode(&wire), Err(WrongMagic(magic)));
     }
 }
 
@@ -172,14 +172,14 @@ fn integer(wire: &[u8]) -> u64 {
         .fold(0, |value, byte| value * 256 + u64::from(*byte))
 }
 
-fn requests() -> impl Strategy<Value = Request> {
+fn requests() -> impl Strategy<Value = RequestHeader> {
     let commands = COMMANDS.map(|(command, ..)| command).to_vec();
     let fields = (
         prop::sample::select(commands),
         any::<(u16, u64, u64, u32)>(),
     );
     fields.prop_map(
-        |(command, (flags, cookie, offset_bytes, len_bytes))| Request {
+        |(command, (flags, cookie, offset_bytes, len_bytes))| RequestHeader {
             command,
             flags,
             cookie,
@@ -210,7 +210,7 @@ proptest! {
         if is_reply {
             wire[..4].copy_from_slice(&[0x67, 0x44, 0x66, 0x98]);
         }
-        match Reply::decode(&wire) {
+        match ReplyHeader::decode(&wire) {
             Ok(reply) => {
                 prop_assert_eq!(&wire[..4], &[0x67, 0x44, 0x66, 0x98]);
                 prop_assert_eq!(u64::from(reply.error), integer(&wire[4..8]));
