@@ -106,7 +106,7 @@ module! {
     type: Rnbd,
     name: "rnbd",
     authors: ["The rnbd authors"],
-    description: "Network Block Device",
+    description: "NBD client, in place of nbd.ko (not RNBD, the RDMA network block device)",
     license: "GPL",
     alias: ["net-pf-16-proto-16-family-nbd"],
 }
