@@ -41,6 +41,9 @@
 ##   SECONDS=n               fuzz: so long
 ##   V=1                     show the commands of the build
 
+# The one place; CHANGELOG.md and the documentation follow it.
+VERSION := 0.1.0
+
 ifdef RNBD_INSIDE
 # In the workbench's build root.
 KDIR := /kernel/build
