@@ -13,19 +13,21 @@
 ## if they are missing: mmdebstrap and debian-archive-keyring.
 ##   make demo               boot the stock kernel, load the driver and use it
 ##   make check              run all tests, or those that match T=pattern
-##   make check-debug        the tests in the virtual machine on a kernel that looks for faults: KASAN,
-##                           lockdep, kmemleak and others; the first run builds it, in 15 to 25 minutes
+##   make check-debug        the tests in the virtual machine on a kernel with KASAN, lockdep, kmemleak
+##                           and others; the first run builds that kernel, in 15 to 25 minutes
 ##   make misuse             show that the driver cannot misuse kapi: what would do so does not compile
 ##   make mutate             put faults into the driver, one at a time: does "make check" find each?
 ##   make mutants            the same for all that is compiled on this machine, by cargo-mutants
-##   make fuzz               look for byte streams that the driver's parser takes wrongly, for SECONDS=60;
+##   make fuzz               look for byte streams that the driver's parser misreads, for SECONDS=60;
 ##                           the first run builds the debug kernel, too, since that comes with clang
-##   make soak HOURS=h       everything at once for so long, with faults at random (fractions will do)
+##   make soak HOURS=h       everything at once for h hours, with random faults (h may be a fraction)
 ##   make shell              a shell in the virtual machine, the driver loaded
-##   make stock              build/rnbd.ko for the stock kernel
+##   make stock              build/rnbd.ko for the stock kernel in the cache
 ##   make bench              rnbd.ko and nbd.ko side by side: cost and speed (QUICK=1: minutes)
-##   make lint               what .ci/run looks at before it tests; also one by one:
-##                           rustfmtcheck clippy rustdoc shellcheck unsafecheck
+##   make htmldocs           the documentation as HTML, in build/htmldocs; the first run makes a small
+##                           Debian root for it
+##   make lint               the checks that .ci/run makes before it tests; also one by one:
+##                           rustfmtcheck clippy rustdoc shellcheck unsafecheck htmldocs
 ##   make rustfmt            format the sources
 ##   make distclean          remove build/ and the cache
 ##
@@ -36,9 +38,9 @@
 ##   T=pattern,...           check, check-debug, misuse: only tests whose names contain one of them;
 ##                           mutate: only such faults; bench: only such cells
 ##   SEED=number             check, check-debug, soak: repeat the random tests of an earlier run
-##   QUICK=1 ROUNDS=n        bench: measure less; so many rounds
+##   QUICK=1 ROUNDS=n        bench: measure less; measure n rounds
 ##   MODES="cost wall scale" bench: or fewer: instructions for an I/O, speed, many devices
-##   SECONDS=n               fuzz: so long
+##   SECONDS=n               fuzz: for how long
 ##   V=1                     show the commands of the build
 
 # The one place; CHANGELOG.md and the documentation follow it.
@@ -132,13 +134,16 @@ soak:
 bench:
 	$(workbench) tools/bench
 
-lint: rustfmtcheck clippy rustdoc shellcheck unsafecheck
+lint: rustfmtcheck clippy rustdoc shellcheck unsafecheck htmldocs
 
 rustfmt:
 	$(workbench) tools/lint rustfmt
 
 rustfmtcheck clippy rustdoc shellcheck unsafecheck:
 	$(workbench) tools/lint $@
+
+htmldocs:
+	@tools/env docs -- tools/lint $@
 
 clean:
 	rm -rf $(builds)
@@ -151,4 +156,4 @@ help:
 
 .DEFAULT_GOAL := modules
 .PHONY: modules faults modules_install check-kdir stock demo shell check check-debug misuse mutate mutants fuzz soak \
-	bench lint rustfmt rustfmtcheck clippy rustdoc shellcheck unsafecheck clean distclean help
+	bench lint rustfmt rustfmtcheck clippy rustdoc shellcheck unsafecheck htmldocs clean distclean help
