@@ -27,13 +27,22 @@ mod rnbd_translate;
 use kapi::{
     block::gendisk::Major,
     net::{
-        genl::{Group, Registration},
-        hook::Hooks,
+        genl::{
+            Group,
+            Registration, //
+        },
+        hook::Hooks, //
     },
-    wq,
+    wq, //
 };
-use kernel::{prelude::*, sync::Arc};
-use rnbd_netlink::{events, Netlink};
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
+use rnbd_netlink::{
+    events,
+    Netlink, //
+};
 use rnbd_registry::Registry;
 use rnbd_shared::Shared;
 

@@ -12,22 +12,46 @@ mod setup;
 
 use crate::{
     kapi::block::{
-        gendisk::{Disk, GenDisk, Numbers},
+        gendisk::{
+            Disk,
+            GenDisk,
+            Numbers, //
+        },
         limits::FixedLimits,
-        mq::{Dispatch, Expired, Expiry, Operations, TagSet},
+        mq::{
+            Dispatch,
+            Expired,
+            Expiry,
+            Operations,
+            TagSet, //
+        },
         published::Published,
-        request::{NewRequest, Overdue, Queued, Status},
+        request::{
+            NewRequest,
+            Overdue,
+            Queued,
+            Status, //
+        },
     },
     rnbd_session::Session,
-    rnbd_shared::Shared,
+    rnbd_shared::Shared, //
 };
 use config::Config;
 use kernel::{
     debugfs::Dir,
-    new_condvar, new_mutex, new_spinlock,
+    new_condvar,
+    new_mutex,
+    new_spinlock,
     prelude::*,
     str::CString,
-    sync::{atomic::Atomic, Arc, CondVar, Mutex, MutexGuard, SpinLock},
+    sync::{
+        atomic::Atomic,
+        Arc,
+        CondVar,
+        Mutex,
+        MutexGuard,
+        SpinLock, //
+    }, //
 };
 
 /// `NBD_MAJOR`.

@@ -4,13 +4,22 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    kapi::{block::gendisk::BlockDevice, task},
-    rnbd_dev::{Device, Nbd},
+    kapi::{
+        block::gendisk::BlockDevice,
+        task, //
+    },
+    rnbd_dev::{
+        Device,
+        Nbd, //
+    },
 };
 use kernel::{
-    ioctl::{_IO, _IOC_TYPE},
+    ioctl::{
+        _IO,
+        _IOC_TYPE, //
+    },
     prelude::*,
-    sync::atomic::Relaxed,
+    sync::atomic::Relaxed, //
 };
 
 const TYPE: u32 = 0xab;

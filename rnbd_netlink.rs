@@ -9,14 +9,28 @@ use crate::{
     kapi::{
         block::gendisk::Disk,
         net::{
-            attr::{self, Attr},
-            genl::{Commands, Info, Policy},
+            attr::{
+                self,
+                Attr, //
+            },
+            genl::{
+                Commands,
+                Info,
+                Policy, //
+            },
         },
     },
-    rnbd_dev::{connect::Setup, Device, Nbd},
-    rnbd_registry::Registry,
+    rnbd_dev::{
+        connect::Setup,
+        Device,
+        Nbd, //
+    },
+    rnbd_registry::Registry, //
 };
-use kernel::{prelude::*, sync::Arc};
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
 
 const CMD_CONNECT: u8 = 1;
 const CMD_DISCONNECT: u8 = 2;

@@ -5,11 +5,16 @@
 
 use crate::{
     kapi::{
-        param::{MAX_PART, NBDS_MAX, PRE_DEFINED_CONNECTIONS, REPLACE_STUCK},
-        task,
+        param::{
+            MAX_PART,
+            NBDS_MAX,
+            PRE_DEFINED_CONNECTIONS,
+            REPLACE_STUCK, //
+        },
+        task, //
     },
     rnbd_dev::Layout,
-    rnbd_registry::Registry,
+    rnbd_registry::Registry, //
 };
 use kernel::prelude::*;
 

@@ -4,7 +4,10 @@
 #![forbid(unsafe_code)]
 
 use crate::kapi::task;
-use kernel::sync::atomic::{Atomic, Relaxed};
+use kernel::sync::atomic::{
+    Atomic,
+    Relaxed, //
+};
 
 /// Lets a burst of messages through, then only some: as the kernel's default rate limit, ten in five
 /// seconds. Exact only where one task asks.

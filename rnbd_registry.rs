@@ -4,17 +4,38 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    kapi::{block::gendisk::Disk, task},
-    rnbd_dev::{self, Device, Layout, Nbd, Remover},
-    rnbd_shared::Shared,
+    kapi::{
+        block::gendisk::Disk,
+        task, //
+    },
+    rnbd_dev::{
+        self,
+        Device,
+        Layout,
+        Nbd,
+        Remover, //
+    },
+    rnbd_shared::Shared, //
 };
 use kernel::{
     debugfs::Dir,
-    impl_has_work, new_mutex, new_work,
+    impl_has_work,
+    new_mutex,
+    new_work,
     prelude::*,
-    rbtree::{RBTree, RBTreeNodeReservation},
-    sync::{Arc, Mutex, UniqueArc},
-    workqueue::{Work, WorkItem},
+    rbtree::{
+        RBTree,
+        RBTreeNodeReservation, //
+    },
+    sync::{
+        Arc,
+        Mutex,
+        UniqueArc, //
+    },
+    workqueue::{
+        Work,
+        WorkItem, //
+    }, //
 };
 
 /// `MINORBITS`

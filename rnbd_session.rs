@@ -10,19 +10,26 @@ mod timeout;
 
 use crate::{
     kapi::{
-        block::{disk::DiskRef, published::Dispatched},
-        net::sock::Socket,
+        block::{
+            disk::DiskRef,
+            published::Dispatched, //
+        },
+        net::sock::Socket, //
     },
     rnbd_shared::Shared,
     rnbd_sock::Connection,
-    rnbd_table::Table,
+    rnbd_table::Table, //
 };
 use kernel::{
     new_mutex,
     prelude::*,
     sync::{
-        atomic::{Atomic, Relaxed},
-        Arc, Mutex,
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc,
+        Mutex, //
     },
 };
 

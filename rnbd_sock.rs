@@ -18,22 +18,49 @@ use crate::{
     kapi::{
         net::{
             arrival::Arrival,
-            hook::{Events, HookMemory, Hooked},
-            sock::{Ending, Socket},
+            hook::{
+                Events,
+                HookMemory,
+                Hooked, //
+            },
+            sock::{
+                Ending,
+                Socket, //
+            },
         },
         try_lock::TryLock,
-        wq::{HasQueue, Queue},
+        wq::{
+            HasQueue,
+            Queue, //
+        },
     },
-    rnbd_table::Table,
+    rnbd_table::Table, //
 };
 use kernel::{
-    fmt, impl_has_delayed_work, impl_has_work, new_delayed_work, new_mutex, new_work,
+    fmt,
+    impl_has_delayed_work,
+    impl_has_work,
+    new_delayed_work,
+    new_mutex,
+    new_work,
     prelude::*,
     sync::{
-        atomic::{Acquire, Atomic, Full, Release},
-        Arc, ArcBorrow, Completion, Mutex,
+        atomic::{
+            Acquire,
+            Atomic,
+            Full,
+            Release, //
+        },
+        Arc,
+        ArcBorrow,
+        Completion,
+        Mutex, //
     },
-    workqueue::{DelayedWork, Work, WorkItem},
+    workqueue::{
+        DelayedWork,
+        Work,
+        WorkItem, //
+    }, //
 };
 use sending::Sending;
 use stream::Receive;

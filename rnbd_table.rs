@@ -7,19 +7,37 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    kapi::block::request::{Outcome, Parked, Side, Status, Unanswered},
-    pure::cmd::{Cookie, Parking, Slot},
-    pure::fate::Fate,
+    kapi::block::request::{
+        Outcome,
+        Parked,
+        Side,
+        Status,
+        Unanswered, //
+    },
+    pure::{
+        cmd::{
+            Cookie,
+            Parking,
+            Slot, //
+        },
+        fate::Fate, //
+    },
     rnbd_ratelimit::Ratelimit,
-    rnbd_shared::Shared,
+    rnbd_shared::Shared, //
 };
 use kernel::{
-    new_condvar, new_mutex,
+    new_condvar,
+    new_mutex,
     prelude::*,
     sync::{
-        atomic::{Atomic, Relaxed},
-        Arc, CondVar, Mutex,
-    },
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc,
+        CondVar,
+        Mutex, //
+    }, //
 };
 
 impl Parking for Parked {

@@ -4,9 +4,19 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    kapi::block::request::{Extent, Op, Status},
-    pure::cmd::Cookie,
-    pure::proto::{self as proto, Command, ServerError},
+    kapi::block::request::{
+        Extent,
+        Op,
+        Status, //
+    },
+    pure::{
+        cmd::Cookie,
+        proto::{
+            self as proto,
+            Command,
+            ServerError, //
+        },
+    },
 };
 
 /// What the server is sent for a request (`nbd_send_cmd()`), if it has a command for it.

@@ -5,8 +5,16 @@
 //! C header: [`include/linux/llist.h`](srctree/include/linux/llist.h), which has no way to close a list.
 //! The tests compile this very file on the host and check it with a model checker.
 
-use core::{marker::PhantomData, ptr};
-use kernel::sync::atomic::{Acquire, Atomic, Full, Relaxed};
+use core::{
+    marker::PhantomData,
+    ptr, //
+};
+use kernel::sync::atomic::{
+    Acquire,
+    Atomic,
+    Full,
+    Relaxed, //
+};
 
 /// What a list can link.
 ///

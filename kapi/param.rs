@@ -3,7 +3,10 @@
 //! which (7.3) are invisible there. Source: `include/linux/moduleparam.h`.
 
 use super::bindings;
-use kernel::sync::atomic::{Atomic, Relaxed};
+use kernel::sync::atomic::{
+    Atomic,
+    Relaxed, //
+};
 
 /// A parameter that is a C `int`: set when the module is loaded, read by everybody (0444).
 #[repr(transparent)]

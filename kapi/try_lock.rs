@@ -5,7 +5,11 @@
 //! and outside, and its mutex must not be taken in softirq.
 
 use core::cell::UnsafeCell;
-use kernel::sync::atomic::{Acquire, Atomic, Full};
+use kernel::sync::atomic::{
+    Acquire,
+    Atomic,
+    Full, //
+};
 
 /// Nobody has it.
 const FREE: i32 = 0;

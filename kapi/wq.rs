@@ -6,9 +6,16 @@ use super::bindings;
 use core::ptr::NonNull;
 use kernel::{
     prelude::*,
-    sync::{Arc, Completion},
+    sync::{
+        Arc,
+        Completion, //
+    },
     time::Jiffies,
-    workqueue::{HasDelayedWork, RawWorkItem, WorkItem},
+    workqueue::{
+        HasDelayedWork,
+        RawWorkItem,
+        WorkItem, //
+    },
 };
 
 /// What a workqueue must be able to do.

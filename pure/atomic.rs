@@ -4,7 +4,12 @@
 
 #![forbid(unsafe_code)]
 
-use kernel::sync::atomic::{Acquire, Atomic, Full, Release};
+use kernel::sync::atomic::{
+    Acquire,
+    Atomic,
+    Full,
+    Release, //
+};
 
 /// A word that several CPUs read and write.
 pub(crate) struct AtomicWord(Atomic<u64>);

@@ -3,7 +3,10 @@
 
 #![forbid(unsafe_code)]
 
-use kernel::{alloc::AllocError, prelude::*};
+use kernel::{
+    alloc::AllocError,
+    prelude::*, //
+};
 
 /// First in, first out.
 pub(crate) struct Ring<T> {

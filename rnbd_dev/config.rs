@@ -3,15 +3,27 @@
 
 #![forbid(unsafe_code)]
 
-use super::debugfs::{Files, Shown};
+use super::debugfs::{
+    Files,
+    Shown, //
+};
 use crate::{
     kapi::{
-        net::sock::{Ending, Socket},
-        task::{ModuleRef, TaskId},
+        net::sock::{
+            Ending,
+            Socket, //
+        },
+        task::{
+            ModuleRef,
+            TaskId, //
+        },
     },
-    rnbd_session::Session,
+    rnbd_session::Session, //
 };
-use kernel::{prelude::*, sync::Arc};
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
 
 /// The block size until one is set (`NBD_DEF_BLKSIZE_BITS`).
 pub(super) const DEFAULT_BLOCK_BYTES: u32 = 1024;

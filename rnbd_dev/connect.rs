@@ -3,9 +3,20 @@
 
 #![forbid(unsafe_code)]
 
-use super::{config::Config, setup::checked_block_bytes, Device, State};
-use crate::kapi::{block::gendisk::File, task};
-use kernel::{prelude::*, str::CString};
+use super::{
+    config::Config,
+    setup::checked_block_bytes,
+    Device,
+    State, //
+};
+use crate::kapi::{
+    block::gendisk::File,
+    task, //
+};
+use kernel::{
+    prelude::*,
+    str::CString, //
+};
 
 /// `NBD_CFLAG_DESTROY_ON_DISCONNECT`
 const CFLAG_DESTROY_ON_DISCONNECT: u64 = 1 << 0;

@@ -4,14 +4,25 @@
 
 #![forbid(unsafe_code)]
 
-use crate::{pure::proto::flags, rnbd_session::Session};
+use crate::{
+    pure::{
+        proto::flags, //
+    },
+    rnbd_session::Session, //
+};
 use kernel::{
-    debugfs::{Dir, Scope},
+    debugfs::{
+        Dir,
+        Scope, //
+    },
     fmt,
     prelude::*,
     sync::{
-        atomic::{Atomic, Relaxed},
-        Arc,
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc, //
     },
 };
 

@@ -5,23 +5,41 @@
 
 use super::{
     config::Config,
-    debugfs::{self, Shown},
-    Device, State, DEFAULT_TIMEOUT_SECONDS, QUEUE_DEPTH,
+    debugfs::{
+        self,
+        Shown, //
+    },
+    Device,
+    State,
+    DEFAULT_TIMEOUT_SECONDS,
+    QUEUE_DEPTH, //
 };
 use crate::{
     kapi::{
-        block::{disk::Sectors, gendisk::File},
-        task,
+        block::{
+            disk::Sectors,
+            gendisk::File, //
+        },
+        task, //
     },
-    pure::proto::flags,
-    rnbd_session::{Options, Session},
-    rnbd_sock,
+    pure::{
+        proto::flags, //
+    },
+    rnbd_session::{
+        Options,
+        Session, //
+    },
+    rnbd_sock, //
 };
 use kernel::{
     prelude::*,
     sync::{
-        atomic::{Atomic, Relaxed},
-        Arc, MutexGuard,
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc,
+        MutexGuard, //
     },
 };
 

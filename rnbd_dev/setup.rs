@@ -4,21 +4,40 @@
 #![forbid(unsafe_code)]
 
 use super::{
-    config::{Config, DEFAULT_BLOCK_BYTES},
-    Device, State, DEFAULT_TIMEOUT_SECONDS,
+    config::{
+        Config,
+        DEFAULT_BLOCK_BYTES, //
+    },
+    Device,
+    State,
+    DEFAULT_TIMEOUT_SECONDS, //
 };
 use crate::{
     kapi::{
         block::{
             disk::Sectors,
-            limits::{valid_block_size, Features},
+            limits::{
+                valid_block_size,
+                Features, //
+            },
         },
-        net::sock::{BadSocket, Socket},
-        task::{self, TaskId},
+        net::sock::{
+            BadSocket,
+            Socket, //
+        },
+        task::{
+            self,
+            TaskId, //
+        },
     },
-    pure::proto::flags,
+    pure::{
+        proto::flags, //
+    },
 };
-use kernel::{prelude::*, sync::atomic::Relaxed};
+use kernel::{
+    prelude::*,
+    sync::atomic::Relaxed, //
+};
 
 /// The longest that a timer can be set for (`MAX_JIFFY_OFFSET`, as far as 32 bits hold it).
 const MAX_JIFFIES: u32 = u32::MAX / 4;

@@ -4,8 +4,14 @@
 #![forbid(unsafe_code)]
 
 use super::ATTR_INDEX;
-use crate::{kapi::net::genl::Group, rnbd_shared::Events};
-use kernel::{prelude::*, sync::Arc};
+use crate::{
+    kapi::net::genl::Group,
+    rnbd_shared::Events, //
+};
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
 
 /// `NBD_GENL_MCAST_GROUP_NAME`
 pub(crate) const GROUP: &CStr = c"nbd_mc_group";

@@ -8,22 +8,41 @@ use crate::{
     kapi::{
         block::{
             mq::Dispatch,
-            request::{Extent, NewRequest, Op, Outcome, Queued, Status, Unanswered, Unsent},
+            request::{
+                Extent,
+                NewRequest,
+                Op,
+                Outcome,
+                Queued,
+                Status,
+                Unanswered,
+                Unsent, //
+            },
         },
-        task,
+        task, //
     },
     pure::{
-        fate::{Exhausted, Seen},
-        proto::flags,
+        fate::{
+            Exhausted,
+            Seen, //
+        },
+        proto::flags, //
     },
-    rnbd_sock::{Connection, Pace},
-    rnbd_translate::command_of,
+    rnbd_sock::{
+        Connection,
+        Pace, //
+    },
+    rnbd_translate::command_of, //
 };
 use kernel::{
     prelude::*,
     sync::{
-        atomic::{Acquire, Full, Relaxed},
-        ArcBorrow,
+        atomic::{
+            Acquire,
+            Full,
+            Relaxed, //
+        },
+        ArcBorrow, //
     },
 };
 

@@ -3,18 +3,28 @@
 
 #![forbid(unsafe_code)]
 
-use super::{Owned, Session};
+use super::{
+    Owned,
+    Session, //
+};
 use crate::{
-    kapi::{block::disk::DiskRef, net::sock::Socket, task},
-    rnbd_sock::Connection,
+    kapi::{
+        block::disk::DiskRef,
+        net::sock::Socket,
+        task, //
+    },
+    rnbd_sock::Connection, //
 };
 use kernel::{
     prelude::*,
     sync::{
-        atomic::{Relaxed, Release},
-        Arc,
+        atomic::{
+            Relaxed,
+            Release, //
+        },
+        Arc, //
     },
-    types::ScopeGuard,
+    types::ScopeGuard, //
 };
 
 impl Session {

@@ -6,11 +6,14 @@
 use super::Session;
 use crate::{
     kapi::{
-        block::{mq::Expired, request::Overdue},
-        task,
+        block::{
+            mq::Expired,
+            request::Overdue, //
+        },
+        task, //
     },
     rnbd_sock::Connection,
-    rnbd_translate::Described,
+    rnbd_translate::Described, //
 };
 use kernel::prelude::*;
 

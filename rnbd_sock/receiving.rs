@@ -4,20 +4,47 @@
 
 #![forbid(unsafe_code)]
 
-use super::{stream::Receive, Connection, DEAD};
+use super::{
+    stream::Receive,
+    Connection,
+    DEAD, //
+};
 use crate::{
     kapi::{
         block::{
             payload::Payload,
-            request::{Outcome, Side, Status, Unanswered},
+            request::{
+                Outcome,
+                Side,
+                Status,
+                Unanswered, //
+            },
         },
-        net::arrival::{Arrival, Segment},
+        net::arrival::{
+            Arrival,
+            Segment, //
+        },
     },
-    pure::cmd::{Cookie, Refused},
-    pure::proto::{ReplyHeader, ServerError, REPLY_BYTES},
-    rnbd_translate::{status_of, Described},
+    pure::{
+        cmd::{
+            Cookie,
+            Refused, //
+        },
+        proto::{
+            ReplyHeader,
+            ServerError,
+            REPLY_BYTES, //
+        },
+    },
+    rnbd_translate::{
+        status_of,
+        Described, //
+    },
 };
-use kernel::{prelude::*, sync::atomic::Acquire};
+use kernel::{
+    prelude::*,
+    sync::atomic::Acquire, //
+};
 
 /// Calls after which the work item lets others run.
 const BUDGET: u32 = 32;

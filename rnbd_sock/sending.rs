@@ -4,29 +4,49 @@
 
 #![forbid(unsafe_code)]
 
-use super::{stream::Transmit, Connection};
+use super::{
+    stream::Transmit,
+    Connection, //
+};
 use crate::{
     kapi::{
         block::{
             payload::Payload,
-            request::{Outcome, Side, Status, Unsent},
+            request::{
+                Outcome,
+                Side,
+                Status,
+                Unsent, //
+            },
         },
-        llist::{Batch, List},
+        llist::{
+            Batch,
+            List, //
+        },
         net::sock::Next,
-        task, wq,
+        task,
+        wq, //
     },
     pure::proto,
-    rnbd_translate::wire_of,
+    rnbd_translate::wire_of, //
 };
 use kernel::{
     new_mutex,
     prelude::*,
     sync::{
-        atomic::{Acquire, Atomic, Full, Relaxed, Release},
+        atomic::{
+            Acquire,
+            Atomic,
+            Full,
+            Relaxed,
+            Release, //
+        },
         barrier::smp_mb,
-        Arc, ArcBorrow, Mutex,
+        Arc,
+        ArcBorrow,
+        Mutex, //
     },
-    time::msecs_to_jiffies,
+    time::msecs_to_jiffies, //
 };
 
 /// Calls after which a work item lets others run, and a submitter leaves the sending to a work item.

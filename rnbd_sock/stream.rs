@@ -8,16 +8,34 @@ use crate::{
     kapi::{
         block::{
             payload::Payload,
-            request::{Outcome, Unanswered, Unsent},
+            request::{
+                Outcome,
+                Unanswered,
+                Unsent, //
+            },
         },
         net::{
             arrival::Segment,
-            iov::{IoPage, Pieces, RecvIov, SendIov},
-            sock::{Next, Socket},
+            iov::{
+                IoPage,
+                Pieces,
+                RecvIov,
+                SendIov, //
+            },
+            sock::{
+                Next,
+                Socket, //
+            },
         },
     },
-    pure::proto::{self as proto, REPLY_BYTES, REQUEST_BYTES},
-    pure::ring::Ring,
+    pure::{
+        proto::{
+            self as proto,
+            REPLY_BYTES,
+            REQUEST_BYTES, //
+        },
+        ring::Ring, //
+    },
 };
 use kernel::prelude::*;
 

@@ -7,7 +7,10 @@
 use crate::kapi::task;
 use kernel::{
     fmt,
-    sync::atomic::{Atomic, Relaxed},
+    sync::atomic::{
+        Atomic,
+        Relaxed, //
+    },
 };
 
 /// See the module's documentation. Each number is written by one side only, the sender's or the

@@ -5,8 +5,11 @@
 
 use crate::kapi::bindings;
 use kernel::{
-    sync::atomic::{Atomic, Relaxed},
-    types::Opaque,
+    sync::atomic::{
+        Atomic,
+        Relaxed, //
+    },
+    types::Opaque, //
 };
 
 /// A number of 512-byte sectors.

@@ -4,9 +4,15 @@
 //! Source: `include/linux/blk-mq.h`.
 
 use super::disk::DiskRef;
-use crate::kapi::{bindings, task::Deadline};
+use crate::kapi::{
+    bindings,
+    task::Deadline, //
+};
 use core::marker::PhantomData;
-use kernel::{ffi, prelude::*};
+use kernel::{
+    ffi,
+    prelude::*, //
+};
 
 impl DiskRef {
     /// Lets nothing new into the queue until the returned guard goes, and waits for what is in flight,

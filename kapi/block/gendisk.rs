@@ -5,20 +5,38 @@
 //! owner. Source: `include/linux/blkdev.h`.
 
 use super::{
-    disk::{DiskRef, QueueId},
+    disk::{
+        DiskRef,
+        QueueId, //
+    },
     limits::FixedLimits,
-    mq::{Operations, TagSet},
+    mq::{
+        Operations,
+        TagSet, //
+    },
 };
 use crate::kapi::bindings;
-use core::{fmt::Write, marker::PhantomData, ptr::NonNull};
+use core::{
+    fmt::Write,
+    marker::PhantomData,
+    ptr::NonNull, //
+};
 use kernel::{
-    error::{from_err_ptr, from_result, to_result},
-    ffi, fmt,
+    error::{
+        from_err_ptr,
+        from_result,
+        to_result, //
+    },
+    ffi,
+    fmt,
     prelude::*,
     sync::{
-        atomic::{Atomic, Full},
-        Arc,
-    },
+        atomic::{
+            Atomic,
+            Full, //
+        },
+        Arc, //
+    }, //
 };
 
 /// The driver's part of a disk, and what user space can do with it. All of it may sleep.

@@ -3,13 +3,25 @@
 //!
 //! Source: `include/linux/blkdev.h`.
 
-use super::disk::{DiskRef, Sectors};
-use crate::kapi::{bindings, task::Deadline};
-use core::{marker::PhantomData, mem::ManuallyDrop};
+use super::disk::{
+    DiskRef,
+    Sectors, //
+};
+use crate::kapi::{
+    bindings,
+    task::Deadline, //
+};
+use core::{
+    marker::PhantomData,
+    mem::ManuallyDrop, //
+};
 use kernel::{
     error::to_result,
     prelude::*,
-    time::{delay::fsleep, Delta},
+    time::{
+        delay::fsleep,
+        Delta, //
+    },
 };
 
 /// The limits that a disk is made with, besides the defaults of the block layer.

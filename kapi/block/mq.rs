@@ -5,10 +5,24 @@
 //! request's data and no blocking `queue_rq`. Source: `include/linux/blk-mq.h`,
 //! `Documentation/block/blk-mq.rst`.
 
-use super::request::{Handle, NewRequest, Overdue, Pdu, Queued};
+use super::request::{
+    Handle,
+    NewRequest,
+    Overdue,
+    Pdu,
+    Queued, //
+};
 use crate::kapi::bindings;
-use core::{marker::PhantomData, ptr::NonNull};
-use kernel::{error::to_result, ffi, prelude::*, types::Opaque};
+use core::{
+    marker::PhantomData,
+    ptr::NonNull, //
+};
+use kernel::{
+    error::to_result,
+    ffi,
+    prelude::*,
+    types::Opaque, //
+};
 
 /// Proof of being inside an operation that the block layer called: its queue cannot be quiesced and
 /// frozen before it is over.

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The data of a request: its bios' memory, piece by piece. Source: `include/linux/bvec.h`.
 
-use super::request::{Side, Unanswered};
+use super::request::{
+    Side,
+    Unanswered, //
+};
 use crate::kapi::bindings;
 use kernel::prelude::*;
 

@@ -3,17 +3,29 @@
 //! them.
 
 use super::{
-    disk::{DiskRef, QueueId},
+    disk::{
+        DiskRef,
+        QueueId, //
+    },
     frozen::Frozen,
-    mq::{Dispatch, InQueue},
+    mq::{
+        Dispatch,
+        InQueue, //
+    },
 };
 use crate::kapi::bindings;
 use core::marker::PhantomData;
 use kernel::{
     prelude::*,
     sync::{
-        atomic::{Acquire, Atomic, Full, Relaxed},
-        Arc, ArcBorrow,
+        atomic::{
+            Acquire,
+            Atomic,
+            Full,
+            Relaxed, //
+        },
+        Arc,
+        ArcBorrow, //
     },
 };
 

@@ -3,11 +3,23 @@
 //!
 //! Source: `include/linux/blk-mq.h`.
 
-use crate::kapi::{bindings, llist::Linked};
-use core::{marker::PhantomData, mem::ManuallyDrop, ptr::NonNull};
+use crate::kapi::{
+    bindings,
+    llist::Linked, //
+};
+use core::{
+    marker::PhantomData,
+    mem::ManuallyDrop,
+    ptr::NonNull, //
+};
 use kernel::{
     cpu::CpuId,
-    sync::atomic::{Atomic, Full, Relaxed, Release},
+    sync::atomic::{
+        Atomic,
+        Full,
+        Relaxed,
+        Release, //
+    },
 };
 
 /// A block layer status (`blk_status_t`).

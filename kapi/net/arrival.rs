@@ -3,13 +3,25 @@
 //!
 //! Source: `tcp_read_sock()` in `net/ipv4/tcp.c`; the use of it follows `drivers/scsi/iscsi_tcp.c`.
 
-use super::{iov::IoPage, sock::has_data};
+use super::{
+    iov::IoPage,
+    sock::has_data, //
+};
 use crate::kapi::{
     bindings,
-    block::{payload::Payload, request::Unanswered},
+    block::{
+        payload::Payload,
+        request::Unanswered, //
+    },
 };
-use core::{marker::PhantomData, mem::MaybeUninit};
-use kernel::{error::to_result, prelude::*};
+use core::{
+    marker::PhantomData,
+    mem::MaybeUninit, //
+};
+use kernel::{
+    error::to_result,
+    prelude::*, //
+};
 
 /// What has come in on a TCP socket, to be read without leaving the callback that told of it.
 ///

@@ -6,11 +6,26 @@
 
 use super::{
     arrival::Arrival,
-    owner::{Events, Hook},
-    saved::{self, call, Callback, Callbacks, SocketId},
-    sock::{has_upper_layer, is_unix},
+    owner::{
+        Events,
+        Hook, //
+    },
+    saved::{
+        self,
+        call,
+        Callback,
+        Callbacks,
+        SocketId, //
+    },
+    sock::{
+        has_upper_layer,
+        is_unix, //
+    },
 };
-use crate::kapi::{bindings, task};
+use crate::kapi::{
+    bindings,
+    task, //
+};
 use kernel::sync::Arc;
 
 /// Whether [`Hooks`](super::hook::Hooks) can wait for a task that sleeps, or loses its processor, in a callback.

@@ -4,13 +4,23 @@
 
 use super::attr::Attr;
 use crate::kapi::bindings;
-use core::{marker::PhantomData, ptr::NonNull};
+use core::{
+    marker::PhantomData,
+    ptr::NonNull, //
+};
 use kernel::{
-    error::{from_result, to_result},
-    ffi, new_mutex,
+    error::{
+        from_result,
+        to_result, //
+    },
+    ffi,
+    new_mutex,
     prelude::*,
-    sync::{Arc, Mutex},
-    types::Opaque,
+    sync::{
+        Arc,
+        Mutex, //
+    },
+    types::Opaque, //
 };
 
 /// What carries out a family's commands. They may sleep, and several may run at a time.

@@ -7,18 +7,42 @@
 use super::{
     callbacks::hook_callbacks,
     lock_class::LockClass,
-    memalloc::{MemallocSockets, Settings},
-    owner::{Hook, MARK},
-    saved::{self, Callbacks, Record, SocketId},
-    sock::{has_upper_layer, was_connected, Socket},
+    memalloc::{
+        MemallocSockets,
+        Settings, //
+    },
+    owner::{
+        Hook,
+        MARK, //
+    },
+    saved::{
+        self,
+        Callbacks,
+        Record,
+        SocketId, //
+    },
+    sock::{
+        has_upper_layer,
+        was_connected,
+        Socket, //
+    },
 };
-use crate::kapi::{bindings, task::ModuleRef};
-use core::{any::TypeId, mem::MaybeUninit};
+use crate::kapi::{
+    bindings,
+    task::ModuleRef, //
+};
+use core::{
+    any::TypeId,
+    mem::MaybeUninit, //
+};
 use kernel::{
     prelude::*,
     sync::{
-        atomic::{Atomic, Relaxed},
-        Arc,
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
+        Arc, //
     },
 };
 

@@ -7,10 +7,17 @@ use crate::kapi::{
     bindings,
     block::{
         payload::Payload,
-        request::{Unanswered, Unsent},
+        request::{
+            Unanswered,
+            Unsent, //
+        },
     },
 };
-use kernel::{alloc::AllocError, page::Page, prelude::*};
+use kernel::{
+    alloc::AllocError,
+    page::Page,
+    prelude::*, //
+};
 
 /// A page of memory for headers. Its bytes are copied in and out, never referred to, so a socket may
 /// read and write them too.

@@ -10,7 +10,10 @@ use {
     core::ptr::NonNull,
     kernel::{
         prelude::*,
-        sync::{atomic::Full, barrier::smp_mb},
+        sync::{
+            atomic::Full,
+            barrier::smp_mb, //
+        },
     },
 };
 

@@ -6,7 +6,10 @@
 
 use crate::kapi::bindings;
 #[cfg(not(CONFIG_JUMP_LABEL))]
-use kernel::sync::atomic::{Atomic, Relaxed};
+use kernel::sync::atomic::{
+    Atomic,
+    Relaxed, //
+};
 
 /// Has the network stack look for sockets that may dip into the reserves of memory
 /// (`memalloc_socks_key`), until it is dropped.

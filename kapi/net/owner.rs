@@ -3,12 +3,22 @@
 //!
 //! Source: `include/net/sock.h`.
 
-use super::{arrival::Arrival, saved::Callbacks};
+use super::{
+    arrival::Arrival,
+    saved::Callbacks, //
+};
 use crate::kapi::bindings;
-use core::{any::TypeId, ptr::NonNull};
+use core::{
+    any::TypeId,
+    ptr::NonNull, //
+};
 use kernel::sync::{
-    atomic::{Atomic, Relaxed},
-    Arc, ArcBorrow,
+    atomic::{
+        Atomic,
+        Relaxed, //
+    },
+    Arc,
+    ArcBorrow, //
 };
 
 /// What a socket tells its owner. Called in any context, also in softirq: must not sleep, but for

@@ -12,8 +12,13 @@ use core::ptr::NonNull;
 use kernel::{
     prelude::*,
     sync::{
-        atomic::{Acquire, Atomic, Full, Release},
-        global_lock,
+        atomic::{
+            Acquire,
+            Atomic,
+            Full,
+            Release, //
+        },
+        global_lock, //
     },
 };
 

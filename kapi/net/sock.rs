@@ -4,10 +4,20 @@
 //!
 //! The `kernel` crate (7.3) has no sockets. Source: `include/linux/net.h`, `include/net/sock.h`.
 
-use super::iov::{Iov, RecvIov, SendIov};
+use super::iov::{
+    Iov,
+    RecvIov,
+    SendIov, //
+};
 use crate::kapi::bindings;
-use core::{mem::MaybeUninit, ptr::NonNull};
-use kernel::{error::to_result, prelude::*};
+use core::{
+    mem::MaybeUninit,
+    ptr::NonNull, //
+};
+use kernel::{
+    error::to_result,
+    prelude::*, //
+};
 
 /// Why a file descriptor cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

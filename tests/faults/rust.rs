@@ -5,7 +5,11 @@
 use core::hint::black_box;
 use core::ptr::NonNull;
 
-use kernel::{new_mutex, new_spinlock, prelude::*};
+use kernel::{
+    new_mutex,
+    new_spinlock,
+    prelude::*, //
+};
 
 /// Nothing is worth reporting but the fault itself.
 fn ignore(_: Result) {}
