@@ -190,7 +190,9 @@ impl<T: Events> Hooked<T> {
         }
         drop((callbacks, locked));
         if kept {
-            pr_warn!("a device's socket was taken over behind its back, the module has to stay\n");
+            pr_warn!(
+                "another part of the kernel, such as TLS, took over a device's socket; the module stays loaded until reboot\n"
+            );
             core::mem::forget(self.module.take());
         }
     }
