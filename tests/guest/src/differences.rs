@@ -3,6 +3,7 @@
 //! `differences.toml`: where the two drivers may differ. A test that is given different answers
 //! without an entry there fails.
 
+use std::collections::BTreeSet;
 use std::sync::LazyLock;
 
 use toml::{Table, Value};
@@ -14,6 +15,9 @@ static LIST: LazyLock<Table> = LazyLock::new(|| {
         .parse()
         .expect("differences.toml is TOML")
 });
+
+/// The guide that has a paragraph for each difference, with the difference's name in brackets.
+const GUIDE: &str = include_str!("../../../Documentation/admin-guide.rst");
 
 /// Which driver's behaviour the difference `name` makes the running `test` expect.
 pub fn expected(driver: Driver, test: &str, name: &str) -> Driver {
@@ -43,9 +47,9 @@ pub fn skip(driver: Driver, test: &str) -> Option<&'static str> {
         .map(|entry| text(entry, "reason").expect("a reason"))
 }
 
-/// What is wrong with the list itself, given the names of all tests.
+/// What is wrong with the list itself, and with the guide's, given the names of all tests.
 pub fn mistakes(all: &[String]) -> Vec<String> {
-    let mut mistakes = Vec::new();
+    let mut mistakes = mistakes_of_the_guide();
     for (kind, keys) in [
         ("difference", ["name", "nbd", "rnbd", "reason"].as_slice()),
         ("skip", &["driver", "reason"]),
@@ -65,6 +69,25 @@ pub fn mistakes(all: &[String]) -> Vec<String> {
         }
     }
     mistakes
+}
+
+/// Which differences are in one of the two lists only.
+fn mistakes_of_the_guide() -> Vec<String> {
+    let listed = entries("difference").filter_map(|entry| text(entry, "name"));
+    let listed: BTreeSet<&str> = listed.collect();
+    let is_name = |word: &&str| {
+        let allowed = |c: char| c.is_ascii_lowercase() || c == '-';
+        word.contains('-') && word.chars().all(allowed)
+    };
+    let in_brackets = GUIDE.split('[').skip(1);
+    let in_brackets = in_brackets.filter_map(|rest| Some(rest.split_once(']')?.0));
+    let described: BTreeSet<&str> = in_brackets.filter(is_name).collect();
+    let missing = listed.difference(&described);
+    let missing = missing.map(|name| format!("admin-guide.rst does not describe [{name}]"));
+    let unknown = described.difference(&listed);
+    let unknown =
+        unknown.map(|name| format!("admin-guide.rst describes [{name}], which is not listed"));
+    missing.chain(unknown).collect()
 }
 
 fn entries(kind: &str) -> impl Iterator<Item = &'static Table> + use<> {
