@@ -188,6 +188,21 @@ impl Buffer {
         Self::map(len, 0, 2 * MIB, true)
     }
 
+    /// A buffer whose pages do not lie behind one another in memory: as many segments as there can be.
+    pub fn scattered(len: usize) -> Self {
+        // Prime, and no divisor of any number of pages.
+        const STRIDE: usize = 7919;
+        let mut buffer = Self::new(len);
+        // SAFETY: advice on our own mapping that does not change its contents.
+        let _ = unsafe { madvise(buffer.base.cast(), buffer.mapped, Advice::LinuxNoHugepage) };
+        let pages = len / 4096;
+        for nth in 0..pages {
+            // Memory is given to a page when it is first touched.
+            buffer[nth * STRIDE % pages * 4096] = 0;
+        }
+        buffer
+    }
+
     pub fn filled(len: usize, fill: impl Fn(&mut [u8])) -> Self {
         let mut buffer = Self::new(len);
         fill(&mut buffer);

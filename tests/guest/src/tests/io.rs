@@ -6,17 +6,18 @@ use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{IoSlice, IoSliceMut, Read, Seek, SeekFrom, Write};
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
 
+use crate::debug_kernel::enough;
 use crate::device::{self, Plan, Rig, USUAL_FLAGS, assert_pattern, errno, pattern};
 use crate::driver::Driver;
-use crate::harness::{Guest, Test, Until, wait_until};
+use crate::harness::{Guest, Test, Until, say, wait_until};
 use crate::proto::{
     CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, Command, READ_ONLY, SEND_FLUSH, SEND_TRIM, SEND_WRITE_ZEROES,
 };
@@ -53,6 +54,7 @@ pub fn tests() -> Vec<Test> {
         test!(requests_are_in_flight_together),
         test!(more_at_once_than_one_call_sends),
         test!(more_than_one_turn_sends),
+        test!(what_is_queued_last_is_sent),
         test!(nothing_is_kept_back),
         test!(random_concurrent_io_is_consistent),
         test!(two_devices_do_not_mix),
@@ -619,10 +621,49 @@ fn more_than_one_turn_sends(_: &Guest) {
     let rig = Plan::new(64 << 20).send_buffer(64 * MIB).attach();
     fs::write(LIMIT, before).unwrap();
     let direct = rig.direct();
-    let data = Buffer::filled(32 * MIB, |data| pattern(8, 0, data));
+    let mut data = Buffer::scattered(32 * MIB);
+    pattern(8, 0, &mut data);
     direct.write_all_at(&data, 0).expect("to write");
     drop(data);
     assert_pattern(8, 0, &rig.server.peek(0, 32 * MIB));
+}
+
+/// Of several that queue a request at the same time one sends for all, and nothing comes afterwards that
+/// would send what he has left.
+fn what_is_queued_last_is_sent(_: &Guest) {
+    const THREADS: usize = 4;
+    // rnbd has a long read sent by whoever submits it.
+    const LONG: usize = 64 * KIB;
+    let rig = Plan::new(1 << 20).attach();
+    let direct = rig.direct();
+    let together = Barrier::new(THREADS);
+    let (done, over) = (AtomicBool::new(false), AtomicBool::new(false));
+    let rounds = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for nth in 0..THREADS {
+            let (direct, together, rounds) = (&direct, &together, &rounds);
+            let (done, over) = (&done, &over);
+            scope.spawn(move || {
+                let mut buffer = Buffer::new(LONG);
+                loop {
+                    // All of them begin another round, or none.
+                    if together.wait().is_leader() {
+                        over.store(done.load(Ordering::Relaxed), Ordering::Relaxed);
+                    }
+                    together.wait();
+                    if over.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    let at = (nth * LONG) as u64;
+                    direct.read_exact_at(&mut buffer, at).unwrap();
+                    rounds.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        thread::sleep(enough(Duration::from_secs(8), Duration::from_secs(3)));
+        done.store(true, Ordering::Relaxed);
+    });
+    say(&format!("{} rounds", rounds.into_inner() / THREADS));
 }
 
 /// TCP would keep back for 200 ms what is sent with the promise that more follows.

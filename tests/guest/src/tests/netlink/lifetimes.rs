@@ -3,6 +3,8 @@
 //! The end of a connection, and of a device.
 
 use std::collections::HashSet;
+use std::io::Read;
+use std::net::Ipv4Addr;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::thread;
@@ -17,13 +19,14 @@ use crate::device::{self, SOON, USUAL_FLAGS, assert_usable};
 use crate::harness::{Guest, Test, say, seed, wait_until};
 use crate::netlink::{DESTROY_ON_DISCONNECT, DISCONNECT_ON_CLOSE, Link, Netlink, Setup};
 use crate::proto::{self, CAN_MULTI_CONN, Command};
-use crate::server::{Server, Transport};
+use crate::server::{Server, Transport, tcp_pair};
 use crate::sys::{Buffer, ioctl_number};
 use crate::test;
 
 pub fn tests() -> Vec<Test> {
     vec![
         test!(disconnect),
+        test!(nothing_owed_is_ended_politely),
         test!(disconnect_an_open_device),
         test!(disconnect_with_requests_in_flight),
         test!(connected_devices_hold_the_module),
@@ -57,6 +60,18 @@ fn disconnect(_: &Guest) {
     assert!(ended.is_ok());
     assert_eq!(link.disconnect(), Ok(()), "not connected any more");
     assert_usable(link.index);
+}
+
+/// The server of a connection that owes nothing finds a disconnect and the end of the stream, not a reset.
+fn nothing_owed_is_ended_politely(_: &Guest) {
+    let (ours, mut theirs) = tcp_pair((Ipv4Addr::LOCALHOST, 0).into());
+    let netlink = Netlink::open();
+    let index = netlink.connect(&Setup::new(MIB).sockets([ours])).unwrap();
+    assert_eq!(netlink.disconnect(index), Ok(()));
+    let mut received = Vec::new();
+    theirs.read_to_end(&mut received).expect("no reset");
+    assert_eq!(received.len(), 28, "a request");
+    assert_eq!(received[6..8], [0, 2], "a disconnect");
 }
 
 fn disconnect_an_open_device(_: &Guest) {
