@@ -11,13 +11,16 @@ use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use fastrand::Rng;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
+use rustix::net::sockopt::set_socket_send_buffer_size;
 
 use crate::debug_kernel::enough;
 use crate::device::{self, Plan, Rig, USUAL_FLAGS, assert_pattern, errno, pattern};
 use crate::driver::Driver;
-use crate::harness::{Guest, Test, Until, say, wait_until};
+use crate::harness::{Guest, Test, Until, run_on, say, wait_until};
+use crate::netlink::{Netlink, Setup};
 use crate::proto::{
     CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, Command, READ_ONLY, SEND_FLUSH, SEND_TRIM, SEND_WRITE_ZEROES,
 };
@@ -613,57 +616,91 @@ fn more_at_once_than_one_call_sends(_: &Guest) {
     assert_eq!(rig.server.requests_of(Command::Read).len() as u64, READS);
 }
 
-/// A socket that takes so much that whoever sends lets others run meanwhile, and never tells of room.
+/// There is room for all at once, after there was none: far more than a sender sends before it lets others
+/// have a turn.
 fn more_than_one_turn_sends(_: &Guest) {
     const LIMIT: &str = "/proc/sys/net/core/wmem_max";
-    let before = fs::read_to_string(LIMIT).unwrap();
-    fs::write(LIMIT, (128 * MIB).to_string()).unwrap();
-    let rig = Plan::new(64 << 20).send_buffer(64 * MIB).attach();
-    fs::write(LIMIT, before).unwrap();
-    let direct = rig.direct();
+    let server = Server::new();
+    let socket = server.connect(Transport::Unix);
+    let ours = socket.try_clone().unwrap();
+    set_socket_send_buffer_size(&ours, 4096).expect("SO_SNDBUF");
+    let netlink = Netlink::open();
+    let index = netlink.connect(&Setup::new(64 << 20).sockets([socket]));
+    let index = index.expect("to connect");
+    let direct = device::open(index, libc::O_DIRECT).expect("the device");
+    let reads = Arc::new(AtomicBool::new(false));
+    let may_read = Arc::clone(&reads);
+    server.script(move |conn, request| {
+        while !may_read.load(Ordering::Relaxed) && !conn.is_ended() {
+            thread::sleep(Duration::from_millis(10));
+        }
+        conn.serve(request)
+    });
     let mut data = Buffer::scattered(32 * MIB);
     pattern(8, 0, &mut data);
-    direct.write_all_at(&data, 0).expect("to write");
-    drop(data);
-    assert_pattern(8, 0, &rig.server.peek(0, 32 * MIB));
+    thread::scope(|scope| {
+        let writer = scope.spawn(|| direct.write_all_at(&data, 0));
+        server.wait_for_command(Command::Write);
+        // By then the other requests of this write are queued, too.
+        thread::sleep(enough(Duration::from_millis(500), Duration::from_secs(3)));
+        let before = fs::read_to_string(LIMIT).unwrap();
+        fs::write(LIMIT, (128 * MIB).to_string()).unwrap();
+        set_socket_send_buffer_size(&ours, 64 * MIB).expect("SO_SNDBUF");
+        fs::write(LIMIT, before).unwrap();
+        reads.store(true, Ordering::Relaxed);
+        writer.join().unwrap().expect("to write");
+    });
+    assert_pattern(8, 0, &server.peek(0, 32 * MIB));
+    netlink.disconnect(index).expect("to disconnect");
 }
 
-/// Of several that queue a request at the same time one sends for all, and nothing comes afterwards that
-/// would send what he has left.
+/// Of two that queue a request at the same time one sends for both, and nothing comes afterwards that would
+/// send what he has left.
 fn what_is_queued_last_is_sent(_: &Guest) {
-    const THREADS: usize = 4;
     // rnbd has a long read sent by whoever submits it.
     const LONG: usize = 64 * KIB;
+    // More loops than the first one takes to send.
+    const LATEST: usize = 4096;
     let rig = Plan::new(1 << 20).attach();
     let direct = rig.direct();
-    let together = Barrier::new(THREADS);
-    let (done, over) = (AtomicBool::new(false), AtomicBool::new(false));
-    let rounds = AtomicUsize::new(0);
-    thread::scope(|scope| {
-        for nth in 0..THREADS {
-            let (direct, together, rounds) = (&direct, &together, &rounds);
-            let (done, over) = (&done, &over);
-            scope.spawn(move || {
-                let mut buffer = Buffer::new(LONG);
-                loop {
-                    // All of them begin another round, or none.
-                    if together.wait().is_leader() {
-                        over.store(done.load(Ordering::Relaxed), Ordering::Relaxed);
-                    }
-                    together.wait();
-                    if over.load(Ordering::Relaxed) {
-                        return;
-                    }
-                    let at = (nth * LONG) as u64;
-                    direct.read_exact_at(&mut buffer, at).unwrap();
-                    rounds.fetch_add(1, Ordering::Relaxed);
-                }
-            });
+    let (together, arrived) = (Barrier::new(2), AtomicUsize::new(0));
+    let end = Instant::now() + enough(Duration::from_secs(10), Duration::from_secs(5));
+    let over = AtomicBool::new(false);
+    let rounds = |late: bool| {
+        let mut buffer = Buffer::new(LONG);
+        let mut random = Rng::new();
+        for round in 1.. {
+            if together.wait().is_leader() {
+                over.store(Instant::now() > end, Ordering::Relaxed);
+            }
+            together.wait();
+            if over.load(Ordering::Relaxed) {
+                return round;
+            }
+            // Closer than any barrier brings two tasks together.
+            arrived.fetch_add(1, Ordering::Relaxed);
+            while arrived.load(Ordering::Relaxed) < 2 * round {
+                std::hint::spin_loop();
+            }
+            if late {
+                (0..random.usize(..LATEST)).for_each(|_| std::hint::spin_loop());
+            }
+            let at = u64::from(late) * LONG as u64;
+            direct.read_exact_at(&mut buffer, at).unwrap();
         }
-        thread::sleep(enough(Duration::from_secs(8), Duration::from_secs(3)));
-        done.store(true, Ordering::Relaxed);
+        unreachable!()
+    };
+    let rounds = &rounds;
+    thread::scope(|scope| {
+        let threads = [false, true].map(|late| {
+            scope.spawn(move || {
+                run_on(usize::from(late));
+                rounds(late)
+            })
+        });
+        let counts = threads.map(|thread| thread.join().unwrap());
+        say(&format!("{} rounds", counts[0]));
     });
-    say(&format!("{} rounds", rounds.into_inner() / THREADS));
 }
 
 /// TCP would keep back for 200 ms what is sent with the promise that more follows.
