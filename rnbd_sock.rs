@@ -163,29 +163,29 @@ impl WorkItem<4> for Connection {
 }
 
 impl Events for Connection {
-    fn arrived(this: ArcBorrow<'_, Self>, arrival: Arrival<'_>) {
+    fn tcp_data_ready(this: ArcBorrow<'_, Self>, arrival: Arrival<'_>) {
         this.if_nobody_receives(|receive| this.receive_in_callback(receive, arrival));
     }
 
-    fn takes_from_sender(&self) -> bool {
+    fn sender_should_receive(&self) -> bool {
         // One by one a worker would be woken up for each. Of many it finds several at a time, while the
         // server goes on.
         self.traffic.awaited() <= 1
     }
 
-    fn sender_leaves(this: Arc<Self>) {
+    fn sender_receives(this: Arc<Self>) {
         let connection = this.as_arc_borrow();
         connection.if_nobody_receives(|receive| connection.receive_in_sender(receive));
     }
 
-    fn readable(this: ArcBorrow<'_, Self>) {
+    fn input_ready(this: ArcBorrow<'_, Self>) {
         // Who receives just now looks again.
         if !this.receive.turn_away() {
             this.queue_receive();
         }
     }
 
-    fn writable(this: ArcBorrow<'_, Self>) -> bool {
+    fn write_space(this: ArcBorrow<'_, Self>) -> bool {
         this.room_came()
     }
 }

@@ -23,7 +23,10 @@ use crate::{
             Batch,
             List, //
         },
-        net::sock::Next,
+        net::sock::{
+            Next,
+            RoomFor, //
+        },
         task,
         wq, //
     },
@@ -190,7 +193,7 @@ impl Connection {
         // Pairs with the barrier in `look_for_room()`: either the flag is seen here, or the room there. A
         // UNIX socket's room was made with no more than release ordering (`sock_wfree()`).
         smp_mb(Full);
-        if !self.sending.full.load(Relaxed) || !self.socket.has_room_to_wake() {
+        if !self.sending.full.load(Relaxed) || !self.socket.has_room(RoomFor::Wakeup) {
             return false;
         }
         self.queue_transmit();
@@ -284,7 +287,7 @@ impl Connection {
         // work item, which does nothing where it finds the lock taken. Pairs with the barrier in
         // `room_came()`, and with `clear_full()`.
         smp_mb(Full);
-        if !self.socket.has_room() {
+        if !self.socket.has_room(RoomFor::Sending) {
             return false;
         }
         if refused > 1 {

@@ -77,9 +77,9 @@ impl<'a, T: Events> Found<'a, T> {
         }
     }
 
-    fn tell_readable(&self) {
+    fn input_ready(&self) {
         if let Some(hook) = self.hook {
-            T::readable(hook.owner.as_arc_borrow());
+            T::input_ready(hook.owner.as_arc_borrow());
         }
     }
 }
@@ -113,18 +113,18 @@ unsafe extern "C" fn data_ready<T: Events>(sk: *mut bindings::sock) {
             Some(hook) if found.is_ours => hook,
             // Whoever calls this, it may not be the protocol.
             _ => {
-                found.tell_readable();
+                found.input_ready();
                 return (None, found.had.data_ready);
             }
         };
         let owner = hook.owner.as_arc_borrow();
         // SAFETY: The socket is ours alone, so the protocol has called this. The hook holds the file.
         if let Some(arrival) = unsafe { Arrival::on(sk) } {
-            T::arrived(owner, arrival);
-        } else if from_task && owner.takes_from_sender() {
+            T::tcp_data_ready(owner, arrival);
+        } else if from_task && owner.sender_should_receive() {
             return (Some(owner.into()), None);
         } else {
-            T::readable(owner);
+            T::input_ready(owner);
         }
         (None, None)
     };
@@ -134,7 +134,7 @@ unsafe extern "C" fn data_ready<T: Events>(sk: *mut bindings::sock) {
     unsafe { call(forward, sk) };
     // What is taken to receive is what `recvmsg()` takes. `unix_stream_sendmsg()` holds none of it.
     if let Some(owner) = receiver {
-        T::sender_leaves(owner);
+        T::sender_receives(owner);
     }
 }
 
@@ -148,7 +148,7 @@ unsafe extern "C" fn write_space<T: Events>(sk: *mut bindings::sock) {
         let Some(hook) = found.hook else {
             return found.had.write_space;
         };
-        if T::writable(hook.owner.as_arc_borrow()) {
+        if T::write_space(hook.owner.as_arc_borrow()) {
             // SAFETY: `sk` has its socket while it is hooked, since the hook holds the file. The next send
             // that finds no room sets the bit again.
             unsafe {
@@ -176,7 +176,7 @@ unsafe extern "C" fn write_space<T: Events>(sk: *mut bindings::sock) {
 /// As for [`data_ready()`].
 unsafe extern "C" fn state_change<T: Events>(sk: *mut bindings::sock) {
     let in_hook = |found: Found<'_, T>| {
-        found.tell_readable();
+        found.input_ready();
         found.had.state_change
     };
     // SAFETY: This is the callback for `T`, called as this callback is.
@@ -197,7 +197,7 @@ unsafe extern "C" fn error_report<T: Events>(sk: *mut bindings::sock) {
         return;
     }
     let in_hook = |found: Found<'_, T>| {
-        found.tell_readable();
+        found.input_ready();
         // SAFETY: `sk` is valid during its callback.
         let closed = unsafe { (*sk).__sk_common.skc_state } == bindings::TCP_CLOSE;
         // Whoever has the descriptor too can have it listen now, and its children inherit what it has then:

@@ -22,25 +22,25 @@ use kernel::sync::{
 };
 
 /// What a socket tells its owner. Called in any context, also in softirq: must not sleep, but for
-/// [`Self::sender_leaves()`].
+/// [`Self::sender_receives()`].
 pub(crate) trait Events: Send + Sync + 'static {
-    /// As [`Self::readable()`], where what came in can be read at once.
-    fn arrived(this: ArcBorrow<'_, Self>, arrival: Arrival<'_>);
+    /// As [`Self::input_ready()`], where what came in can be read at once.
+    fn tcp_data_ready(this: ArcBorrow<'_, Self>, arrival: Arrival<'_>);
 
-    /// As [`Self::readable()`], for what another task of this machine has sent. Returns whether that
-    /// task is to receive it here, which [`Self::sender_leaves()`] does then.
-    fn takes_from_sender(&self) -> bool;
+    /// As [`Self::input_ready()`], for what another task of this machine has sent. Returns whether that
+    /// task is to receive it here, which [`Self::sender_receives()`] does then.
+    fn sender_should_receive(&self) -> bool;
 
     /// Called by a task that has sent something, on its way out of `sendmsg()`. It holds no lock of the
     /// socket's, and no other that a task may not hold in `recvmsg()`: may sleep, shortly. The socket may have
     /// been given up meanwhile.
-    fn sender_leaves(this: Arc<Self>);
+    fn sender_receives(this: Arc<Self>);
 
     /// There may be something to receive: data, the end of the stream, an error.
-    fn readable(this: ArcBorrow<'_, Self>);
+    fn input_ready(this: ArcBorrow<'_, Self>);
 
     /// There may be room to send. Returns whether it was waited for.
-    fn writable(this: ArcBorrow<'_, Self>) -> bool;
+    fn write_space(this: ArcBorrow<'_, Self>) -> bool;
 }
 
 /// What can be in the low bits of `sk_user_data`.

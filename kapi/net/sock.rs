@@ -63,6 +63,19 @@ pub(crate) enum Next {
     Nothing,
 }
 
+/// The purpose for which [`Socket::has_room()`] is asked. It corresponds to the argument `wake` of
+/// `__sk_stream_is_writeable()`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RoomFor {
+    /// To send now: whether the socket accepts at least some data (`sk_stream_is_writeable()`,
+    /// `unix_writable()`).
+    Sending,
+    /// To wake up a sender, in `sk_write_space`: whether enough room is free to make that worthwhile
+    /// (`sk_stream_write_space()`). This is stricter than [`Self::Sending`] only on TCP, where less than half
+    /// of `TCP_NOTSENT_LOWAT` may be unsent, instead of less than all of it.
+    Wakeup,
+}
+
 impl Socket {
     /// The socket behind a file descriptor of the current process (`nbd_get_socket()`). May sleep.
     pub(crate) fn from_fd(fd: i32) -> core::result::Result<Self, BadSocket> {
@@ -183,7 +196,7 @@ impl Socket {
 
     /// Whether there is something to receive: data, the end of the stream, or an error. May be wrong
     /// about what happens at the same time; that is announced by
-    /// [`Events::readable`](super::hook::Events::readable).
+    /// [`Events::input_ready`](super::hook::Events::input_ready).
     pub(crate) fn has_input(&self) -> bool {
         let sk = self.sk();
         // SAFETY: By the type invariant `sk` is valid; these are looked at as `tcp_poll()` does.
@@ -201,22 +214,12 @@ impl Socket {
         unsafe { has_upper_layer(self.sk()) }
     }
 
-    /// Whether the socket takes something if it is sent now (`sk_stream_is_writeable()`,
-    /// `unix_writable()`). May be out of date at once; that there is room is announced by
-    /// [`Events::writable`](super::hook::Events::writable), where [`Self::has_room_to_wake()`] then says
-    /// so too.
-    pub(crate) fn has_room(&self) -> bool {
-        self.is_writeable(false)
-    }
-
-    /// Whether so much room has become free that it is worth to wake up who waits for it, as
-    /// `sk_stream_write_space()` asks. The same as [`Self::has_room()`], but that with
-    /// `TCP_NOTSENT_LOWAT` no more than half of that is unsent.
-    pub(crate) fn has_room_to_wake(&self) -> bool {
-        self.is_writeable(true)
-    }
-
-    fn is_writeable(&self, wake: bool) -> bool {
+    /// Whether the send buffer has room. How much it must have depends on what the room is for.
+    ///
+    /// The answer may be out of date at once. A socket on which a send has found no room calls
+    /// [`Events::write_space()`](super::hook::Events::write_space) when there is room again, also for
+    /// [`RoomFor::Wakeup`].
+    pub(crate) fn has_room(&self, room_for: RoomFor) -> bool {
         let sk = self.sk();
         // SAFETY: By the type invariant `sk` is valid; C reads the limit without a lock, too.
         let limit = unsafe { (&raw const (*sk).sk_sndbuf).read_volatile() };
@@ -230,10 +233,11 @@ impl Socket {
         if used >= limit || limit.saturating_sub(used) < used >> 1 {
             return false;
         }
+        let wake = i32::from(room_for == RoomFor::Wakeup);
         // SAFETY: What is neither UNIX nor another kind is TCP by the type invariant, and this is the
         // `stream_memory_free()` of all that TCP is or has on top. It is called without a lock in C, too.
         // kernel::bindings' and our `struct sock` are the same type in C.
-        unsafe { bindings::tcp_stream_memory_free(sk.cast(), i32::from(wake)) }
+        unsafe { bindings::tcp_stream_memory_free(sk.cast(), wake) }
     }
 
     /// Ends the connection: nothing more is sent or received. May sleep.

@@ -5,7 +5,7 @@ use crate::kapi::net::arrival::Arrival;
 
 struct Kept(Option<Arrival<'static>>);
 
-fn arrived(kept: &mut Kept, arrival: Arrival<'_>) {
+fn tcp_data_ready(kept: &mut Kept, arrival: Arrival<'_>) {
     kept.0 = Some(arrival); //~ lifetime may not live long enough
     //fix: arrival.read(|_| false);
 }

@@ -124,7 +124,7 @@ impl Connection {
         });
     }
 
-    /// Something comes in, and the callback only tells of it: `readable()`.
+    /// Something comes in, and the callback only tells of it: `input_ready()`.
     fn becomes_readable(&self) {
         *self.socket.lock().unwrap() += 1;
         let hooked = self.hooked.read().unwrap();
