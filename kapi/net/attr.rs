@@ -1,16 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Netlink attributes: reading those of a message, and writing them.
+//! Netlink attributes: reading those of a message that was received, and building nested ones.
 //!
-//! Source: `include/net/netlink.h`.
+//! C header: [`include/net/netlink.h`](srctree/include/net/netlink.h)
+//!
+//! The `kernel` crate (7.3) can write attributes (`kernel::net::netlink`), but not read them.
 
 use crate::kapi::bindings;
 use kernel::prelude::*;
 
-/// An attribute.
+/// An attribute of a received message.
 ///
 /// # Invariants
 ///
-/// `raw` and the value behind it are valid for `'a`.
+/// `raw` points to an attribute that is valid for `'a`.
 #[derive(Clone, Copy)]
 pub(crate) struct Attr<'a> {
     pub(super) raw: *const bindings::nlattr,
@@ -18,30 +20,34 @@ pub(crate) struct Attr<'a> {
 }
 
 impl<'a> Attr<'a> {
+    /// Makes an `Attr` from a pointer to an attribute.
+    ///
     /// # Safety
     ///
-    /// `raw` must be an attribute whose length netlink has checked, and live for `'a`.
+    /// `raw` must point to an attribute whose length netlink has validated. The attribute must live for `'a`
+    /// and must not change.
     pub(super) unsafe fn from_raw(raw: *const bindings::nlattr) -> Self {
         const HEADER: usize = size_of::<bindings::nlattr>();
-        // SAFETY: By this function's precondition there is an attribute.
+        // SAFETY: By this function's safety requirements, `raw` points to an attribute.
         let len = usize::from(unsafe { (*raw).nla_len }).saturating_sub(HEADER);
-        // SAFETY: By this function's precondition netlink has checked that so much follows the header.
+        // SAFETY: By this function's safety requirements, netlink has validated that `len` bytes follow
+        // the header.
         let value = unsafe { core::slice::from_raw_parts(raw.cast::<u8>().add(HEADER), len) };
-        // INVARIANT: By this function's precondition both live for `'a`.
+        // INVARIANT: By this function's safety requirements, the attribute lives for `'a`.
         Attr { raw, value }
     }
 
-    /// Its value, if it is long enough for one.
+    /// Returns the value as a `u32`, if it is long enough.
     pub(crate) fn u32(&self) -> Option<u32> {
         self.value.first_chunk().map(|b| u32::from_ne_bytes(*b))
     }
 
-    /// Its value, if it is long enough for one.
+    /// Returns the value as a `u64`, if it is long enough.
     pub(crate) fn u64(&self) -> Option<u64> {
         self.value.first_chunk().map(|b| u64::from_ne_bytes(*b))
     }
 
-    /// Its value as a string: without the zero bytes at its end, as `nla_strcmp()` compares it.
+    /// Returns the value as a string, without the zero bytes at its end, which `nla_strcmp()` ignores, too.
     pub(crate) fn string(&self) -> &'a [u8] {
         let len = self
             .value
@@ -51,13 +57,14 @@ impl<'a> Attr<'a> {
         self.value.get(..len).unwrap_or(&[])
     }
 
-    /// The attributes within it: type and value of each. Ends where one is malformed.
+    /// Returns an iterator over the attributes that are nested in this one. It yields the type and the
+    /// value of each, and ends before the first malformed one.
     pub(crate) fn nested(&self) -> Nested<'a> {
         Nested { rest: self.value }
     }
 }
 
-/// See [`Attr::nested()`].
+/// The value of a nested attribute, and an iterator over the attributes in it. See [`Attr::nested()`].
 pub(crate) struct Nested<'a> {
     rest: &'a [u8],
 }
@@ -77,13 +84,22 @@ impl<'a> Iterator for Nested<'a> {
 }
 
 impl Nested<'_> {
-    /// What is left, as a value.
+    /// Returns the value as a `u32`, if it is long enough.
     pub(crate) fn u32(&self) -> Option<u32> {
         self.rest.first_chunk().map(|b| u32::from_ne_bytes(*b))
     }
 }
 
-/// Appends an attribute to `to`, padded (`nla_put()`).
+/// Appends an attribute and its padding to `to`, as `nla_put()` does to a message.
+///
+/// # Errors
+///
+/// - `EMSGSIZE`: `value` is too long for an attribute.
+/// - `ENOMEM`: there is no memory.
+///
+/// # Context
+///
+/// Process context. May sleep.
 pub(crate) fn put(to: &mut KVec<u8>, kind: u16, value: &[u8]) -> Result {
     let len = value.len() + size_of::<bindings::nlattr>();
     let len = u16::try_from(len).map_err(|_| EMSGSIZE)?;

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Generic netlink families with commands. Mirrors `kernel::net::netlink`, which (7.3) can only
-//! multicast. Source: `include/net/genetlink.h`, `include/net/netlink.h`.
+//! Generic netlink families with commands and a multicast group.
+//!
+//! C headers: [`include/net/genetlink.h`](srctree/include/net/genetlink.h),
+//! [`include/net/netlink.h`](srctree/include/net/netlink.h)
+//!
+//! Names and types follow `kernel::net::netlink`, which (7.3) supports multicast groups only.
 
 use super::attr::Attr;
 use crate::kapi::bindings;
@@ -23,26 +27,34 @@ use kernel::{
     types::Opaque, //
 };
 
-/// What carries out a family's commands. They may sleep, and several may run at a time.
+/// The commands of a family.
 pub(crate) trait Commands: Sized + Send + Sync + 'static {
-    /// The family's name.
+    /// The name of the family. At most 15 bytes of it are used.
     const NAME: &'static CStr;
-    /// Its version.
+    /// The version of the family.
     const VERSION: u32;
-    /// What its attributes must be, by number; there is at least number 1.
+    /// The policies of the attributes, indexed by attribute number. There must be at least numbers 0 and 1.
     const POLICY: &'static [Policy];
-    /// Its commands.
+    /// The numbers of the commands.
     const COMMANDS: &'static [u8];
 
     /// Carries out a command.
+    ///
+    /// # Errors
+    ///
+    /// An error is returned to the sender of the command.
+    ///
+    /// # Context
+    ///
+    /// Process context. May sleep. Several commands may run at the same time.
     fn run(&self, command: u8, info: &Info<'_>) -> Result;
 }
 
-/// What an attribute must be (`struct nla_policy`).
+/// The requirements for an attribute, against which netlink validates it (`struct nla_policy`).
 #[repr(transparent)]
 pub(crate) struct Policy(bindings::nla_policy);
 
-// SAFETY: Nothing changes a policy, so its pointers may be read by every task.
+// SAFETY: A policy is never written, so any task may read it.
 unsafe impl Sync for Policy {}
 
 impl Policy {
@@ -59,29 +71,39 @@ impl Policy {
     }
 }
 
-/// A multicast group of a family. It lives for as long as somebody may want to send to it, longer than
-/// the family where need be: while no family has it, nobody listens.
+/// A multicast group. It is reference-counted and can live longer than its family, so that messages may
+/// be sent to it at any time. While no family has the group, it has no listeners and messages are
+/// discarded.
 #[pin_data]
 pub(crate) struct Group {
-    /// What a family's `mcgrps` points to.
+    /// The `mcgrps` of the family points to this.
     raw: bindings::genl_multicast_group,
+    /// The family that has this group.
     #[pin]
     family: Mutex<Option<Registered>>,
 }
 
-/// The family that has a [`Group`].
+/// A registered family.
 ///
 /// # Invariants
 ///
-/// It is registered.
+/// The family is registered.
 #[derive(PartialEq, Eq)]
 struct Registered(NonNull<bindings::genl_family>);
 
-// SAFETY: Every task may send a registered family's messages.
+// SAFETY: Any task may send messages of a registered family.
 unsafe impl Send for Registered {}
 
 impl Group {
-    /// A group that no family has yet. Of the name the first 15 bytes count. May sleep.
+    /// Makes a group that no family has yet. At most 15 bytes of the name are used.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` if there is no memory.
+    ///
+    /// # Context
+    ///
+    /// Process context. May sleep.
     pub(crate) fn new(name: &CStr) -> Result<Arc<Self>> {
         let mut raw: bindings::genl_multicast_group = pin_init::zeroed();
         copy_name(&mut raw.name, name);
@@ -94,12 +116,18 @@ impl Group {
         )
     }
 
-    /// Sends everybody who listens in the first network namespace one attribute. Nobody does while no
-    /// family has the group. Does not wait for I/O, but may sleep.
+    /// Sends a message with one attribute to all listeners in the initial network namespace. Succeeds if
+    /// there are none, in particular while no family has the group.
     ///
     /// # Errors
     ///
-    /// `ENOMEM`; `ENOBUFS` where somebody has not heard it; `EMSGSIZE` where the value is too long.
+    /// - `ENOMEM`: there is no memory.
+    /// - `ENOBUFS`: a listener has not received the message.
+    /// - `EMSGSIZE`: `value` is too long.
+    ///
+    /// # Context
+    ///
+    /// Process context. May sleep, but does not wait for I/O.
     pub(crate) fn multicast(&self, command: u8, kind: u16, value: &[u8]) -> Result {
         let family = self.family.lock();
         let Some(Registered(family)) = &*family else {
@@ -109,8 +137,8 @@ impl Group {
             port: 0,
             sequence: 0,
         };
-        // SAFETY: By the invariant of `Registered` the family is registered: it is not unregistered
-        // before `unbind()`, which waits for the lock that is held here.
+        // SAFETY: By the type invariant of `Registered`, the family is registered. It stays so, because
+        // it is not unregistered before `unbind()`, which needs the lock that is held here.
         let message = unsafe {
             Message::new(
                 family.as_ptr(),
@@ -121,10 +149,10 @@ impl Group {
             )?
         };
         let skb = message.finish(kind, value)?;
-        // SAFETY: The family is registered, for the same reason; the message is handed over.
+        // SAFETY: The family is registered, for the same reason. Ownership of the message is passed on.
         let sent =
             unsafe { bindings::genlmsg_multicast(family.as_ptr(), skb, 0, 0, bindings::GFP_NOIO) };
-        // ESRCH: nobody listens.
+        // ESRCH: there are no listeners.
         match to_result(sent) {
             Err(e) if e == ESRCH => Ok(()),
             result => result,
@@ -135,7 +163,7 @@ impl Group {
     ///
     /// # Errors
     ///
-    /// `EBUSY` where another one has it.
+    /// `EBUSY` if another family has it.
     fn bind(&self, family: Registered) -> Result {
         let mut bound = self.family.lock();
         if bound.is_some() {
@@ -145,7 +173,7 @@ impl Group {
         Ok(())
     }
 
-    /// Takes the group away from the family, if that has it. Nobody sends its messages afterwards.
+    /// Takes the group away from the family, if that has it. After this, no messages are sent for the family.
     fn unbind(&self, family: NonNull<bindings::genl_family>) {
         let mut bound = self.family.lock();
         if *bound == Some(Registered(family)) {
@@ -154,10 +182,10 @@ impl Group {
     }
 }
 
-/// A family, as generic netlink sees it.
+/// A family, together with what its `struct genl_family` points to.
 #[pin_data]
 struct Family<C: Commands> {
-    /// Its pointers are to `ops`, `group` and what is static.
+    /// Points to `ops`, to `group` and to static data.
     #[pin]
     family: Opaque<bindings::genl_family>,
     ops: KVec<bindings::genl_small_ops>,
@@ -165,33 +193,41 @@ struct Family<C: Commands> {
     commands: C,
 }
 
-/// A registered family, which has its multicast group. Dropping it waits for the commands that run.
+/// A registered family, which has its multicast group. Dropping this unregisters the family, and waits
+/// for the commands that are running.
 ///
 /// # Invariants
 ///
 /// The family is registered.
 pub(crate) struct Registration<C: Commands>(Pin<KBox<Family<C>>>);
 
-// SAFETY: Every task may unregister a family, and `Commands` are `Send`.
+// SAFETY: Any task may unregister a family, and `Commands` are `Send`.
 unsafe impl<C: Commands> Send for Registration<C> {}
-// SAFETY: Nothing can be done with `&Registration`.
+// SAFETY: `&Registration` has no methods for other tasks to call.
 unsafe impl<C: Commands> Sync for Registration<C> {}
 
 impl<C: Commands> Registration<C> {
-    /// Registers the family of `commands` and gives it the group. A multicast that comes before this
-    /// returns may be lost. May sleep.
+    /// Registers the family of `commands` and gives it the group. A message that is sent to the group
+    /// before this returns may be lost.
     ///
     /// # Errors
     ///
-    /// `EBUSY` where another family has the group, `EEXIST` where there is one of that name.
+    /// - `EBUSY`: another family has the group.
+    /// - `EEXIST`: a family of that name is registered already.
+    /// - `ENOMEM`: there is no memory.
+    ///
+    /// # Context
+    ///
+    /// Process context. May sleep.
     pub(crate) fn new(commands: C, group: Arc<Group>) -> Result<Self> {
         let family = Family::new(commands, group)?;
         let raw = family.family.get();
-        // SAFETY: What the family points to lives in it or for ever, and it stays where it is.
+        // SAFETY: The family is pinned. Everything that it points to is static or is owned by it.
         to_result(unsafe { bindings::genl_register_family(raw) })?;
-        // INVARIANT: It was registered just now.
+        // INVARIANT: The family was registered above.
         let this = Registration(family);
-        // INVARIANT: It is registered until `drop`, which takes the group away before that ends.
+        // INVARIANT: The family is registered until `drop()`, which takes the group away before it
+        // unregisters the family.
         this.0.group.bind(Registered(this.raw()))?;
         Ok(this)
     }
@@ -205,15 +241,16 @@ impl<C: Commands> Drop for Registration<C> {
     fn drop(&mut self) {
         let raw = self.raw();
         self.0.group.unbind(raw);
-        // SAFETY: By the type invariant it is registered; it is not used any more after this.
+        // SAFETY: By the type invariant, the family is registered. It is not used after this.
         unsafe { bindings::genl_unregister_family(raw.as_ptr()) };
     }
 }
 
 impl<C: Commands> Family<C> {
-    /// The highest number of an attribute.
+    /// The highest attribute number.
     const MAX_ATTR: u16 = {
-        // Without any attribute generic netlink would give the commands no array of them.
+        // If a family has no attributes, generic netlink gives its commands a null pointer instead of an
+        // array.
         assert!(C::POLICY.len() > 1 && C::POLICY.len() <= 1 << 14);
         C::POLICY.len() as u16 - 1
     };
@@ -239,7 +276,7 @@ impl<C: Commands> Family<C> {
             .max()
             .map_or(0, |c| c.saturating_add(1));
         family.set_netnsok(1);
-        // Else the other families of the machine wait while a command does.
+        // Otherwise a command of this family would block those of all other families for as long as it runs.
         family.set_parallel_ops(1);
         KBox::pin_init(
             pin_init!(Self {
@@ -261,24 +298,26 @@ impl<C: Commands> Family<C> {
         op
     }
 
-    /// `genl_small_ops.doit`
+    /// `genl_small_ops.doit`: carries out a command.
     ///
     /// # Safety
     ///
-    /// To be called by generic netlink for a family of this type.
+    /// Must be called by generic netlink, for a family of this type.
     unsafe extern "C" fn doit(
         skb: *mut bindings::sk_buff,
         raw: *mut bindings::genl_info,
     ) -> ffi::c_int {
-        // SAFETY: Generic netlink gives a description of the message that lives during the call.
+        // SAFETY: Generic netlink passes a pointer to a valid `struct genl_info`, which lives during the
+        // call.
         let (family, command) = unsafe { ((*raw).family, (*(*raw).genlhdr).cmd) };
         let family: *const Opaque<bindings::genl_family> = family.cast();
-        // SAFETY: Each family that has this function as an operation is the field of a `Self`.
+        // SAFETY: Each `struct genl_family` that has this function as an operation is the field of a `Self`.
         let this = unsafe { kernel::container_of!(family, Self, family) };
-        // SAFETY: It is not dropped while it is registered, and unregistering waits for this command.
+        // SAFETY: The family is not freed while it is registered, and unregistering it waits for this
+        // command.
         let this = unsafe { &*this };
-        // INVARIANT: They are those of this command, until it returns; the policy has
-        // `MAX_ATTR + 1` places, so the array of the attributes has, too.
+        // INVARIANT: `skb` and `raw` are those of this command. Generic netlink has parsed the message into
+        // `maxattr + 1` attributes, which is `MAX_ATTR + 1`.
         let info = Info {
             skb,
             raw,
@@ -289,18 +328,20 @@ impl<C: Commands> Family<C> {
     }
 }
 
+/// Copies at most 15 bytes of a name.
 fn copy_name(to: &mut [ffi::c_char; 16], name: &CStr) {
-    // The last byte stays zero.
+    // The last byte stays zero, as the terminator.
     for (to, from) in to.iter_mut().take(15).zip(name.to_bytes()) {
         *to = *from as ffi::c_char;
     }
 }
 
-/// A command's message (`struct genl_info`).
+/// The message of a command that is being carried out (`struct genl_info`).
 ///
 /// # Invariants
 ///
-/// `skb` and `raw` are those of a command that runs for `'a`; `raw.attrs` has `max + 1` places.
+/// - `skb` and `raw` belong to a command that runs for `'a`, and are valid for as long.
+/// - `raw.attrs` is an array of `max + 1` pointers.
 pub(crate) struct Info<'a> {
     skb: *mut bindings::sk_buff,
     raw: *mut bindings::genl_info,
@@ -311,26 +352,31 @@ pub(crate) struct Info<'a> {
 impl<'a> Info<'a> {
     /// Whether the sender may administer the system (`netlink_capable(skb, CAP_SYS_ADMIN)`).
     pub(crate) fn may_administer(&self) -> bool {
-        // SAFETY: By the type invariant `skb` is the message of a command that runs.
+        // SAFETY: By the type invariant, `skb` is a valid message that was received.
         unsafe { bindings::netlink_capable(self.skb, bindings::CAP_SYS_ADMIN as i32) }
     }
 
-    /// An attribute of the message.
+    /// Returns an attribute of the message, if the message has it.
     pub(crate) fn attr(&self, kind: u16) -> Option<Attr<'a>> {
         if kind > self.max {
             return None;
         }
-        // SAFETY: By the type invariant there is such a place.
+        // SAFETY: By the type invariant, the array has a pointer with this index.
         let attr = unsafe { *(*self.raw).attrs.add(usize::from(kind)) };
-        // SAFETY: Where there is such an attribute netlink has checked its length, and it lives as long as
-        // the message, which is that of a command that runs for `'a`.
+        // SAFETY: Netlink has validated the length of each attribute in the array. The attribute is part
+        // of the message, which by the type invariant is valid for `'a`.
         (!attr.is_null()).then(|| unsafe { Attr::from_raw(attr) })
     }
 
-    /// As [`Self::attr()`]; tells the sender where it is missing (`GENL_REQ_ATTR_CHECK()`).
+    /// Returns an attribute of the message. If the message does not have it, reports to the sender which
+    /// attribute is missing, with `message` (`GENL_REQ_ATTR_CHECK()`).
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if the attribute is missing.
     pub(crate) fn require(&self, kind: u16, message: &'static CStr) -> Result<Attr<'a>> {
         self.attr(kind).ok_or_else(|| {
-            // SAFETY: By the type invariant `raw` is valid. There may be no extended acknowledgement.
+            // SAFETY: By the type invariant, `raw` is valid. Its `extack` is valid or null.
             if let Some(ack) = unsafe { (*self.raw).extack.as_mut() } {
                 ack.miss_type = kind;
                 ack._msg = message.as_char_ptr();
@@ -339,10 +385,11 @@ impl<'a> Info<'a> {
         })
     }
 
-    /// Tells the sender what is wrong (`GENL_SET_ERR_MSG()`), with which attribute where one is named.
+    /// Reports an error to the sender, with `message` (`GENL_SET_ERR_MSG()`). If `kind` is given, also
+    /// reports which attribute is wrong.
     pub(crate) fn complain(&self, kind: Option<u16>, message: &'static CStr) {
         let bad = kind.and_then(|kind| self.attr(kind));
-        // SAFETY: By the type invariant `raw` is valid. There may be no extended acknowledgement.
+        // SAFETY: By the type invariant, `raw` is valid. Its `extack` is valid or null.
         if let Some(ack) = unsafe { (*self.raw).extack.as_mut() } {
             ack._msg = message.as_char_ptr();
             if let Some(bad) = bad {
@@ -351,9 +398,19 @@ impl<'a> Info<'a> {
         }
     }
 
-    /// Answers with one attribute. May sleep.
+    /// Replies to the sender with a message that has one attribute.
+    ///
+    /// # Errors
+    ///
+    /// - `ENOMEM`: there is no memory.
+    /// - `EMSGSIZE`: `value` is too long.
+    /// - Those of `netlink_unicast()`.
+    ///
+    /// # Context
+    ///
+    /// Process context. May sleep.
     pub(crate) fn reply(&self, command: u8, kind: u16, value: &[u8]) -> Result {
-        // SAFETY: By the type invariant the message's description is valid.
+        // SAFETY: By the type invariant, `raw` is valid.
         let (family, to, net) = unsafe {
             let raw = &*self.raw;
             let to = Address {
@@ -363,43 +420,48 @@ impl<'a> Info<'a> {
             (raw.family, to, raw._net.net)
         };
         let port = to.port;
-        // SAFETY: The family is registered: by the type invariant a command of it runs.
+        // SAFETY: By the type invariant, a command of the family is running, so the family is registered.
         let message =
             unsafe { Message::new(family, to, command, value.len(), bindings::GFP_KERNEL)? };
         let skb = message.finish(kind, value)?;
-        // SAFETY: The sender's socket keeps its network namespace while its command runs. The message
-        // is handed over.
+        // SAFETY: The sender's socket keeps its network namespace alive while the command is running.
+        // Ownership of the message is passed on.
         let sent = unsafe {
             let flags = bindings::MSG_DONTWAIT as i32;
             bindings::netlink_unicast((*net).genl_sock, skb, port, flags)
         };
-        // How much was sent does not matter.
+        // A positive result is the number of bytes sent.
         to_result(sent.min(0))
     }
 }
 
-/// To whom a message goes, and what it answers.
+/// The port that a message is sent to, and the sequence number of the message that it replies to.
 struct Address {
     port: u32,
     sequence: u32,
 }
 
-/// A message that is being made.
+/// A message that is being built.
 ///
 /// # Invariants
 ///
-/// `skb` is a message that nobody else knows, and `header` what `genlmsg_put()` has put into it.
+/// `skb` is a valid message that this owns. `header` is the header that `genlmsg_put()` has added to it.
 struct Message {
     skb: NonNull<bindings::sk_buff>,
     header: NonNull<ffi::c_void>,
 }
 
 impl Message {
-    /// Begins a message with room for an attribute of `len` bytes.
+    /// Makes a message with room for an attribute of `len` bytes.
+    ///
+    /// # Errors
+    ///
+    /// - `EMSGSIZE`: `len` is too large for an attribute.
+    /// - `ENOMEM`: there is no memory.
     ///
     /// # Safety
     ///
-    /// The family must be registered.
+    /// `family` must point to a registered family.
     unsafe fn new(
         family: *const bindings::genl_family,
         to: Address,
@@ -411,29 +473,34 @@ impl Message {
             return Err(EMSGSIZE);
         }
         let room = (len + size_of::<bindings::nlattr>()).next_multiple_of(4);
-        // SAFETY: It takes any size and any flags.
+        // SAFETY: `genlmsg_new()` accepts any size and any flags.
         let skb = unsafe { bindings::genlmsg_new(room, flags) };
         let skb = NonNull::new(skb).ok_or(ENOMEM)?;
         let (port, sequence) = (to.port, to.sequence);
-        // SAFETY: The message is new, and by this function's precondition the family is registered.
+        // SAFETY: `skb` is a new message. By this function's safety requirements, the family is registered.
         let header =
             unsafe { bindings::genlmsg_put(skb.as_ptr(), port, sequence, family, 0, command) };
         let Some(header) = NonNull::new(header) else {
-            // SAFETY: Nobody else knows the message.
+            // SAFETY: The message was made above, and nothing else refers to it.
             unsafe { bindings::nlmsg_free(skb.as_ptr()) };
             return Err(EMSGSIZE);
         };
-        // INVARIANT: The message was made here, and the header put into it.
+        // INVARIANT: The message was made above, and `genlmsg_put()` has added the header to it.
         Ok(Message { skb, header })
     }
 
-    /// Appends an attribute and completes the message, which is the caller's to send or to free.
+    /// Appends an attribute and completes the message. The caller becomes its owner, and must send or
+    /// free it.
+    ///
+    /// # Errors
+    ///
+    /// `EMSGSIZE` if there is no room for the attribute.
     fn finish(self, kind: u16, value: &[u8]) -> Result<*mut bindings::sk_buff> {
         let skb = self.skb.as_ptr();
         let len = i32::try_from(value.len())?;
-        // SAFETY: By the type invariant the message is ours; `value` has so many bytes.
+        // SAFETY: By the type invariant, the message is valid and owned. `value` has `len` bytes.
         to_result(unsafe { bindings::nla_put(skb, i32::from(kind), len, value.as_ptr().cast()) })?;
-        // SAFETY: By the type invariant the header is this message's.
+        // SAFETY: By the type invariant, the header belongs to this message.
         unsafe { bindings::genlmsg_end(skb, self.header.as_ptr()) };
         core::mem::forget(self);
         Ok(skb)
@@ -442,7 +509,7 @@ impl Message {
 
 impl Drop for Message {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant nobody else knows the message.
+        // SAFETY: By the type invariant, the message is owned and not used after this.
         unsafe { bindings::nlmsg_free(self.skb.as_ptr()) };
     }
 }
