@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What has come in on a TCP socket, read where it arrives.
+//! Reading from a TCP socket in its `sk_data_ready` callback, with `tcp_read_sock()`.
 //!
-//! Source: `tcp_read_sock()` in `net/ipv4/tcp.c`; the use of it follows `drivers/scsi/iscsi_tcp.c`.
+//! C headers: [`include/net/tcp.h`](srctree/include/net/tcp.h),
+//! [`include/linux/skbuff.h`](srctree/include/linux/skbuff.h)
+//!
+//! The use of `tcp_read_sock()` follows `drivers/scsi/iscsi_tcp.c`. Its documentation is in `net/ipv4/tcp.c`.
 
 use super::{
     iov::IoPage,
@@ -23,65 +26,81 @@ use kernel::{
     prelude::*, //
 };
 
-/// What has come in on a TCP socket, to be read without leaving the callback that told of it.
+/// The received data of a TCP socket, which can be read while the socket's `sk_data_ready` callback runs.
 ///
 /// # Invariants
 ///
-/// `sk` is a TCP socket without an upper layer protocol such as TLS, and its lock is held for `'a`.
+/// `sk` is a valid TCP socket without an upper layer protocol such as TLS, and its lock is held for `'a`.
 pub(crate) struct Arrival<'a> {
     sk: *mut bindings::sock,
     _locked: PhantomData<&'a ()>,
 }
 
 impl Arrival<'_> {
+    /// Returns the received data of `sk`. Returns nothing for a UNIX socket, or if there is an upper layer
+    /// protocol on top of TCP.
+    ///
     /// # Safety
     ///
-    /// To be called by the `sk_data_ready` of `sk`, which TCP itself must have called if it is its socket,
-    /// and used within it only. A file must refer to the socket.
+    /// - Must be called by the `sk_data_ready` callback of `sk`, and the result must not be used after that
+    ///   callback has returned.
+    /// - If `sk` is a TCP socket without an upper layer protocol, the callback must have been called by TCP
+    ///   itself.
+    /// - A file must refer to the socket.
     pub(super) unsafe fn on(sk: *mut bindings::sock) -> Option<Self> {
-        // INVARIANT: TCP calls this callback with the lock held.
-        // SAFETY: The caller promises that `sk` is valid and has its socket.
+        // INVARIANT: The socket is plain TCP, and TCP calls this callback with the socket's lock held.
+        // SAFETY: By this function's safety requirements, `sk` is valid and a file refers to it.
         unsafe { is_plain_tcp(sk) }.then_some(Arrival {
             sk,
             _locked: PhantomData,
         })
     }
 
-    /// Calls `each` with one piece of the stream after the other until it returns false or nothing is
-    /// left. What it leaves of a piece stays in the socket; so does what follows an urgent byte, which only
-    /// `recvmsg` gets past. Returns whether something stayed.
+    /// Calls `each` for one segment of the stream after the other, until it returns `false` or nothing is
+    /// left.
+    ///
+    /// What `each` leaves of a segment stays in the socket. So does what follows an urgent byte, which only
+    /// `recvmsg()` gets past. Returns whether anything stayed.
+    ///
+    /// # Context
+    ///
+    /// In the `sk_data_ready` callback. `each` must not sleep.
     pub(crate) fn read<F: FnMut(&mut Segment<'_>) -> bool>(self, mut each: F) -> bool {
-        // SAFETY: It consists of numbers, for which zeroes are fine.
+        // SAFETY: A `read_descriptor_t` consists of integers and a pointer, for which all zeroes is a
+        // valid value.
         let mut desc: bindings::read_descriptor_t = unsafe { MaybeUninit::zeroed().assume_init() };
         desc.count = 1;
         desc.arg.data = (&raw mut each).cast();
-        // SAFETY: By the type invariant the socket is TCP's and locked. The actor is the one for `F`.
-        // kernel::bindings' and our `struct sock` are the same type in C.
+        // The `struct sock` of `kernel::bindings` and ours are the same type in C.
+        // SAFETY: By the type invariant, `sk` is a plain TCP socket, which is locked. `desc` holds a
+        // pointer to an `F`, as `actor::<F>()` requires.
         unsafe { bindings::tcp_read_sock(self.sk.cast(), &mut desc, Some(actor::<F>)) };
-        // SAFETY: By the type invariant `sk` is valid.
+        // SAFETY: By the type invariant, `sk` is valid.
         unsafe { has_data(self.sk) }
     }
 }
 
-/// `sk_read_actor_t`
+/// `sk_read_actor_t`: called by `tcp_read_sock()` for each segment. Returns how many bytes were used.
 ///
 /// # Safety
 ///
-/// `desc` must be that of [`Arrival::read::<F>()`], and `len` bytes be in `skb` from `offset`.
+/// - `desc` must be the descriptor that [`Arrival::read()`] has made for an `F`, which must still be running.
+/// - `skb` must be valid and hold `len` bytes from `offset` on.
 unsafe extern "C" fn actor<F: FnMut(&mut Segment<'_>) -> bool>(
     desc: *mut bindings::read_descriptor_t,
     skb: *mut bindings::sk_buff,
     offset: u32,
     len: usize,
 ) -> i32 {
-    // SAFETY: `desc` is that of `read()`, which waits for `tcp_read_sock()` and touches it no more before.
+    // SAFETY: By this function's safety requirements, `desc` belongs to `read()`, which does not access
+    // it before `tcp_read_sock()` has returned.
     let desc = unsafe { &mut *desc };
-    // SAFETY: `read()` has put a pointer to its `each` there, an `F` that nobody else uses meanwhile.
+    // SAFETY: `read()` has stored a pointer to its `each` there, which is an `F` that it does not use itself.
     let each = unsafe { &mut *desc.arg.data.cast::<F>() };
     if desc.count == 0 {
         return 0;
     }
-    // INVARIANT: The caller promises that `len` bytes are in `skb` from `offset`.
+    // INVARIANT: By this function's safety requirements, `skb` holds `len` bytes from `offset` on.
     let mut segment = Segment {
         skb,
         offset,
@@ -94,11 +113,11 @@ unsafe extern "C" fn actor<F: FnMut(&mut Segment<'_>) -> bool>(
     (len - segment.left_bytes) as i32
 }
 
-/// A piece of the stream that has come in.
+/// A segment of the received stream, or what is left of it.
 ///
 /// # Invariants
 ///
-/// `left_bytes` bytes are in `skb` from `offset`.
+/// `skb` is valid for `'a` and holds `left_bytes` bytes from `offset` on.
 pub(crate) struct Segment<'a> {
     skb: *mut bindings::sk_buff,
     offset: u32,
@@ -107,21 +126,23 @@ pub(crate) struct Segment<'a> {
 }
 
 impl Segment<'_> {
-    /// What is left of it.
+    /// Returns the number of bytes that are left.
     pub(crate) fn left_bytes(&self) -> usize {
         self.left_bytes
     }
 
+    /// Skips `bytes`, which must not be more than what is left.
     fn used(&mut self, bytes: usize) {
         self.offset += bytes as u32;
         self.left_bytes -= bytes;
     }
 
-    /// Moves `bytes`, at most what is left, to `offset` of a page. Returns how much it was.
+    /// Moves at most `bytes` bytes to `offset` of a page. Returns how many it has moved: at most what is
+    /// left, and at most 64.
     ///
     /// # Errors
     ///
-    /// `EINVAL` where that is not within the page.
+    /// `EINVAL` if they do not fit into the page.
     pub(crate) fn move_to_page(
         &mut self,
         page: &mut IoPage,
@@ -131,7 +152,7 @@ impl Segment<'_> {
         let mut room = [0; 64];
         let bytes = bytes.min(self.left_bytes).min(room.len());
         let (to, _) = room.split_at_mut(bytes);
-        // SAFETY: By the type invariant so much is there, and `to` has room for it.
+        // SAFETY: By the type invariant, `skb` holds `bytes` bytes from `offset` on. `to` has room for them.
         to_result(unsafe {
             bindings::skb_copy_bits(
                 self.skb,
@@ -145,16 +166,17 @@ impl Segment<'_> {
         Ok(bytes)
     }
 
-    /// Moves as much as both have to the current position of `payload`, which moves on.
+    /// Moves bytes to the current position of `payload` and advances that, until either the segment is
+    /// used up or the payload is full.
     ///
     /// # Errors
     ///
-    /// `EFAULT`, which cannot be.
+    /// `EFAULT` if `skb_copy_bits()` fails, which it does not, because the bytes are there.
     pub(crate) fn move_to(&mut self, payload: &mut Payload<Unanswered>) -> Result {
         let (skb, offset) = (self.skb, self.offset);
         let bytes = payload.fill(self.left_bytes, |to, done, step| {
-            // SAFETY: `fill()` gives `step` bytes of room, and asks for no more than is left in all,
-            // which by the type invariant is there.
+            // SAFETY: `to` has room for `step` bytes. All steps together are at most `left_bytes`, so by the
+            // type invariant `skb` holds the bytes of this one.
             to_result(unsafe {
                 bindings::skb_copy_bits(
                     skb,
@@ -169,16 +191,17 @@ impl Segment<'_> {
     }
 }
 
-/// Whether it is a TCP socket without an upper layer protocol, such as TLS, which replaces the operations
-/// under the socket's lock.
+/// Whether `sk` is a TCP socket without an upper layer protocol. Such a protocol, TLS for example,
+/// replaces the socket's operations while it holds the socket's lock.
 ///
 /// # Safety
 ///
-/// `sk` must be a socket that a file refers to during the call.
+/// `sk` must be a valid socket, and a file must refer to it during the call.
 unsafe fn is_plain_tcp(sk: *mut bindings::sock) -> bool {
-    // SAFETY: The caller promises that `sk` is valid.
+    // SAFETY: By this function's safety requirements, `sk` is valid.
     let socket = unsafe { (*sk).sk_socket }.cast::<bindings::socket>();
-    // SAFETY: The socket is there as long as a file refers to it, and has operations from its making on.
+    // SAFETY: By this function's safety requirements, a file refers to `sk`, so it has its
+    // `struct socket`, which always has operations.
     let read_sock = unsafe { (*(&raw const (*socket).ops).read_volatile()).read_sock };
     read_sock.is_some_and(|read_sock| read_sock as usize == bindings::tcp_read_sock as usize)
 }

@@ -1,8 +1,24 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The callbacks of a socket that is hooked.
+//! The callbacks of a hooked socket: `sk_data_ready`, `sk_write_space`, `sk_state_change` and
+//! `sk_error_report`.
 //!
-//! Source: `include/net/sock.h`; the use of the callbacks follows `drivers/nvme/host/tcp.c` and
-//! `net/sunrpc/xprtsock.c`.
+//! This is the third of the four parts that `hook.rs` describes. Each callback takes `sk_callback_lock` for
+//! reading, finds the hook, and calls the owner ([`Events`]). It finds the hook in one of two ways:
+//!
+//! - through `sk_user_data` ([`Hook::in_user_data()`]), which is the normal case;
+//! - through the socket's record (`saved.rs`), where another part of the kernel has taken `sk_user_data` over
+//!   but still calls these callbacks. The record may be a tombstone: then there is no owner to call any more.
+//!
+//! A callback then calls the one that it has replaced, if that still has work to do:
+//!
+//! - `sk_state_change` and `sk_error_report`: always, because they wake up tasks that wait on the socket;
+//! - `sk_write_space`: where there is TLS, which sends the rest of a record in its own callback;
+//! - all of them: where another part of the kernel has taken the socket over.
+//!
+//! C header: [`include/net/sock.h`](srctree/include/net/sock.h)
+//!
+//! The first three callbacks follow `drivers/nvme/host/tcp.c`, also in what they lock. `sk_error_report` is
+//! replaced as in `net/sunrpc/xprtsock.c`.
 
 use super::{
     arrival::Arrival,
@@ -28,10 +44,11 @@ use crate::kapi::{
 };
 use kernel::sync::Arc;
 
-/// Whether [`Hooks`](super::hook::Hooks) can wait for a task that sleeps, or loses its processor, in a callback.
+/// Whether dropping [`Hooks`](super::hook::Hooks) waits for a task that sleeps or is preempted in a callback.
+/// Only then may a callback sleep.
 const CAN_WAIT_FOR_TASKS: bool = cfg!(any(CONFIG_TASKS_RCU, not(CONFIG_PREEMPTION)));
 
-/// Those that a socket has while it is hooked.
+/// Returns the callbacks that a socket has while it is hooked.
 pub(super) fn hook_callbacks<T: Events>() -> Callbacks {
     Callbacks {
         state_change: Some(state_change::<T>),
@@ -41,22 +58,24 @@ pub(super) fn hook_callbacks<T: Events>() -> Callbacks {
     }
 }
 
-/// What a callback finds out about its socket.
+/// What a callback knows about its socket.
 struct Found<'a, T: Events> {
-    /// The hook, unless it was stopped.
+    /// The hook. `None` if it was stopped.
     hook: Option<&'a Hook<T>>,
-    /// Nobody else has taken the socket over.
+    /// `sk_user_data` still points to the hook: no other part of the kernel has taken it over.
     is_ours: bool,
-    /// The callbacks that the socket had before it got ours.
+    /// The callbacks that the socket had before it was hooked.
     had: Callbacks,
 }
 
 impl<'a, T: Events> Found<'a, T> {
+    /// Looks the hook of `sk` up.
+    ///
     /// # Safety
     ///
-    /// `sk` must be a socket with `sk_callback_lock` held for `'a`.
+    /// `sk` must be a valid TCP or UNIX socket, whose `sk_callback_lock` is held for `'a`.
     unsafe fn on(sk: *mut bindings::sock) -> Self {
-        // SAFETY: The caller promises that `sk` is valid and its lock held.
+        // SAFETY: By this function's safety requirements, `sk` is valid and `sk_callback_lock` is held.
         if let Some(hook) = unsafe { Hook::<T>::in_user_data(sk) } {
             return Found {
                 hook: Some(hook),
@@ -64,11 +83,12 @@ impl<'a, T: Events> Found<'a, T> {
                 had: hook.had,
             };
         }
-        // SAFETY: The caller promises that `sk` is valid.
+        // SAFETY: By this function's safety requirements, `sk` is a valid TCP or UNIX socket.
         let (id, has_upper) = unsafe { (SocketId::of(sk), has_upper_layer(sk)) };
         let (had, hook) = saved::find(id, has_upper).unwrap_or((Callbacks::NONE, None));
-        // SAFETY: A socket with a hook is not freed, so a hook that was noted of this address is this one's. It
-        // is forgotten before it goes, with the lock held for writing, and therefore stays for `'a`.
+        // SAFETY: A hook keeps its socket from being freed, so a hook that is recorded for this address
+        // is for this socket. By the type invariant of `Hook` the record stops referring to it, and then
+        // `sk_callback_lock` is held for writing, before it is freed. So it lives for `'a`.
         let hook = hook.and_then(|hook| unsafe { Hook::for_socket(hook.cast().as_ptr(), sk) });
         Found {
             hook,
@@ -77,6 +97,7 @@ impl<'a, T: Events> Found<'a, T> {
         }
     }
 
+    /// Tells the owner that there may be input.
     fn input_ready(&self) {
         if let Some(hook) = self.hook {
             T::input_ready(hook.owner.as_arc_borrow());
@@ -84,41 +105,46 @@ impl<'a, T: Events> Found<'a, T> {
     }
 }
 
-/// Calls `f` with what is to be known of a socket, which does not change meanwhile.
+/// Calls `f` with what is known about a socket, while `sk_callback_lock` is held for reading, so that it
+/// stays true.
 ///
 /// # Safety
 ///
-/// To be called by a callback that was installed for `T`, with its `sk`.
+/// Must be called by a callback of [`hook_callbacks::<T>()`](hook_callbacks), with the `sk` that it was
+/// called with.
 unsafe fn with_hook<T: Events, R>(sk: *mut bindings::sock, f: impl FnOnce(Found<'_, T>) -> R) -> R {
-    // SAFETY: `sk` is valid during its callback, which nobody calls with this lock held.
+    // SAFETY: `sk` is valid during its callback. No caller of a callback holds `sk_callback_lock`.
     unsafe { bindings::_raw_read_lock_bh(&raw mut (*sk).sk_callback_lock) };
-    // SAFETY: `sk` is valid, and the lock is held while `f` has what was found.
+    // SAFETY: Only TCP and UNIX sockets are hooked, `sk` is valid, and the lock is held until `f` returns.
     let result = f(unsafe { Found::on(sk) });
-    // SAFETY: It was locked above.
+    // SAFETY: The lock was taken above.
     unsafe { bindings::_raw_read_unlock_bh(&raw mut (*sk).sk_callback_lock) };
     result
 }
 
-/// `sk_data_ready`
+/// `sk_data_ready`: something was received.
 ///
 /// # Safety
 ///
-/// To be called as the callback of a socket that was hooked for a `T`.
+/// Must be called as the callback of a socket that was hooked for a `T`.
 unsafe extern "C" fn data_ready<T: Events>(sk: *mut bindings::sock) {
-    // Looked at before anything is locked here.
+    // Must be asked before `with_hook()` takes its lock. `sk_data_ready` of a UNIX socket is called by
+    // the task that sends.
     // SAFETY: `sk` is valid during its callback.
     let from_task = CAN_WAIT_FOR_TASKS && unsafe { is_unix(sk) } && task::may_sleep();
     let in_hook = |found: Found<'_, T>| -> (Option<Arc<T>>, Callback) {
         let hook = match found.hook {
             Some(hook) if found.is_ours => hook,
-            // Whoever calls this, it may not be the protocol.
+            // The caller may be the part of the kernel that has taken the socket over, instead of the
+            // protocol. So the socket may not be locked here, and the task may hold any lock.
             _ => {
                 found.input_ready();
                 return (None, found.had.data_ready);
             }
         };
         let owner = hook.owner.as_arc_borrow();
-        // SAFETY: The socket is ours alone, so the protocol has called this. The hook holds the file.
+        // SAFETY: `sk_user_data` is ours, so the caller is the protocol itself, or TLS on top of it, which
+        // `on()` refuses. `arrival` is used only in this callback. The hook holds a reference to the file.
         if let Some(arrival) = unsafe { Arrival::on(sk) } {
             T::tcp_data_ready(owner, arrival);
         } else if from_task && owner.sender_should_receive() {
@@ -128,17 +154,18 @@ unsafe extern "C" fn data_ready<T: Events>(sk: *mut bindings::sock) {
         }
         (None, None)
     };
-    // SAFETY: This is the callback for `T`, called as this callback is.
+    // SAFETY: This is such a callback, and by its safety requirements `sk` was hooked for a `T`.
     let (receiver, forward) = unsafe { with_hook(sk, in_hook) };
-    // SAFETY: It is a callback that this socket had.
+    // SAFETY: `sk` had this callback before it was hooked, and is valid during this one.
     unsafe { call(forward, sk) };
-    // What is taken to receive is what `recvmsg()` takes. `unix_stream_sendmsg()` holds none of it.
+    // Only now, without `sk_callback_lock`, because receiving takes the sleeping locks of `recvmsg()`. The
+    // caller, `unix_stream_sendmsg()`, holds none of them.
     if let Some(owner) = receiver {
         T::sender_receives(owner);
     }
 }
 
-/// `sk_write_space`
+/// `sk_write_space`: there is room to send.
 ///
 /// # Safety
 ///
@@ -149,27 +176,28 @@ unsafe extern "C" fn write_space<T: Events>(sk: *mut bindings::sock) {
             return found.had.write_space;
         };
         if T::write_space(hook.owner.as_arc_borrow()) {
-            // SAFETY: `sk` has its socket while it is hooked, since the hook holds the file. The next send
-            // that finds no room sets the bit again.
+            // As `sk_stream_write_space()` does. The next send that finds no room sets the bit again.
+            // SAFETY: The hook holds a reference to the file, so `sk` has its `struct socket`.
             unsafe {
                 let socket = (*sk).sk_socket;
                 bindings::clear_bit(bindings::SOCK_NOSPACE as usize, &raw mut (*socket).flags);
             }
         }
-        // TLS may have taken more than there was room for, and now sends the rest.
-        // SAFETY: `sk` is valid during its callback.
+        // TLS may have accepted more of a record than the socket had room for. It sends the rest in its own
+        // callback.
+        // SAFETY: `sk` is valid during its callback, and only TCP and UNIX sockets are hooked.
         let below_tls = unsafe { has_upper_layer(sk) };
         (below_tls || !found.is_ours)
             .then_some(found.had.write_space)
             .flatten()
     };
-    // SAFETY: This is the callback for `T`, called as this callback is.
+    // SAFETY: This is such a callback, and by its safety requirements `sk` was hooked for a `T`.
     let forward = unsafe { with_hook::<T, _>(sk, in_hook) };
-    // SAFETY: It is a callback that this socket had.
+    // SAFETY: `sk` had this callback before it was hooked, and is valid during this one.
     unsafe { call(forward, sk) };
 }
 
-/// `sk_state_change`
+/// `sk_state_change`: the connection has changed its state.
 ///
 /// # Safety
 ///
@@ -179,20 +207,20 @@ unsafe extern "C" fn state_change<T: Events>(sk: *mut bindings::sock) {
         found.input_ready();
         found.had.state_change
     };
-    // SAFETY: This is the callback for `T`, called as this callback is.
+    // SAFETY: This is such a callback, and by its safety requirements `sk` was hooked for a `T`.
     let forward = unsafe { with_hook::<T, _>(sk, in_hook) };
-    // SAFETY: It is a callback that this socket had.
+    // SAFETY: `sk` had this callback before it was hooked, and is valid during this one.
     unsafe { call(forward, sk) };
 }
 
-/// `sk_error_report`
+/// `sk_error_report`: there is an error, or something else in the error queue.
 ///
 /// # Safety
 ///
 /// As for [`data_ready()`].
 unsafe extern "C" fn error_report<T: Events>(sk: *mut bindings::sock) {
-    // Some network drivers report a time stamp from their interrupt handler, which is no error and nothing to
-    // the owner. No lock of ours can be taken there.
+    // Some network drivers report a transmit timestamp from their interrupt handler, where `sk_callback_lock`
+    // must not be taken. It is no error, and of no interest to the owner.
     if task::in_hardirq() {
         return;
     }
@@ -200,17 +228,19 @@ unsafe extern "C" fn error_report<T: Events>(sk: *mut bindings::sock) {
         found.input_ready();
         // SAFETY: `sk` is valid during its callback.
         let closed = unsafe { (*sk).__sk_common.skc_state } == bindings::TCP_CLOSE;
-        // Whoever has the descriptor too can have it listen now, and its children inherit what it has then:
-        // see `was_connected()`. The locks cannot be taken here. But nothing but ours is replaced, and
-        // `stop()`, which takes them, finds out who has kept ours, or does so just now.
+        // From now on any process that has the descriptor can make the socket listen, and the connections
+        // that it then accepts would inherit our callbacks; see `was_connected()`. So they are removed
+        // here already. Neither lock that protects them can be taken for writing here, but `replace()`
+        // exchanges each callback only where it is ours. `Hooked::stop()` takes both locks and finds out
+        // whether another part of the kernel has kept one of ours.
         if closed && found.hook.is_some() {
-            // SAFETY: `sk` is valid, and it had these.
+            // SAFETY: `sk` is valid during its callback, and had these callbacks before.
             unsafe { hook_callbacks::<T>().replace(sk, &found.had) };
         }
         found.had.error_report
     };
-    // SAFETY: This is the callback for `T`, called as this callback is.
+    // SAFETY: This is such a callback, and by its safety requirements `sk` was hooked for a `T`.
     let forward = unsafe { with_hook::<T, _>(sk, in_hook) };
-    // SAFETY: It is a callback that this socket had.
+    // SAFETY: `sk` had this callback before it was hooked, and is valid during this one.
     unsafe { call(forward, sk) };
 }

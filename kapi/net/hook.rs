@@ -1,8 +1,62 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What a socket tells its owner of: its callbacks.
+//! Hooks: taking over the callbacks of a socket, and giving them back.
 //!
-//! Source: `include/net/sock.h`; the use of the callbacks follows `drivers/nvme/host/tcp.c` and
-//! `net/sunrpc/xprtsock.c`.
+//! A hook replaces four callbacks of a connected socket and calls the methods of an owner instead
+//! ([`Events`]). A socket has at most one hook. The hook has four parts, each with its own file:
+//!
+//! - this file installs and removes hooks;
+//! - `owner.rs`: [`Hook`], to which `sk_user_data` points, and the owner's methods;
+//! - `callbacks.rs`: the callbacks that replace those of the socket;
+//! - `saved.rs`: a record of each hooked socket, with the callbacks that it had before.
+//!
+//! # Installing
+//!
+//! [`Socket::hook()`] refuses a socket whose `sk_user_data` is not null, that was never connected, or that
+//! has a record already. It notes the callbacks of the socket in a new record, points `sk_user_data` to the
+//! hook, and replaces the callbacks.
+//!
+//! # When a callback runs
+//!
+//! The callback takes `sk_callback_lock` for reading and looks into `sk_user_data`. It accepts the pointer
+//! only if the object behind it begins with a mark that proves it to be a hook, and if the hook is for this
+//! socket. Otherwise it looks for the record of the socket.
+//!
+//! # When another part of the kernel puts itself on top
+//!
+//! A process that has the descriptor can cause this while the socket is hooked:
+//!
+//! - TLS (`net/tls/`) replaces `sk_data_ready` and `sk_write_space`. It keeps pointers to our callbacks,
+//!   calls them from its own, and restores them when the socket is closed. It leaves `sk_user_data` alone.
+//! - iSCSI (`drivers/scsi/iscsi_tcp.c`) overwrites `sk_user_data`, without a look at what is there, and
+//!   replaces three of the callbacks. It keeps pointers to ours, calls some of them, and restores them when
+//!   it lets go of the socket. It then sets `sk_user_data` to null.
+//!
+//! In the second case our callbacks do not find the hook in `sk_user_data`, but in the record.
+//!
+//! # Removing
+//!
+//! [`Hooked::stop()`] restores each callback, but only where ours is still in place. If one was replaced, or
+//! if `sk_user_data` does not point to the hook any more, then another part of the kernel has kept pointers
+//! to our callbacks and can call or restore them at any later time. In that case the record stays as a
+//! tombstone: it refers to no hook, but it tells our callbacks which ones to call instead. It is never
+//! removed, the socket cannot be hooked again, and the module stays loaded until reboot.
+//!
+//! # Locks
+//!
+//! Hooks are installed and removed with both locks of the socket held, because each excludes something else:
+//!
+//! - `lock_sock()` excludes TLS where it replaces `sk_write_space`, and `listen()`, after which accepted
+//!   connections would inherit our callbacks;
+//! - `sk_callback_lock`, held for writing, excludes the callbacks, TLS where it replaces `sk_data_ready`, and
+//!   iSCSI.
+//!
+//! `lock_sock()` is taken first, because it sleeps.
+//!
+//! C header: [`include/net/sock.h`](srctree/include/net/sock.h)
+//!
+//! The use of `sk_callback_lock` follows `drivers/nvme/host/tcp.c`, that of `lock_sock()`
+//! `net/sunrpc/xprtsock.c`. Both create the sockets that they hook, so they need neither the mark nor the
+//! records. The sockets here come from user space, which can hand them to other parts of the kernel as well.
 
 use super::{
     callbacks::hook_callbacks,
@@ -49,54 +103,61 @@ use kernel::{
 pub(crate) use super::owner::Events;
 
 impl<T: Events> Hook<T> {
-    /// Takes a socket over.
+    /// Installs the hook on its socket.
     ///
     /// # Errors
     ///
-    /// `EBUSY`, `ENOTCONN`; see [`Socket::hook()`].
+    /// `EBUSY`, `ENOTCONN` and `ENODEV`, as [`Socket::hook()`].
     ///
     /// # Safety
     ///
-    /// `self.sk` must be a socket, valid, whose lock and `sk_callback_lock` the caller holds. Afterwards the
-    /// hook must stay where it is, and go as its type invariant says.
+    /// - `self.sk` must be a valid TCP or UNIX socket that a file refers to.
+    /// - The caller must hold the socket's lock, and `sk_callback_lock` for writing.
+    /// - If this succeeds, the hook must not be moved, and must be freed only as its type invariant requires.
     unsafe fn install(&mut self, record: KBox<Record>) -> Result {
         let sk = self.sk;
-        // SAFETY: The caller promises that `sk` is valid; the pointer is only compared.
+        // SAFETY: By this function's safety requirements, `sk` is valid. The pointer is only compared.
         if !unsafe { (*sk).sk_user_data }.is_null() {
             return Err(EBUSY);
         }
-        // SAFETY: The caller promises that `sk` is valid. It is locked, so that it does not begin to listen.
+        // The socket is locked, so it cannot start to listen after this.
+        // SAFETY: By this function's safety requirements, `sk` is valid and a file refers to it.
         if !unsafe { was_connected(sk) } {
             return Err(ENOTCONN);
         }
-        // SAFETY: The caller promises that `sk` is valid and `sk_callback_lock` held.
+        // SAFETY: By this function's safety requirements, `sk` is valid and `sk_callback_lock` is held.
         self.had = unsafe { Callbacks::of(sk) };
         if self.had.has_one_of(&hook_callbacks::<T>()) {
             return Err(EBUSY);
         }
-        // SAFETY: The caller promises that `sk` is valid.
+        // SAFETY: By this function's safety requirements, `sk` is a valid TCP or UNIX socket.
         let (id, has_upper) = unsafe { (SocketId::of(sk), has_upper_layer(sk)) };
         saved::note(record, id, self.had, has_upper, self.as_ptr())?;
-        // SAFETY: `sk` is valid, and whoever changes this holds `sk_callback_lock`.
+        // SAFETY: `sk` is valid, and `sk_callback_lock`, which protects this field, is held for writing.
         unsafe { (&raw mut (*sk).sk_user_data).write_volatile(self.tagged()) };
-        // SAFETY: `sk` is valid, and ours find the hook there.
+        // SAFETY: `sk` is valid. The new callbacks find the hook, which was published above.
         unsafe { self.had.replace(sk, &hook_callbacks::<T>()) };
         Ok(())
     }
 }
 
-/// The memory that [`Socket::hook()`] needs, so that it can be allocated before it is too late to fail.
+/// The memory that [`Socket::hook()`] needs. It is allocated separately, so that a caller can do so while
+/// it can still fail with `ENOMEM`.
 pub(crate) struct HookMemory<T: Events> {
     record: KBox<Record>,
     hook: KBox<MaybeUninit<Hook<T>>>,
 }
 
 impl<T: Events> HookMemory<T> {
-    /// Allocates it. May sleep.
+    /// Allocates the memory.
     ///
     /// # Errors
     ///
-    /// `ENOMEM`.
+    /// `ENOMEM` if there is none.
+    ///
+    /// # Context
+    ///
+    /// Process context. May sleep.
     pub(crate) fn new() -> Result<Self> {
         Ok(HookMemory {
             record: Record::new()?,
@@ -106,13 +167,21 @@ impl<T: Events> HookMemory<T> {
 }
 
 impl Socket {
-    /// Tells `owner` what happens on the socket, until the returned guard is dropped. May sleep.
+    /// Hooks the socket: until [`Hooked::stop()`], its callbacks call `owner`.
+    ///
+    /// The socket is also set up for writing out dirty memory, until the returned guard is dropped: see
+    /// [`Settings::change()`] and [`LockClass::give()`].
     ///
     /// # Errors
     ///
-    /// `EBUSY` where another part of the kernel, such as another device of ours, has the socket, or may have
-    /// kept callbacks of ours from before; `ENOTCONN` where it is no connection, and was none; `ENODEV` where
-    /// the module is about to go.
+    /// - `EBUSY`: another user in the kernel, which may be another owner, uses the socket, or may have kept
+    ///   pointers to our callbacks from an earlier hook.
+    /// - `ENOTCONN`: the socket is not connected and never was.
+    /// - `ENODEV`: the module is being unloaded.
+    ///
+    /// # Context
+    ///
+    /// Process context. May sleep.
     pub(crate) fn hook<T: Events>(
         &self,
         memory: HookMemory<T>,
@@ -131,15 +200,16 @@ impl Socket {
         let settings = {
             let _locked = self.lock();
             let callbacks = self.lock_callbacks();
-            // SAFETY: `self` keeps `sk` valid, and both locks are held. `Hooked` lets the hook go as it must.
+            // SAFETY: `self` keeps `sk` valid and its file open, and both locks are held. `Hooked`, which
+            // owns the hook below, frees it as the type invariant of `Hook` requires.
             unsafe { hook.install(record)? };
             drop(callbacks);
-            // SAFETY: `self` keeps `sk` valid, and it is still locked.
+            // SAFETY: `self` keeps `sk` valid, and the socket is still locked.
             unsafe { Settings::change(self.sk()) }
         };
-        // SAFETY: `self` keeps `sk` valid.
+        // SAFETY: `self` keeps `sk` valid, which is a TCP or UNIX socket.
         let lock_class = unsafe { LockClass::give(self.sk()) };
-        // INVARIANT: It was installed above.
+        // INVARIANT: The hook was installed on `self` above.
         Ok(Hooked {
             socket: self.clone(),
             hook,
@@ -150,36 +220,43 @@ impl Socket {
     }
 }
 
-/// Keeps a socket for its owner: nobody else can hook it, and its callbacks tell the owner until
-/// [`Self::stop()`].
+/// A hooked socket. The callbacks call the owner until [`Self::stop()`], and no other owner can hook the
+/// socket until this is dropped.
 ///
 /// # Invariants
 ///
-/// `hook` was installed on `socket`, with which it stays.
+/// `hook` was installed on `socket`.
 pub(crate) struct Hooked<T: Events> {
     socket: Socket,
     hook: KBox<Hook<T>>,
     settings: Settings,
     lock_class: LockClass,
-    /// None where the module has to stay.
+    /// `None` once the reference has been leaked, so that the module stays loaded.
     module: Option<ModuleRef>,
 }
 
 impl<T: Events> Hooked<T> {
-    /// Ends the callbacks: when this returns the owner is told of nothing, and will not be. Restores
-    /// each of the socket's own callbacks whose place ours still has. May sleep.
+    /// Stops the callbacks: when this returns, no callback calls the owner, and none will. Only
+    /// [`Events::sender_receives()`] may still run.
+    ///
+    /// Restores each callback of the socket, unless another part of the kernel has replaced ours. In that
+    /// case the record of the socket and a reference to the module are kept; see the module's documentation.
+    ///
+    /// # Context
+    ///
+    /// Process context. May sleep.
     pub(crate) fn stop(&mut self) {
         if self.hook.stopped.load(Relaxed) {
             return;
         }
         let locked = self.socket.lock();
         let callbacks = self.socket.lock_callbacks();
-        // Who is told is told with the callbacks' lock held for reading.
+        // The callbacks call the owner with `sk_callback_lock` held for reading, so none of them does now.
         self.hook.stopped.store(true, Relaxed);
-        // SAFETY: `socket` keeps its `sk` valid, which had these.
+        // SAFETY: `socket` keeps its `sk` valid, which had these callbacks before.
         let covered = unsafe { hook_callbacks::<T>().replace(self.socket.sk(), &self.hook.had) };
-        // Whoever has put callbacks on top of ours, or has taken the socket over, may call ours or restore
-        // them at any time from now on.
+        // Another part of the kernel has kept pointers to our callbacks, and can call or restore them at any
+        // time from now on.
         let kept = covered || !self.has_user_data();
         // SAFETY: `socket` keeps its `sk` valid.
         let id = unsafe { SocketId::of(self.socket.sk()) };
@@ -197,9 +274,10 @@ impl<T: Events> Hooked<T> {
         }
     }
 
-    /// Whether the socket's `sk_user_data` is still ours. Certain only with the callbacks locked.
+    /// Whether `sk_user_data` still points to this hook. The answer is stable only while
+    /// `sk_callback_lock` is held.
     fn has_user_data(&self) -> bool {
-        // SAFETY: `socket` keeps its `sk` valid; the pointer is only compared.
+        // SAFETY: `socket` keeps its `sk` valid. The pointer is only compared.
         unsafe {
             (&raw const (*self.socket.sk()).sk_user_data).read_volatile() == self.hook.tagged()
         }
@@ -210,34 +288,40 @@ impl<T: Events> Drop for Hooked<T> {
     fn drop(&mut self) {
         self.stop();
         let sk = self.socket.sk();
-        // SAFETY: `socket` keeps its `sk` valid, and this is the class that it had.
+        // SAFETY: `socket` keeps its `sk` valid, and `lock_class` was made from the same socket.
         unsafe { self.lock_class.restore(sk) };
         let _locked = self.socket.lock();
-        // What somebody else has taken over is set up as he likes.
+        // If another part of the kernel has taken the socket over, the settings are now its own.
         if self.has_user_data() {
-            // Not with `sk_callback_lock` held: the socket's spin lock, which this takes, comes before that.
-            // SAFETY: `socket` keeps its `sk` valid, and it is locked.
+            // Not with `sk_callback_lock` held: `restore()` takes the socket's spin lock, which comes
+            // before it in the lock order.
+            // SAFETY: `socket` keeps its `sk` valid, which is locked, and `settings` is from the same socket.
             unsafe { self.settings.restore(sk) };
         }
         let _callbacks = self.socket.lock_callbacks();
         if self.has_user_data() {
-            // SAFETY: `sk` is valid, and whoever changes this holds `sk_callback_lock`.
+            // SAFETY: `sk` is valid, and `sk_callback_lock`, which protects this field, is held for writing.
             unsafe { (&raw mut (*sk).sk_user_data).write_volatile(core::ptr::null_mut()) };
         }
     }
 }
 
-/// What hooks need of the module. Goes after the last socket, and before what callbacks queue their work on.
+/// What all hooks of the module share. To be dropped after the last [`Hooked`], and before the workqueues
+/// that the owners use in callbacks.
 pub(crate) struct Hooks {
     _memalloc: MemallocSockets,
 }
 
 impl Hooks {
-    /// To be called when the module loads. May sleep.
+    /// Prepares the module for hooks. To be called once, when the module is loaded.
     ///
     /// # Errors
     ///
-    /// `EBUSY` the second time.
+    /// `EBUSY` if it was called before.
+    ///
+    /// # Context
+    ///
+    /// Process context. May sleep.
     pub(crate) fn begin() -> Result<Self> {
         saved::start()?;
         Ok(Hooks {
@@ -247,20 +331,20 @@ impl Hooks {
 }
 
 impl Drop for Hooks {
-    /// Waits until nobody is in a callback any more. By now a task cannot sleep there, nor hold a lock, but
-    /// it may have lost its processor on its way out. Sleeps, for some tenths of a second.
+    /// Waits until no task executes a callback any more. No task can sleep or hold a lock in one by now,
+    /// but a task may have been preempted in its last instructions. Sleeps for some tenths of a second.
     #[cfg(CONFIG_TASKS_RCU)]
     fn drop(&mut self) {
-        // SAFETY: It has no conditions, but that one may sleep.
+        // SAFETY: This may sleep here, and has no other requirements.
         unsafe { bindings::synchronize_rcu_tasks() };
     }
 
-    /// Waits until nobody is in a callback any more, where a task keeps its processor until it sleeps. In a
-    /// preemptible kernel that cannot wait for tasks ([`CAN_WAIT_FOR_TASKS`]), one that lost it on its last
-    /// steps is overlooked.
+    /// Waits until no task executes a callback any more. This is exact where the kernel is not preemptible. A
+    /// preemptible kernel without `CONFIG_TASKS_RCU` offers no way to wait for a task that was preempted in
+    /// the last instructions of a callback; no callback sleeps there.
     #[cfg(not(CONFIG_TASKS_RCU))]
     fn drop(&mut self) {
-        // SAFETY: It has no conditions, but that one may sleep.
+        // SAFETY: This may sleep here, and has no other requirements.
         unsafe { bindings::synchronize_rcu() };
     }
 }

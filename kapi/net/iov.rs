@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Memory to send from and to receive into.
+//! Memory to send from and to receive into, as lists of `struct bio_vec`.
 //!
-//! Source: `include/linux/bvec.h`.
+//! C header: [`include/linux/bvec.h`](srctree/include/linux/bvec.h)
+//!
+//! One list describes the headers and the data of a transfer, as in sunrpc's `svc_tcp_sendmsg()`
+//! (`net/sunrpc/svcsock.c`).
 
 use crate::kapi::{
     bindings,
@@ -19,46 +22,46 @@ use kernel::{
     prelude::*, //
 };
 
-/// A page of memory for headers. Its bytes are copied in and out, never referred to, so a socket may
-/// read and write them too.
+/// A page of memory for protocol headers. Rust code copies its bytes in and out, but has no references to
+/// them, so that a socket may read and write them, too.
 pub(crate) struct IoPage(Page);
 
 impl IoPage {
-    /// How much it holds.
+    /// The size of a page, in bytes.
     pub(crate) const BYTES: usize = bindings::PAGE_SIZE;
 
-    /// A page. May sleep.
+    /// Allocates a page. May sleep.
     pub(crate) fn new() -> core::result::Result<Self, AllocError> {
         Ok(IoPage(Page::alloc_page(GFP_KERNEL)?))
     }
 
-    /// Copies `bytes` to `offset`.
+    /// Copies `bytes` to `offset` of the page.
     ///
     /// # Errors
     ///
-    /// `EINVAL` where that is not within the page.
+    /// `EINVAL` if they do not fit into the page.
     pub(crate) fn write(&mut self, offset: usize, bytes: &[u8]) -> Result {
-        // SAFETY: `bytes` is that long. The page is exclusively ours.
+        // SAFETY: `bytes` has that length. `&mut self` is exclusive, and no `Iov` borrows the page.
         unsafe { self.0.write_raw(bytes.as_ptr(), offset, bytes.len()) }
     }
 
-    /// Copies from `offset` to `bytes`.
+    /// Copies from `offset` of the page to `bytes`.
     ///
     /// # Errors
     ///
-    /// `EINVAL` where that is not within the page.
+    /// `EINVAL` if the page does not have so many bytes there.
     pub(crate) fn read(&self, offset: usize, bytes: &mut [u8]) -> Result {
-        // SAFETY: `bytes` is that long. No socket call writes to the page: it would have a
-        // `RecvIov` that borrows the page mutably.
+        // SAFETY: `bytes` has that length. No socket writes to the page at the same time, because a `RecvIov`
+        // would have to borrow the page mutably.
         unsafe { self.0.read_raw(bytes.as_mut_ptr(), offset, bytes.len()) }
     }
 
-    /// Copies from `offset` to the current position of `payload` and moves that on, as far as both
-    /// reach, at most `bytes`. Returns how much it was.
+    /// Copies at most `bytes` bytes from `offset` of the page to the current position of `payload`, and
+    /// advances that. Returns how many it has copied, which is less if the payload has less room.
     ///
     /// # Errors
     ///
-    /// `EINVAL` where that is not within the page.
+    /// `EINVAL` if the page does not have so many bytes there.
     pub(crate) fn copy_to(
         &self,
         offset: usize,
@@ -66,30 +69,31 @@ impl IoPage {
         payload: &mut Payload<Unanswered>,
     ) -> Result<usize> {
         payload.fill(bytes, |to, done, step| {
-            // SAFETY: `fill()` gives `step` bytes of room.
+            // SAFETY: `to` has room for `step` bytes. No socket writes to the page at the same time, as in
+            // `read()`.
             unsafe { self.0.read_raw(to, offset + done, step) }
         })
     }
 }
 
-/// Room for the description of one transfer, kept so that none needs an allocation.
+/// An allocated list of `struct bio_vec`, which is reused so that a transfer allocates nothing.
 pub(crate) struct Pieces(KVec<bindings::bio_vec>);
 
-// SAFETY: It is empty but while an `Iov` borrows it.
+// SAFETY: The pointers in the list are only used by an `Iov`, and each `Iov` begins with an empty list.
 unsafe impl Send for Pieces {}
 
 impl Pieces {
-    /// Room for `count` pieces. May sleep.
+    /// Allocates room for `count` pieces of memory. May sleep.
     pub(crate) fn new(count: usize) -> core::result::Result<Self, AllocError> {
         Ok(Pieces(KVec::with_capacity(count, GFP_KERNEL)?))
     }
 }
 
-/// Memory that a transfer touches.
+/// The memory of one transfer.
 ///
 /// # Invariants
 ///
-/// `pieces` describe memory that lives for `'a`, `bytes` in all.
+/// `pieces` describe memory that lives for `'a`, of `bytes` bytes in total.
 pub(super) struct Iov<'a> {
     pieces: &'a mut KVec<bindings::bio_vec>,
     bytes: usize,
@@ -98,23 +102,24 @@ pub(super) struct Iov<'a> {
 impl<'a> Iov<'a> {
     fn new(room: &'a mut Pieces) -> Self {
         room.0.clear();
-        // INVARIANT: There is nothing yet.
+        // INVARIANT: The list is empty.
         Iov {
             pieces: &mut room.0,
             bytes: 0,
         }
     }
 
-    /// The description.
+    /// Returns the pieces of memory.
     pub(super) fn pieces(&self) -> &[bindings::bio_vec] {
         self.pieces
     }
 
-    /// How much it describes.
+    /// Returns the total size of the pieces, in bytes.
     pub(super) fn bytes(&self) -> usize {
         self.bytes
     }
 
+    /// Appends a piece, which must live for `'a`. Returns whether there was room for it.
     fn push(&mut self, piece: bindings::bio_vec) -> bool {
         let len = piece.bv_len as usize;
         let pushed = self.pieces.push_within_capacity(piece).is_ok();
@@ -124,6 +129,8 @@ impl<'a> Iov<'a> {
         pushed
     }
 
+    /// As [`Self::push()`], for `len` bytes from `offset` of a page. Returns `false` as well if they are
+    /// not within the page.
     fn push_page(&mut self, page: *mut bindings::page, offset: usize, len: usize) -> bool {
         offset + len <= IoPage::BYTES
             && self.push(bindings::bio_vec {
@@ -138,22 +145,23 @@ impl<'a> Iov<'a> {
 pub(crate) struct SendIov<'a>(Iov<'a>);
 
 impl<'a> SendIov<'a> {
-    /// Nothing yet.
+    /// Makes an empty list in `room`.
     pub(crate) fn new(room: &'a mut Pieces) -> Self {
         SendIov(Iov::new(room))
     }
 
-    /// How much there is to send.
+    /// Returns the number of bytes to send.
     pub(crate) fn bytes(&self) -> usize {
         self.0.bytes
     }
 
-    /// Appends what is left of a write's data. Returns whether all of it found room.
+    /// Appends what is left of a write request's data. Returns whether there was room for all of it.
     pub(crate) fn push_payload(&mut self, payload: &'a Payload<Unsent>) -> bool {
         payload.for_each_piece(|piece| self.0.push(piece))
     }
 
-    /// Appends `len` bytes of a page from `offset`. Returns whether they are in the page and found room.
+    /// Appends `len` bytes from `offset` of a page. Returns whether they are within the page and there
+    /// was room.
     pub(crate) fn push_bytes(&mut self, page: &'a IoPage, offset: usize, len: usize) -> bool {
         self.0.push_page(page.0.as_ptr(), offset, len)
     }
@@ -163,26 +171,27 @@ impl<'a> SendIov<'a> {
     }
 }
 
-/// Memory to receive into, which nobody else may touch meanwhile.
+/// Memory to receive into. It is borrowed mutably, so that nothing else accesses it in the meantime.
 pub(crate) struct RecvIov<'a>(Iov<'a>);
 
 impl<'a> RecvIov<'a> {
-    /// Nothing yet.
+    /// Makes an empty list in `room`.
     pub(crate) fn new(room: &'a mut Pieces) -> Self {
         RecvIov(Iov::new(room))
     }
 
-    /// How much there is room for.
+    /// Returns the number of bytes that there is room for.
     pub(crate) fn bytes(&self) -> usize {
         self.0.bytes
     }
 
-    /// Appends what is left of a read's data. Returns whether all of it found room.
+    /// Appends what is left of a read request's memory. Returns whether there was room for all of it.
     pub(crate) fn push_payload(&mut self, payload: &'a mut Payload<Unanswered>) -> bool {
         payload.for_each_piece(|piece| self.0.push(piece))
     }
 
-    /// Appends `len` bytes of a page from `offset`. Returns whether they are in the page and found room.
+    /// Appends `len` bytes from `offset` of a page. Returns whether they are within the page and there
+    /// was room.
     pub(crate) fn push_room(&mut self, page: &'a mut IoPage, offset: usize, len: usize) -> bool {
         self.0.push_page(page.0.as_ptr(), offset, len)
     }

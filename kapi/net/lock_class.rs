@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What lockdep calls the locks of sockets. Without lockdep nothing of this is there.
+//! The lockdep classes of sockets' locks. Without `CONFIG_DEBUG_LOCK_ALLOC` all of this does nothing.
 //!
-//! Source: `include/linux/lockdep.h`, `include/net/tls.h`.
+//! C headers: [`include/linux/lockdep.h`](srctree/include/linux/lockdep.h),
+//! [`include/net/tls.h`](srctree/include/net/tls.h)
+//!
+//! nbd.c (`nbd_reclassify_socket()`), nvme-tcp and sunrpc give their sockets classes, too, but never
+//! restore the former ones.
 
 use crate::kapi::bindings;
 #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
@@ -17,87 +21,108 @@ use {
     },
 };
 
-/// What lockdep knew of a socket's locks before it was hooked. While it is hooked they have classes
-/// of their own (nbd.c's `nbd_reclassify_socket()`): writing out dirty memory takes them, and programs
-/// make room in memory while they hold the locks of their sockets, which is no deadlock only because
-/// those are others.
+/// The lockdep classes that the locks of a socket had before it was hooked.
+///
+/// While a socket is hooked, its locks have classes of their own. They are taken when dirty memory is
+/// written out, and a task may start to write out dirty memory while it holds the lock of another socket.
+/// With the same class for all sockets lockdep would report a deadlock that cannot happen.
 pub(super) struct LockClass {
     #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
     socket: bindings::lockdep_map,
-    /// Where TLS is on top of the socket: the lock that its senders hold around that of the socket.
+    /// If TLS is on top of the socket: the lock that TLS takes for sending, around the lock of the socket.
     #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
     tls: Option<(NonNull<bindings::mutex>, bindings::lockdep_map)>,
 }
 
-// SAFETY: It has copies that only `restore()` looks into, and a pointer that only it uses.
+// SAFETY: The copies and the pointer are only used by `restore()`, which any task may call.
 unsafe impl Send for LockClass {}
-// SAFETY: Nothing can be done with `&LockClass` but `restore()`, which takes the locks.
+// SAFETY: The only method on `&LockClass` is `restore()`, which takes the locks.
 unsafe impl Sync for LockClass {}
 
 #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
 impl LockClass {
-    /// Gives the locks other classes. May sleep.
+    /// Gives the locks of `sk` classes of their own. Returns the former ones.
+    ///
+    /// # Context
+    ///
+    /// Process context, without a lock of the socket. May sleep.
     ///
     /// # Safety
     ///
-    /// `sk` must be a TCP or UNIX socket, valid during the call.
+    /// `sk` must be a valid TCP or UNIX socket.
     pub(super) unsafe fn give(sk: *mut bindings::sock) -> Self {
-        // One for each family, since one may hold the lock of another, as of the transport of TLS.
-        // SAFETY: The caller promises that `sk` is valid.
+        // One class for each family, as in nbd.c: a task that holds the lock of a socket of one family
+        // may take that of a socket of another, which TLS may use as its transport.
+        // SAFETY: By this function's safety requirements, `sk` is valid.
         let (name, key) = match u32::from(unsafe { (*sk).__sk_common.skc_family }) {
             bindings::AF_INET => (c"sk_lock-AF_INET-RNBD", kernel::static_lock_class!()),
             bindings::AF_INET6 => (c"sk_lock-AF_INET6-RNBD", kernel::static_lock_class!()),
             _ => (c"sk_lock-AF_UNIX-RNBD", kernel::static_lock_class!()),
         };
-        // SAFETY: The caller promises that `sk` is valid. The locks are held, so that nobody else is
-        // within them. Names and keys live as long as the module, which restores the classes.
-        unsafe {
-            let tls = tls_lock(sk);
-            lock_both(sk, tls);
-            let socket = Self::change(&raw mut (*sk).sk_lock.dep_map, name, key);
-            let tls = tls.map(|lock| {
-                let map = &raw mut (*lock.as_ptr()).dep_map;
-                let key = kernel::static_lock_class!();
-                (lock, Self::change(map, c"tls_tx_lock-RNBD", key))
-            });
-            unlock_both(sk, tls.map(|(lock, _)| lock));
-            LockClass { socket, tls }
+        // SAFETY: By this function's safety requirements, `sk` is a valid TCP or UNIX socket.
+        let tls = unsafe { tls_lock(sk) };
+        // SAFETY: `sk` is valid, and `tls` is from `tls_lock()`.
+        unsafe { lock_both(sk, tls) };
+        // SAFETY: The lock is held.
+        let socket = unsafe { Self::change(&raw mut (*sk).sk_lock.dep_map, name, key) };
+        let tls_class = tls.map(|lock| {
+            let key = kernel::static_lock_class!();
+            // SAFETY: `tls_lock()` has returned a valid lock.
+            let map = unsafe { &raw mut (*lock.as_ptr()).dep_map };
+            // SAFETY: The lock is held.
+            (lock, unsafe { Self::change(map, c"tls_tx_lock-RNBD", key) })
+        });
+        // SAFETY: Both locks were taken above.
+        unsafe { unlock_both(sk, tls) };
+        LockClass {
+            socket,
+            tls: tls_class,
         }
     }
 
-    /// Gives the locks back the classes that they had: the socket may outlive the module. May sleep.
+    /// Gives the locks their former classes back. This is necessary because the socket may outlive the
+    /// module, to which the names and keys of the other classes belong.
+    ///
+    /// # Context
+    ///
+    /// Process context, without a lock of the socket. May sleep.
     ///
     /// # Safety
     ///
-    /// As for [`Self::give()`], which must have been called with the same `sk`.
+    /// `sk` must be valid, and `self` must be from [`Self::give()`] with the same `sk`.
     pub(super) unsafe fn restore(&self, sk: *mut bindings::sock) {
         let tls = self.tls.map(|(lock, _)| lock);
-        // SAFETY: The caller promises that `sk` is valid, and TLS stays on top of a socket until that
-        // goes; they are locked as above.
-        unsafe {
-            lock_both(sk, tls);
-            Self::put_back(&raw mut (*sk).sk_lock.dep_map, &self.socket);
-            if let Some((lock, saved)) = &self.tls {
-                Self::put_back(&raw mut (*lock.as_ptr()).dep_map, saved);
-            }
-            unlock_both(sk, tls);
+        // SAFETY: By this function's safety requirements, `sk` is valid. TLS stays on top of a socket
+        // until that is closed, so its lock is valid, too.
+        unsafe { lock_both(sk, tls) };
+        // SAFETY: The lock is held, and the copy is from the same lock.
+        unsafe { Self::put_back(&raw mut (*sk).sk_lock.dep_map, &self.socket) };
+        if let Some((lock, saved)) = &self.tls {
+            // SAFETY: As above.
+            unsafe { Self::put_back(&raw mut (*lock.as_ptr()).dep_map, saved) };
         }
+        // SAFETY: Both locks were taken above.
+        unsafe { unlock_both(sk, tls) };
     }
 
-    /// Gives a lock another class; returns what lockdep knew of it.
+    /// Gives a lock another class. Returns a copy of its former `lockdep_map`.
     ///
     /// # Safety
     ///
-    /// `map` must be that of a lock that the caller holds.
+    /// `map` must be the `lockdep_map` of a valid lock that the caller holds.
     unsafe fn change(
         map: *mut bindings::lockdep_map,
         name: &'static CStr,
         key: Pin<&'static kernel::sync::LockClassKey>,
     ) -> bindings::lockdep_map {
-        // SAFETY: The caller promises that nobody else is within the lock.
+        // SAFETY: By this function's safety requirements, `map` is valid, and nobody else writes to it,
+        // because the lock is held.
+        let saved = unsafe { map.read() };
+        // SAFETY: `map` is valid.
+        unsafe { Self::hide(map) };
+        // SAFETY: As for the read above. The name and the key live as long as the module, which restores
+        // the former class before it is unloaded.
         unsafe {
-            let saved = map.read();
-            Self::hide(map);
             bindings::lockdep_init_map_type(
                 map,
                 name.as_char_ptr(),
@@ -107,36 +132,39 @@ impl LockClass {
                 saved.wait_type_outer,
                 saved.lock_type,
             );
-            saved
         }
+        saved
     }
 
     /// Undoes [`Self::change()`].
     ///
     /// # Safety
     ///
-    /// As there; `saved` must be what it returned.
+    /// As for [`Self::change()`], which must have returned `saved` for the same lock.
     unsafe fn put_back(map: *mut bindings::lockdep_map, saved: &bindings::lockdep_map) {
-        // SAFETY: The copy is written back to where it was read.
-        unsafe {
-            Self::hide(map);
-            let mut hidden = (&raw const *saved).read();
-            hidden.key = (&raw mut bindings::__lockdep_no_validate__).cast();
-            map.write(hidden);
-            smp_mb(Full);
-            (&raw mut (*map).key).write_volatile(saved.key);
-        }
+        // SAFETY: By this function's safety requirements, `map` is valid.
+        unsafe { Self::hide(map) };
+        // SAFETY: `saved` is a reference.
+        let mut hidden = unsafe { (&raw const *saved).read() };
+        hidden.key = (&raw mut bindings::__lockdep_no_validate__).cast();
+        // SAFETY: By this function's safety requirements, the lock of `map` is held, so nobody else
+        // writes to it.
+        unsafe { map.write(hidden) };
+        smp_mb(Full);
+        // SAFETY: As above.
+        unsafe { (&raw mut (*map).key).write_volatile(saved.key) };
     }
 
-    /// Has lockdep look away from a lock while its class changes: whoever has the descriptor too may want
-    /// the lock just then, and lockdep looks at it before the socket is locked. It warns of a name that
-    /// does not go with its key.
+    /// Makes lockdep ignore a lock while its class changes. Other tasks that have the descriptor may be
+    /// waiting for the lock. Lockdep reads the class before it waits, and would warn if the name did not
+    /// match the key.
     ///
     /// # Safety
     ///
-    /// `map` must be that of a lock, valid during the call.
+    /// `map` must be the `lockdep_map` of a valid lock.
     unsafe fn hide(map: *mut bindings::lockdep_map) {
-        // SAFETY: The caller promises that `map` is valid; only the address of the key is taken.
+        // SAFETY: By this function's safety requirements, `map` is valid. Only the address of the key is
+        // taken.
         unsafe {
             (&raw mut (*map).key)
                 .write_volatile((&raw mut bindings::__lockdep_no_validate__).cast());
@@ -145,80 +173,80 @@ impl LockClass {
     }
 }
 
-/// The lock that senders hold who use TLS on top of a socket, where it is there (`tls_get_ctx()`).
+/// Returns the lock that TLS takes for sending (`tx_lock` of `tls_get_ctx()`), if TLS is on top of the
+/// socket.
 ///
 /// # Safety
 ///
-/// `sk` must be a TCP or UNIX socket, valid during the call.
+/// `sk` must be a valid TCP or UNIX socket.
 #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
 unsafe fn tls_lock(sk: *mut bindings::sock) -> Option<NonNull<bindings::mutex>> {
-    // SAFETY: The caller promises that `sk` is valid. A TCP socket is a `struct inet_connection_sock`;
-    // what is put on top of it is put there once and stays, and its data is there before its name.
-    unsafe {
-        if is_unix(sk) {
-            return None;
-        }
-        let field = |offset| sk.byte_add(offset).cast::<*mut u8>().read_volatile();
-        let name = field(bindings::OFFSET_ULP_OPS);
-        if name.is_null() {
-            return None;
-        }
-        let name = name.add(bindings::OFFSET_ULP_NAME).cast::<[u8; 4]>();
-        let context = field(bindings::OFFSET_ULP_DATA);
-        if *name != *b"tls\0" || context.is_null() {
-            return None;
-        }
-        NonNull::new(context.add(bindings::OFFSET_TLS_TX_LOCK).cast())
+    // SAFETY: By this function's safety requirements, `sk` is valid.
+    if unsafe { is_unix(sk) } {
+        return None;
     }
+    // SAFETY: A TCP socket is a `struct inet_connection_sock`, which has pointers at both offsets used below.
+    let field = |offset| unsafe { sk.byte_add(offset).cast::<*mut u8>().read_volatile() };
+    let ops = field(bindings::OFFSET_ULP_OPS);
+    if ops.is_null() {
+        return None;
+    }
+    // The protocol sets its data before its operations, and both stay until the socket is closed.
+    let context = field(bindings::OFFSET_ULP_DATA);
+    // SAFETY: `ops` points to a static `struct tcp_ulp_ops`, whose name is longer than four bytes.
+    let name = unsafe { *ops.add(bindings::OFFSET_ULP_NAME).cast::<[u8; 4]>() };
+    if name != *b"tls\0" || context.is_null() {
+        return None;
+    }
+    // SAFETY: The data of the protocol with this name is a `struct tls_context`.
+    NonNull::new(unsafe { context.add(bindings::OFFSET_TLS_TX_LOCK) }.cast())
 }
 
-/// Locks a socket and, where there is TLS, before that its senders' lock. May sleep.
+/// Locks a socket. If `tls` is given, takes that lock before, in the same order as TLS. May sleep.
 ///
 /// # Safety
 ///
-/// Both must be valid, `tls` what [`tls_lock()`] has found.
+/// `sk` must be valid, and `tls` must be from [`tls_lock()`] with the same `sk`.
 #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
 unsafe fn lock_both(sk: *mut bindings::sock, tls: Option<NonNull<bindings::mutex>>) {
-    // SAFETY: By this function's precondition both locks are valid; TLS, too, takes its own one first.
-    unsafe {
-        if let Some(lock) = tls {
-            bindings::mutex_lock(lock.as_ptr());
-        }
-        bindings::lock_sock_nested(sk.cast(), 0);
+    if let Some(lock) = tls {
+        // SAFETY: By this function's safety requirements, the lock is valid.
+        unsafe { bindings::mutex_lock(lock.as_ptr()) };
     }
+    // SAFETY: By this function's safety requirements, `sk` is valid.
+    unsafe { bindings::lock_sock_nested(sk.cast(), 0) };
 }
 
 /// Undoes [`lock_both()`].
 ///
 /// # Safety
 ///
-/// As there, with the same arguments.
+/// The caller must have called [`lock_both()`] with the same arguments.
 #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
 unsafe fn unlock_both(sk: *mut bindings::sock, tls: Option<NonNull<bindings::mutex>>) {
-    // SAFETY: By this function's precondition `lock_both()` has locked both.
-    unsafe {
-        bindings::release_sock(sk.cast());
-        if let Some(lock) = tls {
-            bindings::mutex_unlock(lock.as_ptr());
-        }
+    // SAFETY: By this function's safety requirements, `lock_both()` has locked the socket.
+    unsafe { bindings::release_sock(sk.cast()) };
+    if let Some(lock) = tls {
+        // SAFETY: By this function's safety requirements, `lock_both()` has taken this lock.
+        unsafe { bindings::mutex_unlock(lock.as_ptr()) };
     }
 }
 
 #[cfg(not(CONFIG_DEBUG_LOCK_ALLOC))]
 impl LockClass {
-    /// Without lockdep there is nothing to do.
+    /// Does nothing, because there is no lockdep.
     ///
     /// # Safety
     ///
-    /// None.
+    /// There are no requirements. The function is `unsafe` only to match the one for lockdep.
     pub(super) unsafe fn give(_sk: *mut bindings::sock) -> Self {
         LockClass {}
     }
 
-    /// As [`Self::give()`].
+    /// Does nothing, as [`Self::give()`].
     ///
     /// # Safety
     ///
-    /// None.
+    /// There are no requirements, as for [`Self::give()`].
     pub(super) unsafe fn restore(&self, _sk: *mut bindings::sock) {}
 }

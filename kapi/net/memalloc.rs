@@ -1,8 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Sockets that memory is written out over: what they may allocate, and how.
+//! The allocation settings of sockets over which dirty memory is written out (`SOCK_MEMALLOC`).
 //!
-//! Source: `sk_set_memalloc()` in `net/core/sock.c`. It is not called itself, because it takes the lock of
-//! the static key for each socket, which waits while a processor is being taken away.
+//! C header: [`include/net/sock.h`](srctree/include/net/sock.h)
+//!
+//! The settings are those of `drivers/block/nbd.c`. The flag is set as `sk_set_memalloc()` in
+//! `net/core/sock.c` sets it. That function itself is not called: it increments the static key for each
+//! socket, for which it takes a lock that has to wait while a CPU is being taken offline. Here the key is
+//! incremented once, when the module is loaded.
 
 use crate::kapi::bindings;
 #[cfg(not(CONFIG_JUMP_LABEL))]
@@ -11,14 +15,18 @@ use kernel::sync::atomic::{
     Relaxed, //
 };
 
-/// Has the network stack look for sockets that may dip into the reserves of memory
-/// (`memalloc_socks_key`), until it is dropped.
+/// Keeps `memalloc_socks_key` enabled until it is dropped. Without it, the network stack does not check
+/// whether a socket may use the memory reserves.
 pub(super) struct MemallocSockets(());
 
 impl MemallocSockets {
-    /// May sleep, and wait for a processor that is being taken away.
+    /// Enables the key.
+    ///
+    /// # Context
+    ///
+    /// Process context. May sleep, and waits while a CPU is being taken offline.
     pub(super) fn begin() -> Self {
-        // SAFETY: The key lives as long as the kernel.
+        // SAFETY: The key is a static variable of the kernel.
         #[cfg(CONFIG_JUMP_LABEL)]
         unsafe {
             bindings::static_key_slow_inc(memalloc_key())
@@ -31,7 +39,7 @@ impl MemallocSockets {
 
 impl Drop for MemallocSockets {
     fn drop(&mut self) {
-        // SAFETY: `begin()` has counted up.
+        // SAFETY: The key is a static variable of the kernel, and `begin()` has incremented it.
         #[cfg(CONFIG_JUMP_LABEL)]
         unsafe {
             bindings::static_key_slow_dec(memalloc_key())
@@ -42,18 +50,18 @@ impl Drop for MemallocSockets {
 }
 
 fn memalloc_key() -> *mut bindings::static_key {
-    // kernel::bindings' and our `struct static_key` are the same type in C.
+    // The `struct static_key` of `kernel::bindings` and ours are the same type in C.
     (&raw mut bindings::memalloc_socks_key).cast()
 }
 
-/// What a static key is without jump labels.
+/// Returns the counter of the key, which is all that a static key is without jump labels.
 #[cfg(not(CONFIG_JUMP_LABEL))]
 fn enabled() -> &'static Atomic<i32> {
-    // SAFETY: The key lives as long as the kernel, and C uses the counter atomically only.
+    // SAFETY: The key is a static variable of the kernel, and C accesses the counter only atomically.
     unsafe { Atomic::from_ptr(&raw mut (*memalloc_key()).enabled.counter) }
 }
 
-/// How a socket was before it was made fit for its owner.
+/// The settings that a socket had before [`Self::change()`], to be restored later.
 pub(super) struct Settings {
     allocation: u32,
     uses_task_frag: bool,
@@ -64,67 +72,92 @@ pub(super) struct Settings {
 const ALLOCATION: u32 = bindings::GFP_NOIO | bindings::__GFP_MEMALLOC;
 const MEMALLOC_FLAG: usize = 1 << bindings::SOCK_MEMALLOC;
 
-/// `sk_flags`
+/// Returns the address of `sk_flags`.
 fn flags_of(sk: *mut bindings::sock) -> *mut usize {
     sk.wrapping_byte_add(bindings::OFFSET_SK_FLAGS).cast()
 }
 
 impl Settings {
-    /// Makes a socket fit for its owner. It is to write out dirty memory, so it may dip into the reserves,
-    /// and its allocations never wait for I/O (as nbd.c's `__sock_xmit()` and `nbd_start_device()`). It
-    /// tells of every byte, whatever `SO_RCVLOWAT` was. [`MemallocSockets`] must be there for all of it to
-    /// have an effect.
+    /// Sets a socket up for writing out dirty memory. Returns the previous settings.
+    ///
+    /// - The socket may use the memory reserves, and its allocations never wait for I/O, as in nbd.c's
+    ///   `__sock_xmit()` and `nbd_start_device()`. [`MemallocSockets`] must exist for this to have its
+    ///   full effect.
+    /// - It does not use the page fragment of the task that sends.
+    /// - It announces every byte that is received, whatever `SO_RCVLOWAT` was.
     ///
     /// # Safety
     ///
-    /// `sk` must be a socket that the caller has locked.
+    /// `sk` must be a valid socket that the caller has locked.
     pub(super) unsafe fn change(sk: *mut bindings::sock) -> Self {
-        // SAFETY: The caller promises that `sk` is valid and locked, as it is for whoever else changes these.
-        // `sk_flags` and `sk_rcvlowat` are read without the lock, too.
-        unsafe {
-            let flags = flags_of(sk);
-            let low_water = &raw mut (*sk).sk_rcvlowat;
-            let was = Settings {
+        let flags = flags_of(sk);
+        // SAFETY: By this function's safety requirements, `sk` is valid. Only the address of a field is
+        // taken.
+        let low_water = unsafe { &raw mut (*sk).sk_rcvlowat };
+        // SAFETY: By this function's safety requirements, `sk` is valid and locked, and these fields are
+        // written only with that lock.
+        let was = unsafe {
+            Settings {
                 allocation: (*sk).sk_allocation,
                 uses_task_frag: (*sk).sk_use_task_frag,
                 is_memalloc: *flags & MEMALLOC_FLAG != 0,
                 low_water_bytes: *low_water,
-            };
-            flags.write_volatile(*flags | MEMALLOC_FLAG);
+            }
+        };
+        // SAFETY: As above. `sk_flags` is also read without the lock, so the access is volatile.
+        unsafe { flags.write_volatile(*flags | MEMALLOC_FLAG) };
+        // SAFETY: As above. These fields are used only with the lock.
+        unsafe {
             (*sk).sk_allocation = ALLOCATION;
             (*sk).sk_use_task_frag = false;
-            low_water.write_volatile(1);
-            was
         }
+        // SAFETY: As above. `sk_rcvlowat` is also read without the lock, so the access is volatile.
+        unsafe { low_water.write_volatile(1) };
+        was
     }
 
-    /// Gives a socket back what it had, but for what somebody else has changed since. A socket that has
-    /// taken more than it may hold keeps that: it is ended by now, so nothing waits for room in it.
+    /// Restores the settings that the socket had, except those that another user of the socket has
+    /// changed since.
+    ///
+    /// `SOCK_MEMALLOC` allows a socket to exceed the limits of its buffers. Unlike `sk_clear_memalloc()`,
+    /// this does not correct the accounting if it has: the socket has been shut down by now, so nothing
+    /// waits for room in it.
     ///
     /// # Safety
     ///
-    /// As for [`Self::change()`], which must have returned this for the same `sk`. `sk_callback_lock` must not
-    /// be held.
+    /// - `sk` must be a valid socket that the caller has locked, and `self` must be from a
+    ///   [`Self::change()`] of the same socket.
+    /// - The caller must not hold `sk_callback_lock`.
     pub(super) unsafe fn restore(&self, sk: *mut bindings::sock) {
-        // SAFETY: The caller promises that `sk` is valid and locked, as in `change()`. Its spin lock is not held
-        // by a task that has locked it.
-        unsafe {
-            let flags = flags_of(sk);
-            let low_water = &raw mut (*sk).sk_rcvlowat;
-            if !self.is_memalloc {
-                // What softirqs have put aside because the socket is locked may be from the reserves, and
-                // then the flag has to stay (`__sk_backlog_rcv()`). They put nothing there meanwhile.
-                let spin_lock = sk.byte_add(bindings::OFFSET_SK_SLOCK).cast();
-                bindings::_raw_spin_lock_bh(spin_lock);
-                if (*sk).sk_backlog.tail.is_null() {
-                    flags.write_volatile(*flags & !MEMALLOC_FLAG);
-                }
-                bindings::_raw_spin_unlock_bh(spin_lock);
+        let flags = flags_of(sk);
+        // SAFETY: By this function's safety requirements, `sk` is valid. Only the address of a field is
+        // taken.
+        let low_water = unsafe { &raw mut (*sk).sk_rcvlowat };
+        if !self.is_memalloc {
+            // Packets in the backlog, where softirqs put them while the socket is locked, may have been
+            // allocated from the reserves. The flag must then stay set (`__sk_backlog_rcv()`). The spin
+            // lock keeps softirqs from adding more packets in the meantime.
+            // SAFETY: `sk` is valid, so the result is within it.
+            let spin_lock = unsafe { sk.byte_add(bindings::OFFSET_SK_SLOCK) }.cast();
+            // SAFETY: `sk` is valid, and a task that has locked a socket does not hold its spin lock.
+            unsafe { bindings::_raw_spin_lock_bh(spin_lock) };
+            // SAFETY: `sk` is valid, and its spin lock, which protects the backlog, is held.
+            if unsafe { (*sk).sk_backlog.tail.is_null() } {
+                // SAFETY: By this function's safety requirements, `sk` is valid and locked.
+                unsafe { flags.write_volatile(*flags & !MEMALLOC_FLAG) };
             }
+            // SAFETY: The lock was taken above.
+            unsafe { bindings::_raw_spin_unlock_bh(spin_lock) };
+        }
+        // SAFETY: By this function's safety requirements, `sk` is valid and locked, as in `change()`.
+        unsafe {
             if (*sk).sk_allocation == ALLOCATION {
                 (*sk).sk_allocation = self.allocation;
             }
             (*sk).sk_use_task_frag = self.uses_task_frag;
+        }
+        // SAFETY: As above, with a volatile access as in `change()`.
+        unsafe {
             if *low_water == 1 {
                 low_water.write_volatile(self.low_water_bytes);
             }

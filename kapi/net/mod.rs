@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The network: sockets, and generic netlink.
+//! Networking: sockets, and generic netlink.
 
 pub(crate) mod arrival;
 pub(crate) mod attr;

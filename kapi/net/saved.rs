@@ -1,11 +1,23 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Which callbacks a socket had before ours replaced them.
+//! The records of hooked sockets: which callbacks each had before ours replaced them.
 //!
-//! Ours are replaced together with `sk_user_data`, but not everybody in the kernel asks whether that is
-//! free. TLS puts its own callbacks on top of those that it finds, at any time; `drivers/scsi/iscsi_tcp.c`
-//! and `net/sunrpc/svcsock.c` take `sk_user_data`, too. They keep the callbacks that they have found, call
-//! them, and put them back, when we have long let go of the socket. So it is written down here which
-//! callbacks a socket had, while it is hooked and, where somebody may have kept ours, for ever.
+//! This is the last of the four parts that `hook.rs` describes. [`Callbacks`] reads and replaces the
+//! callbacks of a socket. A record is needed because a callback cannot always find the hook through
+//! `sk_user_data`: `drivers/scsi/iscsi_tcp.c` overwrites that pointer, and both iSCSI and TLS keep
+//! pointers to our callbacks, which they may call or restore long after the hook has been removed. Our
+//! callback must then still know which callback of the socket it stands for.
+//!
+//! [`note()`] makes a record when a socket is hooked, and [`find()`] looks it up. When the hook is
+//! removed, one of two things happens:
+//!
+//! - [`forget()`] removes the record, if no other part of the kernel can have kept our callbacks;
+//! - [`forget_hook()`] keeps it as a tombstone. The module then stays loaded until reboot, and so does the
+//!   tombstone. [`note()`] refuses a socket that has one.
+//!
+//! A record is for one socket, but a tombstone outlives it, and the address of a socket is reused. So
+//! [`SocketId`] also holds the number of the socket's inode.
+//!
+//! C header: [`include/net/sock.h`](srctree/include/net/sock.h)
 
 use crate::kapi::bindings;
 use core::ptr::NonNull;
@@ -22,10 +34,10 @@ use kernel::{
     },
 };
 
-/// One callback of a socket, or nothing.
+/// A callback of a socket. `None` is a null pointer.
 pub(super) type Callback = Option<unsafe extern "C" fn(*mut bindings::sock)>;
 
-/// The callbacks of a socket that a hook replaces.
+/// Those callbacks of a socket that a hook replaces.
 #[derive(Clone, Copy)]
 pub(super) struct Callbacks {
     pub(super) state_change: Callback,
@@ -34,13 +46,13 @@ pub(super) struct Callbacks {
     pub(super) error_report: Callback,
 }
 
-/// As a number, to be compared: 0 for none.
+/// Returns the address of a callback, for comparison, or 0 for none.
 fn address(callback: Callback) -> usize {
     callback.map_or(0, |callback| callback as usize)
 }
 
 impl Callbacks {
-    /// None.
+    /// No callbacks.
     pub(super) const NONE: Self = Callbacks {
         state_change: None,
         data_ready: None,
@@ -48,14 +60,15 @@ impl Callbacks {
         error_report: None,
     };
 
-    /// Those that a socket has.
+    /// Reads the callbacks that a socket has now.
     ///
     /// # Safety
     ///
-    /// `sk` must be a socket, valid during the call, with `sk_callback_lock` held.
+    /// `sk` must be a valid socket, whose `sk_callback_lock` is held.
     pub(super) unsafe fn of(sk: *mut bindings::sock) -> Self {
-        // SAFETY: The caller promises that `sk` is valid. TLS writes `sk_write_space` without that lock; what
-        // is read is what was there before or after.
+        // SAFETY: By this function's safety requirements, `sk` is valid and `sk_callback_lock` is held.
+        // TLS writes `sk_write_space` without that lock, but the access here is volatile and as wide as a
+        // pointer, so it reads either the old or the new one.
         unsafe {
             Callbacks {
                 state_change: (&raw const (*sk).sk_state_change).read_volatile(),
@@ -81,14 +94,16 @@ impl Callbacks {
         pairs.any(|(mine, theirs)| mine == theirs)
     }
 
-    /// Puts `new` in the place of these, each where it is still there. Returns whether one was found that
-    /// is neither.
+    /// Replaces each of the socket's callbacks by that of `new`, if it is still that of `self`. Returns
+    /// whether a callback was found that is neither, which means that another part of the kernel has
+    /// installed it.
     ///
     /// # Safety
     ///
-    /// `sk` must be a socket, valid during the call. `new` must be fit for it.
+    /// - `sk` must be a valid socket.
+    /// - The callbacks in `new` must be sound to call for `sk`.
     pub(super) unsafe fn replace(&self, sk: *mut bindings::sock, new: &Callbacks) -> bool {
-        // SAFETY: The caller promises that `sk` is valid; only addresses are taken.
+        // SAFETY: By this function's safety requirements, `sk` is valid. Only addresses of fields are taken.
         let places: [*mut usize; 4] = unsafe {
             [
                 (&raw mut (*sk).sk_state_change).cast(),
@@ -100,9 +115,11 @@ impl Callbacks {
         let mut found_others = false;
         let replacements = self.addresses().into_iter().zip(new.addresses());
         for (place, (old, new)) in places.into_iter().zip(replacements) {
-            // SAFETY: It is valid as `sk` is, and as large as a pointer; C reads and writes it in one access.
+            // SAFETY: `sk` is valid, so its fields are, and these are pointers, which are as wide as
+            // `usize`. C reads and writes each with a single access.
             let place = unsafe { Atomic::from_ptr(place) };
-            // By exchange: TLS may write its own just now.
+            // By compare and exchange, because `sk_error_report` does this without the locks: TLS may install
+            // its own callback at the same time.
             let found = place.cmpxchg(old, new, Full);
             found_others |= found.is_err_and(|found| found != new);
         }
@@ -110,60 +127,70 @@ impl Callbacks {
     }
 }
 
-/// Calls a callback that a socket had.
+/// Calls `callback` for `sk`, if it is not `None`.
 ///
 /// # Safety
 ///
-/// It must be a callback of `sk`, which must be as it expects it.
+/// `callback` must be one that `sk` had, and the caller must be a callback of `sk` of the same kind.
 pub(super) unsafe fn call(callback: Callback, sk: *mut bindings::sock) {
     if let Some(callback) = callback {
-        // SAFETY: The caller promises that it may be called for `sk`.
+        // SAFETY: By this function's safety requirements, the socket could have called this one itself.
         unsafe { callback(sk) };
     }
 }
 
-/// Which socket it is. The address alone would not do: it is used again when a socket has gone.
+/// Identifies a socket. The address alone is not enough, because it is reused after a socket was freed.
 #[derive(Clone, Copy)]
 pub(super) struct SocketId {
     address: usize,
-    /// The inode's number, which is 0 when its file has gone.
+    /// The number of the inode (`sk_ino`). It is 0 once the file is closed.
     inode: u64,
 }
 
 impl SocketId {
+    /// Returns the identity of `sk`.
+    ///
     /// # Safety
     ///
-    /// `sk` must be a socket, valid during the call.
+    /// `sk` must be a valid socket.
     pub(super) unsafe fn of(sk: *mut bindings::sock) -> Self {
         SocketId {
             address: sk.addr(),
-            // SAFETY: The caller promises that `sk` is valid; it is read without a lock in C, too.
+            // SAFETY: By this function's safety requirements, `sk` is valid. C reads this without a lock,
+            // too.
             inode: unsafe { (&raw const (*sk).sk_ino).read_volatile() },
         }
     }
 
-    /// Whether it can be the socket that `self` was noted of.
+    /// Whether `now`, which was read just now, can be the socket of `self`, which is from a record. A socket
+    /// whose file is closed has no inode number to compare.
     fn can_be(&self, now: SocketId) -> bool {
         self.address == now.address && (now.inode == 0 || self.inode == now.inode)
     }
 }
 
-/// What is known of a socket that has, or had, our callbacks.
+/// The record of a socket that is hooked, or the tombstone of one that was.
 pub(super) struct Record {
     socket: SocketId,
     had: Callbacks,
-    /// It had TLS or the like, whose callbacks are of no use without it.
+    /// The socket had an upper layer protocol, such as TLS, when it was hooked. Some callbacks in `had` then
+    /// belong to that protocol, and must not be called when it has been removed.
     had_upper_layer: bool,
-    /// The hook, while there is one.
+    /// The hook. `None` in a tombstone.
     hook: Option<NonNull<()>>,
     next: Option<KBox<Record>>,
 }
 
-// SAFETY: Nothing here follows the pointer to the hook. Who does so knows that it is still there.
+// SAFETY: The pointer to the hook is never dereferenced here. A caller of `find()` that dereferences it
+// has to justify that.
 unsafe impl Send for Record {}
 
 impl Record {
-    /// Memory for one.
+    /// Allocates an empty record, for [`note()`]. May sleep.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` if there is no memory.
     pub(super) fn new() -> Result<KBox<Self>> {
         let record = Record {
             socket: SocketId {
@@ -179,20 +206,20 @@ impl Record {
     }
 }
 
-/// Over how many lists the records are spread: with thousands of sockets each is still short.
+/// The number of lists over which the records are spread. With thousands of sockets each list is still short.
 const LISTS: usize = 1024;
 
-/// The records, by the addresses of their sockets.
+/// A hash table of records, by the addresses of their sockets.
 struct Records([Option<KBox<Record>>; LISTS]);
 
 impl Records {
-    /// The list that a socket's record is in.
+    /// Returns the list that holds the record of `socket`.
     fn list(&mut self, socket: SocketId) -> Option<&mut Option<KBox<Record>>> {
-        // Sockets are aligned to cache lines, at least.
+        // The low bits are the same for all: sockets are aligned to cache lines.
         self.0.get_mut((socket.address >> 6) % LISTS)
     }
 
-    /// Where the record of a socket with that hook is.
+    /// Returns the link to the record of `socket` that refers to `hook`.
     fn place(&mut self, socket: SocketId, hook: NonNull<()>) -> Option<&mut Option<KBox<Record>>> {
         let mut place = self.list(socket)?;
         while place.as_ref()?.hook != Some(hook) {
@@ -201,6 +228,7 @@ impl Records {
         Some(place)
     }
 
+    /// Returns the record or tombstone of `socket`.
     fn find(&mut self, socket: SocketId) -> Option<&Record> {
         let mut next = self.list(socket)?.as_ref();
         while let Some(record) = next {
@@ -214,42 +242,48 @@ impl Records {
 }
 
 global_lock! {
-    // SAFETY: `start()` initializes it; `note()` and `find()` do nothing before, and `forget()` comes after
-    // `note()`.
+    // SAFETY: `start()` initializes it. `note()` and `find()` do not touch it before, and `forget()` and
+    // `forget_hook()` are only called after `note()`.
     unsafe(uninit) static RECORDS: SpinLock<Records> = Records([const { None }; LISTS]);
 }
 
-/// [`start()`] was not called.
+/// [`start()`] has not been called.
 const NOT_STARTED: i32 = 0;
-/// It runs.
+/// [`start()`] is running.
 const STARTING: i32 = 1;
-/// It is over: the lock can be used.
+/// [`start()`] has initialized the lock.
 const STARTED: i32 = 2;
 
 static STATE: Atomic<i32> = Atomic::new(NOT_STARTED);
 
-/// To be called when the module loads.
+/// Initializes the records. To be called once, when the module is loaded.
 ///
 /// # Errors
 ///
-/// `EBUSY` the second time.
+/// `EBUSY` if it was called before.
 pub(super) fn start() -> Result {
     if STATE.cmpxchg(NOT_STARTED, STARTING, Full).is_err() {
         return Err(EBUSY);
     }
-    // SAFETY: This is reached once.
+    // SAFETY: Only one caller ever changes `STATE` from `NOT_STARTED`, so this is reached only once.
     unsafe { RECORDS.init() };
     STATE.store(STARTED, Release);
     Ok(())
 }
 
-/// Notes which callbacks a socket `had`, and its hook. To be called with `sk_callback_lock` held, which keeps
-/// softirqs away.
+/// Records that `socket` gets `hook`, and `had` these callbacks before. `had_upper_layer` is whether it
+/// has an upper layer protocol, such as TLS.
 ///
 /// # Errors
 ///
-/// `EBUSY` where the socket was hooked before and somebody may have kept our callbacks: ours would be below
-/// his, and above. `ENODEV` before [`start()`].
+/// - `EBUSY`: there is a tombstone. Another part of the kernel may have kept our callbacks, so a new hook
+///   would have them both above and below that part's own.
+/// - `ENODEV`: [`start()`] has not been called.
+///
+/// # Context
+///
+/// With `sk_callback_lock` held, which also keeps softirqs off this processor: callbacks take the lock of the
+/// records in softirq context.
 pub(super) fn note(
     mut record: KBox<Record>,
     socket: SocketId,
@@ -274,8 +308,13 @@ pub(super) fn note(
     Ok(())
 }
 
-/// The callbacks that a socket had before it got ours, and its hook, if it is still there. To be called with
-/// `sk_callback_lock` held. `has_upper_layer` is whether it has TLS or the like.
+/// Returns the callbacks that a socket had before it was hooked, and its hook, if it still has one.
+/// `has_upper_layer` is whether it has an upper layer protocol, such as TLS, now. Returns nothing if it
+/// had one when it was hooked, but has none any more.
+///
+/// # Context
+///
+/// With `sk_callback_lock` held, as for [`note()`].
 pub(super) fn find(
     socket: SocketId,
     has_upper_layer: bool,
@@ -291,7 +330,11 @@ pub(super) fn find(
     Some((record.had, record.hook))
 }
 
-/// Forgets a socket, whose hook is about to be freed. To be called with `sk_callback_lock` held.
+/// Removes the record of a socket whose hook is about to be freed.
+///
+/// # Context
+///
+/// With `sk_callback_lock` held for writing.
 pub(super) fn forget(socket: SocketId, hook: NonNull<()>) {
     let mut records = RECORDS.lock();
     if let Some(place) = records.place(socket, hook) {
@@ -301,8 +344,12 @@ pub(super) fn forget(socket: SocketId, hook: NonNull<()>) {
     }
 }
 
-/// Forgets the hook of a socket, which is about to be freed, and keeps the rest. To be called with
-/// `sk_callback_lock` held.
+/// Makes the record of a socket a tombstone: removes the reference to the hook, which is about to be
+/// freed, and keeps the rest.
+///
+/// # Context
+///
+/// With `sk_callback_lock` held for writing.
 pub(super) fn forget_hook(socket: SocketId, hook: NonNull<()>) {
     let mut records = RECORDS.lock();
     if let Some(Some(record)) = records.place(socket, hook) {

@@ -1,8 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Connected stream sockets that user space hands over: sending, receiving, death. What they tell of
-//! themselves is in `hook.rs`.
+//! Connected stream sockets that user space hands over: sending, receiving and shutting down. Their callbacks
+//! are in `hook.rs`.
 //!
-//! The `kernel` crate (7.3) has no sockets. Source: `include/linux/net.h`, `include/net/sock.h`.
+//! C headers: [`include/linux/net.h`](srctree/include/linux/net.h),
+//! [`include/net/sock.h`](srctree/include/net/sock.h)
+//!
+//! The `kernel` crate (7.3) has no sockets. The context in which data is sent and received
+//! (`PF_MEMALLOC`, the credentials of the kernel) follows `__sock_xmit()` in `drivers/block/nbd.c`.
+//! nvme-tcp and sunrpc set `PF_MEMALLOC` for their sockets, too.
 
 use super::iov::{
     Iov,
@@ -22,44 +27,46 @@ use kernel::{
 /// Why a file descriptor cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum BadSocket {
-    /// It is no open file, or no socket: the errno of `sockfd_lookup()`.
+    /// The descriptor is not open, or is not a socket. Holds the error of `sockfd_lookup()`.
     Fd(Error),
-    /// Neither TCP nor a UNIX stream.
+    /// The socket is neither a TCP socket nor a UNIX stream socket.
     Kind,
-    /// It is not connected and never was.
+    /// The socket is not connected and never was.
     NotConnected,
 }
 
-/// What becomes of bytes that the peer has not read yet when a connection ends.
+/// How to end a connection: what happens to bytes that were sent and that the peer has not received yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Ending {
     /// They are still delivered.
     Polite,
-    /// They are thrown away where that is possible (TCP: a reset; a UNIX socket has no such thing).
+    /// They are discarded, if the protocol can do that: TCP sends a reset. On a UNIX socket this is the
+    /// same as [`Self::Polite`].
     Reset,
 }
 
-/// A socket, and a reference to its file.
+/// A TCP or UNIX stream socket, with a reference to its file.
 ///
 /// # Invariants
 ///
-/// `socket` is valid, and so is its `sk`, which does not change, because we hold a reference to its
-/// file. It is TCP or a UNIX stream.
+/// - This holds a reference to the file of `socket`. Therefore `socket` and its `sk` are valid, and `sk` does
+///   not change.
+/// - `socket` is a TCP socket or a UNIX stream socket.
 pub(crate) struct Socket {
     socket: NonNull<bindings::socket>,
 }
 
-// SAFETY: Sockets may be used by any task, and lock themselves.
+// SAFETY: A socket may be used by any task. The socket calls take the locks that they need.
 unsafe impl Send for Socket {}
-// SAFETY: Sockets may be used by several tasks at a time, and lock themselves.
+// SAFETY: A socket may be used by several tasks at a time. The socket calls take the locks that they need.
 unsafe impl Sync for Socket {}
 
-/// What follows data that is sent (`MSG_MORE`).
+/// What the caller will send next (`MSG_MORE`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Next {
-    /// Further data, at once: a segment that is not full waits for it.
+    /// More data, immediately. A segment that is not full waits for it.
     More,
-    /// Nothing that is known of.
+    /// Nothing that is known yet.
     Nothing,
 }
 
@@ -77,7 +84,15 @@ pub(crate) enum RoomFor {
 }
 
 impl Socket {
-    /// The socket behind a file descriptor of the current process (`nbd_get_socket()`). May sleep.
+    /// Returns the socket of a file descriptor of the current process (nbd.c's `nbd_get_socket()`).
+    ///
+    /// # Errors
+    ///
+    /// See [`BadSocket`].
+    ///
+    /// # Context
+    ///
+    /// Process context. May sleep.
     pub(crate) fn from_fd(fd: i32) -> core::result::Result<Self, BadSocket> {
         let mut err = 0;
         // SAFETY: `err` is valid for the write.
@@ -85,84 +100,96 @@ impl Socket {
         let Some(socket) = NonNull::new(socket) else {
             return Err(BadSocket::Fd(to_result(err).err().unwrap_or(EBADF)));
         };
-        // INVARIANT: `sockfd_lookup()` took a reference to the file; dropping this puts it.
+        // INVARIANT: `sockfd_lookup()` has taken a reference to the file. The kind of the socket is
+        // checked below, before anything relies on it.
         let socket = Socket { socket };
         if !socket.is_tcp() && !socket.is_unix_stream() {
             return Err(BadSocket::Kind);
         }
-        // SAFETY: By the type invariant `sk` is valid.
+        // SAFETY: By the type invariant, `sk` is valid and this refers to its file.
         if !unsafe { was_connected(socket.sk()) } {
             return Err(BadSocket::NotConnected);
         }
         Ok(socket)
     }
 
-    /// The socket proper; valid for as long as this is.
+    /// Returns the `struct sock`, which is valid for as long as `self` is.
     pub(super) fn sk(&self) -> *mut bindings::sock {
-        // SAFETY: By the type invariant the socket is valid. kernel::bindings does not know the fields
-        // of `struct sock`, our bindings do; it is the same type in C.
+        // `kernel::bindings` does not know the fields of `struct sock`, our bindings do. It is the same
+        // type in C.
+        // SAFETY: By the type invariant, the socket is valid.
         unsafe { (*self.socket.as_ptr()).sk.cast() }
     }
 
     fn family(&self) -> u32 {
-        // SAFETY: By the type invariant `sk` is valid. The family of a connected socket does not change
-        // but from IPv6 to IPv4 (`IPV6_ADDRFORM`), which makes no difference here.
+        // SAFETY: By the type invariant, `sk` is valid. The only change to the family of a connected
+        // socket is from IPv6 to IPv4 (`IPV6_ADDRFORM`), which makes no difference here.
         u32::from(unsafe { (*self.sk()).__sk_common.skc_family })
     }
 
-    /// `sk_is_tcp()`.
+    /// Whether this is a TCP socket (`sk_is_tcp()`).
     fn is_tcp(&self) -> bool {
         let sk = self.sk();
-        // SAFETY: By the type invariant `sk` is valid; its kind does not change.
+        // SAFETY: By the type invariant, `sk` is valid. These fields do not change.
         let (kind, protocol) = unsafe { ((*sk).sk_type, (*sk).sk_protocol) };
         matches!(self.family(), bindings::AF_INET | bindings::AF_INET6)
             && u32::from(kind) == bindings::SOCK_STREAM
             && u32::from(protocol) == bindings::IPPROTO_TCP
     }
 
-    /// `sk_is_stream_unix()`.
+    /// Whether this is a UNIX stream socket (`sk_is_stream_unix()`).
     fn is_unix_stream(&self) -> bool {
-        // SAFETY: By the type invariant `sk` is valid; its type does not change.
+        // SAFETY: By the type invariant, `sk` is valid. The field does not change.
         let kind = unsafe { (*self.sk()).sk_type };
         self.family() == bindings::AF_UNIX && u32::from(kind) == bindings::SOCK_STREAM
     }
 
-    /// Sends as much of `data` as fits. Does not wait for room, but may sleep for the socket's lock.
+    /// Sends as much of `data` as the socket has room for, and returns the number of bytes.
     ///
     /// # Errors
     ///
-    /// `EAGAIN` where nothing fits, or for want of memory; anything else means that the connection is
-    /// gone.
+    /// - `EAGAIN`: there is no room, or no memory.
+    /// - `EINTR`, `ERESTARTSYS`: a socket with TLS was interrupted by a signal.
+    /// - Anything else: the connection is broken.
+    ///
+    /// # Context
+    ///
+    /// Process context. Does not wait for room, but may sleep to get the socket's lock.
     pub(crate) fn send(&self, data: SendIov<'_>, next: Next) -> Result<usize> {
         let mut flags = bindings::MSG_DONTWAIT | bindings::MSG_NOSIGNAL;
         if next == Next::More {
             flags |= bindings::MSG_MORE;
         }
         let sent = self.transfer(data.into_inner(), bindings::ITER_SOURCE, |socket, msg| {
-            // SAFETY: The socket is valid; `msg` describes memory that lives during the call.
+            // SAFETY: The socket and `msg` are valid, and `msg` describes memory that lives during the call.
             unsafe {
                 (*msg).msg_flags = flags;
                 bindings::sock_sendmsg(socket, msg)
             }
         });
-        // TCP says EAGAIN, too. A UNIX socket says what it is, and has taken nothing.
+        // If there is no memory, TCP returns EAGAIN. A UNIX socket returns these errors, and has accepted
+        // nothing.
         sent.map_err(|e| match e {
             ENOBUFS | ENOMEM => EAGAIN,
             e => e,
         })
     }
 
-    /// Receives at most as much as `data` has room for. Does not wait for data, but may sleep for the
-    /// socket's lock.
+    /// Receives at most as many bytes as `data` has room for, and returns their number.
     ///
     /// # Errors
     ///
-    /// `EAGAIN` where nothing is there; `EPIPE` at the end of the stream; anything else means that the
-    /// connection is gone.
+    /// - `EAGAIN`: there is nothing to receive.
+    /// - `EPIPE`: the stream has ended.
+    /// - Anything else: the connection is broken.
+    ///
+    /// # Context
+    ///
+    /// Process context. Does not wait for data, but may sleep to get the socket's lock.
     pub(crate) fn receive(&self, data: RecvIov<'_>) -> Result<usize> {
         let got = self.transfer(data.into_inner(), bindings::ITER_DEST, |socket, msg| {
             let flags = bindings::MSG_DONTWAIT | bindings::MSG_NOSIGNAL;
-            // SAFETY: The socket is valid; `msg` describes memory that lives during the call.
+            // SAFETY: The socket and `msg` are valid, and `msg` describes memory that lives during the call.
             unsafe { bindings::sock_recvmsg(socket, msg, flags as i32) }
         })?;
         if got == 0 {
@@ -171,15 +198,16 @@ impl Socket {
         Ok(got)
     }
 
+    /// Runs `call` on a message that describes `data`, in the context that I/O needs.
     fn transfer(
         &self,
         data: Iov<'_>,
         direction: u32,
         call: impl FnOnce(*mut bindings::socket, *mut bindings::msghdr) -> i32,
     ) -> Result<usize> {
-        // SAFETY: It consists of numbers and pointers, for which zeroes are fine.
+        // SAFETY: A `struct msghdr` consists of integers and pointers, for which all zeroes is a valid value.
         let mut msg: bindings::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
-        // SAFETY: The pieces describe memory that lives as long as `data`.
+        // SAFETY: By the type invariant of `Iov`, the pieces describe memory that lives as long as `data`.
         unsafe {
             bindings::iov_iter_bvec(
                 &mut msg.msg_iter,
@@ -194,12 +222,12 @@ impl Socket {
         Ok(result as usize)
     }
 
-    /// Whether there is something to receive: data, the end of the stream, or an error. May be wrong
-    /// about what happens at the same time; that is announced by
-    /// [`Events::input_ready`](super::hook::Events::input_ready).
+    /// Whether there is something to receive: data, the end of the stream, or an error. The answer may miss
+    /// what arrives at the same time, which
+    /// [`Events::input_ready()`](super::hook::Events::input_ready) then announces.
     pub(crate) fn has_input(&self) -> bool {
         let sk = self.sk();
-        // SAFETY: By the type invariant `sk` is valid; these are looked at as `tcp_poll()` does.
+        // SAFETY: By the type invariant, `sk` is valid. `tcp_poll()` reads these fields without a lock, too.
         unsafe {
             let shutdown = (&raw const (*sk).sk_shutdown).read_volatile();
             let err = (&raw const (*sk).sk_err).read_volatile();
@@ -207,10 +235,10 @@ impl Socket {
         }
     }
 
-    /// Whether there is an upper layer protocol on top of TCP, such as TLS. It can come at any time; once it
-    /// is there it stays until the socket goes.
+    /// Whether there is an upper layer protocol on top of TCP, such as TLS. One can be added at any time, and
+    /// stays until the socket is closed.
     pub(crate) fn has_upper_layer(&self) -> bool {
-        // SAFETY: By the type invariant `sk` is valid, and TCP's or UNIX'.
+        // SAFETY: By the type invariant, `sk` is a valid TCP or UNIX socket.
         unsafe { has_upper_layer(self.sk()) }
     }
 
@@ -221,33 +249,39 @@ impl Socket {
     /// [`RoomFor::Wakeup`].
     pub(crate) fn has_room(&self, room_for: RoomFor) -> bool {
         let sk = self.sk();
-        // SAFETY: By the type invariant `sk` is valid; C reads the limit without a lock, too.
+        // SAFETY: By the type invariant, `sk` is valid. C reads the limit without a lock, too.
         let limit = unsafe { (&raw const (*sk).sk_sndbuf).read_volatile() };
         if self.family() == bindings::AF_UNIX {
-            // SAFETY: `sk` is valid; `refcount_read()` is a plain read as well.
+            // SAFETY: `sk` is valid. `refcount_read()` is such a read, too.
             let used = unsafe { (&raw const (*sk).sk_wmem_alloc.refs.counter).read_volatile() };
             return used.saturating_mul(4) <= limit;
         }
-        // SAFETY: `sk` is valid; `sk_stream_wspace()` reads it without a lock, too.
+        // SAFETY: `sk` is valid. `sk_stream_wspace()` reads this without a lock, too.
         let used = unsafe { (&raw const (*sk).sk_wmem_queued).read_volatile() };
         if used >= limit || limit.saturating_sub(used) < used >> 1 {
             return false;
         }
         let wake = i32::from(room_for == RoomFor::Wakeup);
-        // SAFETY: What is neither UNIX nor another kind is TCP by the type invariant, and this is the
-        // `stream_memory_free()` of all that TCP is or has on top. It is called without a lock in C, too.
-        // kernel::bindings' and our `struct sock` are the same type in C.
+        // The `struct sock` of `kernel::bindings` and ours are the same type in C.
+        // SAFETY: By the type invariant, a socket that is not a UNIX socket is a TCP socket. This
+        // function is the `stream_memory_free()` of TCP over IPv4 and IPv6 and of all protocols on top. C
+        // calls it without a lock, too.
         unsafe { bindings::tcp_stream_memory_free(sk.cast(), wake) }
     }
 
-    /// Ends the connection: nothing more is sent or received. May sleep.
+    /// Ends the connection: nothing can be sent or received any more. May be called again.
+    ///
+    /// # Context
+    ///
+    /// Process context. May sleep.
     pub(crate) fn end(&self, ending: Ending) {
-        // SAFETY: The socket is valid. Both calls may be repeated.
+        if ending == Ending::Reset && self.is_tcp() {
+            // The `struct sock` of `kernel::bindings` and ours are the same type in C.
+            // SAFETY: By the type invariant, `sk` is valid, and it is a TCP socket.
+            unsafe { bindings::tcp_abort(self.sk().cast(), bindings::ECONNABORTED as i32) };
+        }
+        // SAFETY: By the type invariant, the socket is valid.
         unsafe {
-            if ending == Ending::Reset && self.is_tcp() {
-                // kernel::bindings' and our `struct sock` are the same type in C.
-                bindings::tcp_abort(self.sk().cast(), bindings::ECONNABORTED as i32);
-            }
             bindings::kernel_sock_shutdown(
                 self.socket.as_ptr(),
                 bindings::sock_shutdown_cmd_SHUT_RDWR,
@@ -255,10 +289,11 @@ impl Socket {
         }
     }
 
-    /// Whether it is a connection of which neither side has ended anything, as far as this machine knows.
+    /// Whether the socket is connected and neither side has shut it down, not even in one direction, as
+    /// far as this machine knows.
     pub(crate) fn is_connected(&self) -> bool {
         let sk = self.sk();
-        // SAFETY: By the type invariant `sk` is valid; these are looked at as `tcp_poll()` does.
+        // SAFETY: By the type invariant, `sk` is valid. `tcp_poll()` reads these fields without a lock, too.
         let (state, shutdown) = unsafe {
             (
                 (&raw const (*sk).__sk_common.skc_state).read_volatile(),
@@ -268,25 +303,25 @@ impl Socket {
         state == bindings::TCP_ESTABLISHED && shutdown == 0
     }
 
-    /// Locks the socket, as system calls do (`lock_sock()`). May sleep.
+    /// Takes the socket's lock, as system calls do (`lock_sock()`), until the guard is dropped. May sleep.
     pub(super) fn lock(&self) -> Locked<'_> {
-        // SAFETY: By the type invariant `sk` is valid. kernel::bindings' and our `struct sock` are the same
-        // type in C.
+        // The `struct sock` of `kernel::bindings` and ours are the same type in C.
+        // SAFETY: By the type invariant, `sk` is valid.
         unsafe { bindings::lock_sock_nested(self.sk().cast(), 0) };
         Locked(self)
     }
 
-    /// Keeps its callbacks from running, and softirqs from this processor (`sk_callback_lock`). Nothing may
-    /// sleep until it is dropped.
+    /// Takes `sk_callback_lock` for writing and disables softirqs, until the guard is dropped. None of our
+    /// callbacks runs in the meantime. The caller must not sleep in the meantime.
     pub(super) fn lock_callbacks(&self) -> LockedCallbacks<'_> {
-        // SAFETY: By the type invariant `sk` is valid.
+        // SAFETY: By the type invariant, `sk` is valid.
         unsafe { bindings::_raw_write_lock_bh(&raw mut (*self.sk()).sk_callback_lock) };
         LockedCallbacks(self)
     }
 
-    /// Whether somebody has hooked it: then it is not the caller's to send on or to end.
+    /// Whether another user in the kernel has the socket: then the caller must not send on it or end it.
     pub(crate) fn is_hooked(&self) -> bool {
-        // SAFETY: By the type invariant `sk` is valid; the pointer is only compared.
+        // SAFETY: By the type invariant, `sk` is valid. The pointer is only compared.
         unsafe {
             !(&raw const (*self.sk()).sk_user_data)
                 .read_volatile()
@@ -297,9 +332,9 @@ impl Socket {
 
 impl Clone for Socket {
     fn clone(&self) -> Self {
-        // SAFETY: By the type invariant we hold a reference to the file.
+        // SAFETY: By the type invariant, this holds a reference to the file.
         unsafe { bindings::get_file((*self.socket.as_ptr()).file) };
-        // INVARIANT: A reference was taken above.
+        // INVARIANT: The reference to the file was taken above. The socket is the same, so its kind is, too.
         Socket {
             socket: self.socket,
         }
@@ -308,46 +343,49 @@ impl Clone for Socket {
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant we hold a reference to the file (`sockfd_put()`).
+        // As `sockfd_put()`.
+        // SAFETY: By the type invariant, this holds a reference to the file, which is given up here.
         unsafe { bindings::fput((*self.socket.as_ptr()).file) };
     }
 }
 
-/// Holds a socket's lock.
+/// A guard that holds a socket's lock.
 pub(super) struct Locked<'a>(&'a Socket);
 
 impl Drop for Locked<'_> {
     fn drop(&mut self) {
-        // SAFETY: `Socket::lock()` has locked it.
+        // SAFETY: `Socket::lock()` has taken the lock.
         unsafe { bindings::release_sock(self.0.sk().cast()) };
     }
 }
 
-/// Holds the lock of a socket's callbacks for writing.
+/// A guard that holds `sk_callback_lock` of a socket for writing.
 pub(super) struct LockedCallbacks<'a>(&'a Socket);
 
 impl Drop for LockedCallbacks<'_> {
     fn drop(&mut self) {
-        // SAFETY: `Socket::lock_callbacks()` has locked it.
+        // SAFETY: `Socket::lock_callbacks()` has taken the lock.
         unsafe { bindings::_raw_write_unlock_bh(&raw mut (*self.0.sk()).sk_callback_lock) };
     }
 }
 
-/// Whether the socket is connected, or was until it was ended. A TCP socket that listens, or may begin to,
-/// passes its callbacks on to the connections that come in on it, which are not ours.
+/// Whether the socket is connected, or was until it was shut down. No other socket may be hooked: a TCP
+/// socket that listens, or could start to listen, passes its callbacks on to the connections that it
+/// accepts.
 ///
 /// # Safety
 ///
-/// `sk` must be a socket, valid during the call, whose file somebody holds.
+/// `sk` must be a valid socket, and a file must refer to it during the call.
 pub(super) unsafe fn was_connected(sk: *mut bindings::sock) -> bool {
-    // SAFETY: The caller promises that `sk` is valid; this is looked at without its lock in C, too.
+    // SAFETY: By this function's safety requirements, `sk` is valid. C reads the state without a lock, too.
     let state = unsafe { (&raw const (*sk).__sk_common.skc_state).read_volatile() };
     match state {
         bindings::TCP_LISTEN | bindings::TCP_SYN_SENT => false,
-        // `sk_shutdown` does not tell: `shutdown()` sets it also where there never was a connection, and
-        // `listen()` asks for the state of the `struct socket` only.
+        // `sk_shutdown` is no evidence of a connection: `shutdown()` also sets it on a socket that was never
+        // connected. The state of the `struct socket` is what `listen()` checks.
         bindings::TCP_CLOSE => {
-            // SAFETY: `sk` has its socket as long as its file is held.
+            // SAFETY: By this function's safety requirements, a file refers to `sk`, so it has its
+            // `struct socket`.
             let state = unsafe {
                 let socket = (*sk).sk_socket.cast::<bindings::socket>();
                 (&raw const (*socket).state).read_volatile()
@@ -358,13 +396,14 @@ pub(super) unsafe fn was_connected(sk: *mut bindings::sock) -> bool {
     }
 }
 
-/// Whether it is a UNIX socket.
+/// Whether `sk` is a UNIX socket.
 ///
 /// # Safety
 ///
-/// `sk` must be a socket, valid during the call.
+/// `sk` must be a valid socket.
 pub(super) unsafe fn is_unix(sk: *mut bindings::sock) -> bool {
-    // SAFETY: The caller promises that `sk` is valid; the family of a UNIX socket never changes.
+    // SAFETY: By this function's safety requirements, `sk` is valid. The family of a UNIX socket never
+    // changes.
     u32::from(unsafe { (*sk).__sk_common.skc_family }) == bindings::AF_UNIX
 }
 
@@ -372,13 +411,14 @@ pub(super) unsafe fn is_unix(sk: *mut bindings::sock) -> bool {
 ///
 /// # Safety
 ///
-/// `sk` must be a TCP or UNIX socket, valid during the call.
+/// `sk` must be a valid TCP or UNIX socket.
 pub(super) unsafe fn has_upper_layer(sk: *mut bindings::sock) -> bool {
-    // SAFETY: The caller promises that `sk` is valid.
+    // SAFETY: By this function's safety requirements, `sk` is valid.
     if unsafe { is_unix(sk) } {
         return false;
     }
-    // SAFETY: A TCP socket is a `struct inet_connection_sock`; the pointer in it is only compared.
+    // SAFETY: A TCP socket is a `struct inet_connection_sock`, which has this field. The pointer in it is
+    // only compared.
     let ops = unsafe {
         sk.byte_add(bindings::OFFSET_ULP_OPS)
             .cast::<*const u8>()
@@ -387,13 +427,14 @@ pub(super) unsafe fn has_upper_layer(sk: *mut bindings::sock) -> bool {
     !ops.is_null()
 }
 
-/// Whether something lies in a socket that was not received yet.
+/// Whether the receive queue of a socket holds anything.
 ///
 /// # Safety
 ///
-/// `sk` must be a socket, valid during the call.
+/// `sk` must be a valid socket.
 pub(super) unsafe fn has_data(sk: *mut bindings::sock) -> bool {
-    // SAFETY: The caller promises that `sk` is valid; as `skb_queue_empty_lockless()`.
+    // As `skb_queue_empty_lockless()`.
+    // SAFETY: By this function's safety requirements, `sk` is valid. The pointer read is only compared.
     unsafe {
         let queue = &raw const (*sk).sk_receive_queue;
         let first = (&raw const (*queue).__bindgen_anon_1.list.next).read_volatile();
@@ -401,10 +442,12 @@ pub(super) unsafe fn has_data(sk: *mut bindings::sock) -> bool {
     }
 }
 
-/// Runs `f` as I/O has to run: allocations may use the reserves and never wait for reclaim, and
-/// security modules see the kernel, not whoever happens to write (as `__sock_xmit()`).
+/// Runs `f` in the context that I/O needs, as nbd.c's `__sock_xmit()` does: allocations may use the
+/// memory reserves and do not start reclaim (`PF_MEMALLOC`), and security modules see the credentials of
+/// the kernel instead of those of the task that happens to write.
 fn in_io_context<R>(f: impl FnOnce() -> R) -> R {
-    // SAFETY: The current task changes its own flags and credentials, and puts them back.
+    // SAFETY: Only the current task changes its own flags and `cred`, and both are restored before this
+    // returns.
     unsafe {
         let task = bindings::get_current();
         let had_memalloc = (*task).flags & bindings::PF_MEMALLOC;
