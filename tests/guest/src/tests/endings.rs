@@ -3,6 +3,7 @@
 //! Ends of connections while there is work to do: whoever ends them, nobody hangs, nothing that
 //! was acknowledged is lost, and the device can be connected again.
 
+use std::fs;
 use std::os::unix::fs::FileExt;
 use std::process::{Child, Command as Process, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -29,6 +30,7 @@ pub fn tests() -> Vec<Test> {
         test!(client_is_killed),
         test!(client_is_killed_with_requests_in_flight),
         test!(client_is_killed_while_a_write_is_stuck),
+        test!(nobody_waits_for_room_in_a_socket),
         test!(server_dies_with_dirty_pages),
         test!(server_dies_under_load_again_and_again),
         test!(disconnect_races_with_requests),
@@ -215,6 +217,38 @@ fn client_is_killed_while_a_write_is_stuck(guest: &Guest) {
     });
     client.assert_dies();
     assert_usable(0);
+}
+
+/// A worker that waits for one server is missing for the devices of all others.
+fn nobody_waits_for_room_in_a_socket(guest: &Guest) {
+    let mut rig = Plan::new(16 << 20).attach();
+    rig.server.script(|conn, _| conn.stall());
+    thread::scope(|scope| {
+        let direct = rig.direct();
+        let write = scope.spawn(move || errno(direct.write_all_at(&Buffer::new(8 << 20), 0)));
+        rig.server.wait_for_command(Command::Write);
+        let waits = wait_until(Duration::from_secs(2), || {
+            is_in_a_stack("sock_alloc_send_pskb")
+        });
+        match guest.expected("sending-does-not-wait") {
+            Driver::Nbd => assert!(waits.is_ok()),
+            Driver::Rnbd => assert!(waits.is_err()),
+        }
+        rig.server.kill();
+        assert_eq!(write.join().unwrap(), Err(Errno::IO));
+    });
+    let _ = rig.client.wait();
+}
+
+/// Whether a task of the system waits in this function of the kernel.
+fn is_in_a_stack(function: &str) -> bool {
+    let tasks = fs::read_dir("/proc").expect("/proc").flatten();
+    let threads =
+        tasks.flat_map(|task| fs::read_dir(task.path().join("task")).into_iter().flatten());
+    threads.flatten().any(|thread| {
+        let stack = fs::read_to_string(thread.path().join("stack")).unwrap_or_default();
+        stack.contains(function)
+    })
 }
 
 fn server_dies_with_dirty_pages(_: &Guest) {
