@@ -51,9 +51,9 @@ use rnbd_shared::Shared;
 struct Rnbd {
     _netlink: Registration<Netlink>,
     _devices: AllDevices,
-    _slow: wq::Running,
+    _slow: wq::OwnedQueue,
     _hooks: Hooks,
-    _io: wq::Running,
+    _io: wq::OwnedQueue,
     _major: Major,
 }
 
@@ -78,9 +78,9 @@ impl kernel::Module for Rnbd {
             pr_err!("cannot have major {}: is nbd.ko loaded?\n", rnbd_dev::MAJOR);
             EIO
         })?;
-        let io = wq::Queue::start(c"rnbd", wq::Kind::Reclaim)?;
+        let io = wq::OwnedQueue::new(c"rnbd", wq::Kind::Reclaim)?;
         let hooks = Hooks::begin()?;
-        let slow = wq::Queue::start(c"rnbd-slow", wq::Kind::Plain)?;
+        let slow = wq::OwnedQueue::new(c"rnbd-slow", wq::Kind::Plain)?;
         let group = Group::new(events::GROUP)?;
         let shared = Shared {
             io: io.queue(),

@@ -20,17 +20,17 @@ use crate::{
         limits::FixedLimits,
         mq::{
             Dispatch,
-            Expired,
             Expiry,
             Operations,
             TagSet, //
+            TimeoutStatus,
         },
         published::Published,
         request::{
             NewRequest,
-            Overdue,
-            Queued,
+            QueueStatus,
             Status, //
+            TimedOutRequest,
         },
     },
     rnbd_session::Session,
@@ -195,7 +195,7 @@ impl State {
 }
 
 impl Operations for Nbd {
-    fn queue_rq(&self, cx: &Dispatch<'_>, rq: NewRequest, last: bool) -> Queued {
+    fn queue_rq(&self, cx: &Dispatch<'_>, rq: NewRequest, last: bool) -> QueueStatus {
         match self.session.get(cx) {
             Some(session) => session.queue_rq(cx, rq, last),
             None => rq.refuse(Status::IOERR),
@@ -208,10 +208,10 @@ impl Operations for Nbd {
         }
     }
 
-    fn timeout(&self, cx: &Expiry<'_>, rq: Overdue<'_>) -> Expired {
+    fn timeout(&self, cx: &Expiry<'_>, rq: TimedOutRequest<'_>) -> TimeoutStatus {
         match self.session.get(cx) {
             Some(session) => session.timeout(rq),
-            None => Expired::Waits,
+            None => TimeoutStatus::ResetTimer,
         }
     }
 }

@@ -214,7 +214,7 @@ impl Registry {
     /// might be I/O to one of them: everybody who uses netlink would wait for its server.
     fn with<R>(&self, f: impl FnOnce(&mut Devices) -> R) -> R {
         let mut devices = self.devices.lock();
-        task::without_io(|| f(&mut devices))
+        task::memalloc_noio(|| f(&mut devices))
     }
 
     /// Removes a device. Nobody gets its index before it is gone from sight. Who has looked it up keeps

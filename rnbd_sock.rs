@@ -180,7 +180,7 @@ impl Events for Connection {
 
     fn input_ready(this: ArcBorrow<'_, Self>) {
         // Who receives just now looks again.
-        if !this.receive.turn_away() {
+        if !this.receive.mark_wanted() {
             this.queue_receive();
         }
     }

@@ -22,7 +22,7 @@ impl TaskId {
 }
 
 /// How often the current task has gone to sleep, rather than been made to wait (`nvcsw`).
-pub(crate) fn current_sleeps() -> usize {
+pub(crate) fn voluntary_switches() -> usize {
     // SAFETY: Only the task itself writes the number.
     unsafe { (*bindings::get_current()).nvcsw }
 }
@@ -125,7 +125,7 @@ impl Deadline {
 }
 
 /// Runs `f` so that no allocation in it waits for I/O (`memalloc_noio_save()`).
-pub(crate) fn without_io<R>(f: impl FnOnce() -> R) -> R {
+pub(crate) fn memalloc_noio<R>(f: impl FnOnce() -> R) -> R {
     // SAFETY: The current task changes its own flags, and puts them back.
     unsafe {
         let task = bindings::get_current();

@@ -48,7 +48,7 @@ impl<T> TryLock<T> {
     pub(crate) fn try_with<R>(&self, f: impl FnOnce(&mut T) -> R) -> Option<(R, bool)> {
         // INVARIANT: Only one caller changes it from `FREE` before it is that again.
         while self.state.cmpxchg(FREE, TAKEN, Acquire).is_err() {
-            if self.turn_away() {
+            if self.mark_wanted() {
                 return None;
             }
         }
@@ -61,7 +61,7 @@ impl<T> TryLock<T> {
     }
 
     /// Has who has the value learn that somebody wanted it. Returns whether anybody has it.
-    pub(crate) fn turn_away(&self) -> bool {
+    pub(crate) fn mark_wanted(&self) -> bool {
         // An exchange also where it is marked already: it orders what the caller has done before.
         let mut seen = TAKEN;
         loop {

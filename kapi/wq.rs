@@ -31,10 +31,10 @@ pub(crate) enum Kind {
 ///
 /// # Invariants
 ///
-/// `raw` is a workqueue that is destroyed only after `unused` has completed, which `drop` does.
+/// `raw` is a workqueue that is destroyed only after `released` has completed, which `drop` does.
 pub(crate) struct Queue {
     raw: NonNull<bindings::workqueue_struct>,
-    unused: Arc<Completion>,
+    released: Arc<Completion>,
 }
 
 // SAFETY: Every task may queue work, and let go of a workqueue.
@@ -43,30 +43,6 @@ unsafe impl Send for Queue {}
 unsafe impl Sync for Queue {}
 
 impl Queue {
-    /// Makes a workqueue, which goes with the guard that is returned. May sleep.
-    pub(crate) fn start(name: &CStr, kind: Kind) -> Result<Running> {
-        let unused = Arc::pin_init(Completion::new(), GFP_KERNEL)?;
-        let mut flags = bindings::wq_flags_WQ_UNBOUND;
-        if kind == Kind::Reclaim {
-            flags |= bindings::wq_flags_WQ_MEM_RECLAIM;
-        }
-        let format = c"%s".as_char_ptr();
-        // SAFETY: The format asks for one string, which follows 0 for the default number of workers.
-        let raw = unsafe { bindings::alloc_workqueue_noprof(format, flags, 0, name.as_char_ptr()) };
-        let raw = NonNull::new(raw).ok_or(ENOMEM)?;
-        // INVARIANT: It was made just now, and only the guard destroys it, when `unused` has completed.
-        // Where there is no memory for the `Queue`, that is dropped.
-        let workqueue = Workqueue {
-            raw,
-            unused: unused.clone(),
-        };
-        let queue = Arc::new(Queue { raw, unused }, GFP_KERNEL)?;
-        Ok(Running {
-            queue,
-            _workqueue: workqueue,
-        })
-    }
-
     /// Queues work; gives it back where it is queued already.
     pub(crate) fn enqueue<W, const ID: u64>(&self, work: W) -> W::EnqueueOutput
     where
@@ -83,7 +59,7 @@ impl Queue {
 
 impl Drop for Queue {
     fn drop(&mut self) {
-        self.unused.complete_all();
+        self.released.complete_all();
     }
 }
 
@@ -111,13 +87,37 @@ where
 
 /// Keeps a workqueue. When it goes, it waits until nobody has a [`Queue`] of it any more and all work is
 /// over. So it must not go in work of that queue, or where a reference is held: it would wait for ever.
-pub(crate) struct Running {
+pub(crate) struct OwnedQueue {
     // It goes before the workqueue, which waits for that.
     queue: Arc<Queue>,
     _workqueue: Workqueue,
 }
 
-impl Running {
+impl OwnedQueue {
+    /// Makes a workqueue, which goes with the guard that is returned. May sleep.
+    pub(crate) fn new(name: &CStr, kind: Kind) -> Result<Self> {
+        let released = Arc::pin_init(Completion::new(), GFP_KERNEL)?;
+        let mut flags = bindings::wq_flags_WQ_UNBOUND;
+        if kind == Kind::Reclaim {
+            flags |= bindings::wq_flags_WQ_MEM_RECLAIM;
+        }
+        let format = c"%s".as_char_ptr();
+        // SAFETY: The format asks for one string, which follows 0 for the default number of workers.
+        let raw = unsafe { bindings::alloc_workqueue_noprof(format, flags, 0, name.as_char_ptr()) };
+        let raw = NonNull::new(raw).ok_or(ENOMEM)?;
+        // INVARIANT: It was made just now, and only the guard destroys it, when `released` has completed.
+        // Where there is no memory for the `Queue`, that is dropped.
+        let workqueue = Workqueue {
+            raw,
+            released: released.clone(),
+        };
+        let queue = Arc::new(Queue { raw, released }, GFP_KERNEL)?;
+        Ok(OwnedQueue {
+            queue,
+            _workqueue: workqueue,
+        })
+    }
+
     /// The workqueue.
     pub(crate) fn queue(&self) -> Arc<Queue> {
         self.queue.clone()
@@ -129,11 +129,11 @@ impl Running {
 ///
 /// # Invariants
 ///
-/// `raw` is a workqueue that is destroyed only here; `unused` completes when the only [`Queue`] of it
+/// `raw` is a workqueue that is destroyed only here; `released` completes when the only [`Queue`] of it
 /// is dropped.
 struct Workqueue {
     raw: NonNull<bindings::workqueue_struct>,
-    unused: Arc<Completion>,
+    released: Arc<Completion>,
 }
 
 // SAFETY: Every task may destroy a workqueue.
@@ -143,7 +143,7 @@ unsafe impl Sync for Workqueue {}
 
 impl Drop for Workqueue {
     fn drop(&mut self) {
-        self.unused.wait_for_completion();
+        self.released.wait_for_completion();
         // SAFETY: By the type invariant nobody has destroyed it, and nobody can queue work on it any more
         // or has it queued later, since the `Queue` was dropped. This waits for the work that is queued.
         unsafe { bindings::destroy_workqueue(self.raw.as_ptr()) };

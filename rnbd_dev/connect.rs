@@ -118,7 +118,7 @@ impl Device {
     pub(crate) fn reconfigure(&self, setup: &Setup<'_>) -> Result {
         let mut state = self.lock();
         // What an allocation would have written out to make room may wait for this very device.
-        task::without_io(|| self.reconfigure_locked(&mut state, setup))
+        task::memalloc_noio(|| self.reconfigure_locked(&mut state, setup))
     }
 
     fn reconfigure_locked(&self, state: &mut State, setup: &Setup<'_>) -> Result {

@@ -13,7 +13,7 @@ use crate::{
                 NewRequest,
                 Op,
                 Outcome,
-                Queued,
+                QueueStatus,
                 Status,
                 Unanswered,
                 Unsent, //
@@ -63,7 +63,7 @@ struct TagId {
 
 impl Session {
     /// `nbd_queue_rq()`: puts a request in flight. May sleep.
-    pub(crate) fn queue_rq(&self, cx: &Dispatch<'_>, rq: NewRequest, last: bool) -> Queued {
+    pub(crate) fn queue_rq(&self, cx: &Dispatch<'_>, rq: NewRequest, last: bool) -> QueueStatus {
         let extent = rq.extent();
         if command_of(extent.op).is_none() {
             return rq.refuse(Status::IOERR);

@@ -53,13 +53,14 @@ impl Session {
         let number = place.connection.index();
         // Before anything ends that works. What an allocation would have written out to make room may wait
         // for this very connection.
-        let prepared =
-            task::without_io(|| Connection::prepare(number, self.table.clone(), socket.clone()))?;
+        let prepared = task::memalloc_noio(|| {
+            Connection::prepare(number, self.table.clone(), socket.clone())
+        })?;
         self.end_stuck(&place.connection, socket)?;
         // The new one has the old one's number: nothing may be in flight under it.
         place.connection.wait_reaped();
         let was_over = self.table.fate.see().is_end_wanted();
-        let new = task::without_io(|| prepared.take_socket())?;
+        let new = task::memalloc_noio(|| prepared.take_socket())?;
         slot.replace(disk, new.clone())
             .inspect_err(|_| new.as_arc_borrow().die())?;
         place.connection = new.clone();

@@ -7,8 +7,8 @@ use super::Session;
 use crate::{
     kapi::{
         block::{
-            mq::Expired,
-            request::Overdue, //
+            mq::TimeoutStatus,
+            request::TimedOutRequest, //
         },
         task, //
     },
@@ -19,10 +19,10 @@ use kernel::prelude::*;
 
 impl Session {
     /// `nbd_xmit_timeout()`: a request's time is up. May sleep.
-    pub(crate) fn timeout(&self, rq: Overdue<'_>) -> Expired {
+    pub(crate) fn timeout(&self, rq: TimedOutRequest<'_>) -> TimeoutStatus {
         let (hw_queue, tag) = rq.tag();
         let Some(slot) = self.table.slot(hw_queue, tag) else {
-            return Expired::Waits;
+            return TimeoutStatus::ResetTimer;
         };
         // Before the slot is looked at: a connection is replaced with the lock held and after its commands
         // were given back, so that the one in the place is the one that the slot names.
@@ -30,17 +30,17 @@ impl Session {
         let (index, unclaimed) = slot.status();
         let count = connections.len();
         let Some(place) = connections.get(usize::from(index)) else {
-            return Expired::Waits;
+            return TimeoutStatus::ResetTimer;
         };
         let connection = place.connection.clone();
         drop(connections);
         if !unclaimed && connection.traffic().idle_jiffies() < rq.timeout_jiffies() as usize {
             // Its data is coming in, or it is just ending.
-            return Expired::Waits;
+            return TimeoutStatus::ResetTimer;
         }
         if count == 1 && self.table.timeout_jiffies() == 0 {
             self.warn_of_stuck(&rq, &connection);
-            return Expired::Waits;
+            return TimeoutStatus::ResetTimer;
         }
         if connection.is_alive() && self.table.log.allow() {
             pr_err!(
@@ -53,10 +53,10 @@ impl Session {
         }
         // Whoever clears the connection away gives this request back too.
         connection.as_arc_borrow().die();
-        Expired::Ends
+        TimeoutStatus::Done
     }
 
-    fn warn_of_stuck(&self, rq: &Overdue<'_>, connection: &Connection) {
+    fn warn_of_stuck(&self, rq: &TimedOutRequest<'_>, connection: &Connection) {
         if !self.table.log.allow() {
             return;
         }

@@ -195,7 +195,7 @@ impl Connection {
 
     /// Ends a command that was answered. The receive lock is held, so nobody clears the connection away.
     fn complete(&self, request: Unanswered, status: Status) {
-        if request.forgets_reply() {
+        if request.should_fake_timeout() {
             self.table.forget_reply(request);
         } else {
             request.finish(Outcome::Complete(status));

@@ -81,7 +81,7 @@ impl Submitter {
     /// Notes that the current task submits. Returns whether it did so before and has not slept since:
     /// it does not wait for its requests one by one, and there are probably more to come.
     fn goes_on(&self) -> bool {
-        let (task, sleeps) = (task::TaskId::current().0, task::current_sleeps());
+        let (task, sleeps) = (task::TaskId::current().0, task::voluntary_switches());
         let goes_on = self.task.load(Relaxed) == task && self.sleeps.load(Relaxed) == sleeps;
         if !goes_on {
             self.task.store(task, Relaxed);

@@ -21,31 +21,31 @@ impl DiskRef {
     /// # Errors
     ///
     /// `EBUSY` where something is in flight at the `deadline`.
-    pub(super) fn drain(&self, deadline: &Deadline) -> Result<Closed<'_>> {
-        let closed = self.close();
+    pub(super) fn freeze_until(&self, deadline: &Deadline) -> Result<FreezeGuard<'_>> {
+        let guard = self.freeze_start();
         let jiffies = deadline.jiffies_left() as ffi::c_ulong;
         // SAFETY: By the type invariant the disk is valid, and so is its queue, which was closed just now.
-        let left = unsafe { bindings::blk_mq_freeze_queue_wait_timeout(closed.queue, jiffies) };
+        let left = unsafe { bindings::blk_mq_freeze_queue_wait_timeout(guard.queue, jiffies) };
         if left == 0 {
             return Err(EBUSY);
         }
-        Ok(closed)
+        Ok(guard)
     }
 
     /// Stops the queue: when this returns nothing is in flight and no operation runs, until the
     /// returned guard goes. May sleep; everything in flight must be about to end.
     pub(crate) fn freeze(&self) -> Frozen<'_> {
-        let closed = self.close();
+        let guard = self.freeze_start();
         // SAFETY: By the type invariant the disk is valid.
         unsafe {
-            bindings::blk_mq_freeze_queue_wait(closed.queue);
-            bindings::blk_mq_quiesce_queue(closed.queue);
+            bindings::blk_mq_freeze_queue_wait(guard.queue);
+            bindings::blk_mq_quiesce_queue(guard.queue);
         }
         // INVARIANT: It was closed, drained and quiesced.
-        Frozen { closed }
+        Frozen { guard }
     }
 
-    fn close(&self) -> Closed<'_> {
+    fn freeze_start(&self) -> FreezeGuard<'_> {
         let queue = self.queue();
         // SAFETY: By the type invariant the disk is valid. Allocations while it is frozen must not wait
         // for I/O to it, hence the flag (`blk_mq_freeze_queue()`).
@@ -55,7 +55,7 @@ impl DiskRef {
             (*task).flags |= bindings::PF_MEMALLOC_NOIO;
             bindings::blk_freeze_queue_start(queue);
             // INVARIANT: It was closed just now.
-            Closed {
+            FreezeGuard {
                 queue,
                 had_noio,
                 _disk: PhantomData,
@@ -68,14 +68,14 @@ impl DiskRef {
 ///
 /// # Invariants
 ///
-/// It was closed by [`DiskRef::close()`], by the current task.
-pub(super) struct Closed<'a> {
+/// It was closed by [`DiskRef::freeze_start()`], by the current task.
+pub(super) struct FreezeGuard<'a> {
     queue: *mut bindings::request_queue,
     had_noio: u32,
     _disk: PhantomData<&'a DiskRef>,
 }
 
-impl Drop for Closed<'_> {
+impl Drop for FreezeGuard<'_> {
     fn drop(&mut self) {
         // SAFETY: By the type invariant. The type is not `Send`, so this is the same task.
         unsafe {
@@ -92,18 +92,18 @@ impl Drop for Closed<'_> {
 ///
 /// It is, by [`DiskRef::freeze()`].
 pub(crate) struct Frozen<'a> {
-    closed: Closed<'a>,
+    guard: FreezeGuard<'a>,
 }
 
 impl Frozen<'_> {
     pub(super) fn queue(&self) -> *mut bindings::request_queue {
-        self.closed.queue
+        self.guard.queue
     }
 }
 
 impl Drop for Frozen<'_> {
     fn drop(&mut self) {
         // SAFETY: By the type invariant. It is unfrozen after this.
-        unsafe { bindings::blk_mq_unquiesce_queue(self.closed.queue) };
+        unsafe { bindings::blk_mq_unquiesce_queue(self.guard.queue) };
     }
 }

@@ -43,10 +43,10 @@ pub(crate) struct Features {
 }
 
 /// How long to wait for whoever holds the limits' lock, and for what is in flight, before giving up.
-const PATIENCE_SECONDS: u32 = 5;
+const TIMEOUT_SECONDS: u32 = 5;
 
 /// How often to try the limits' lock.
-const LOOK_AGAIN: Delta = Delta::from_millis(10);
+const POLL_INTERVAL: Delta = Delta::from_millis(10);
 
 impl DiskRef {
     /// Whether the disk says that it has a volatile cache (`blk_queue_write_cache()`).
@@ -70,7 +70,7 @@ impl DiskRef {
     ///
     /// # Errors
     ///
-    /// `EBUSY` where what is in flight has not ended within [`PATIENCE_SECONDS`], or somebody else who
+    /// `EBUSY` where what is in flight has not ended within [`TIMEOUT_SECONDS`], or somebody else who
     /// changes limits, and may wait for the same, has not; then nothing was changed. `EINVAL` for limits
     /// that do not go together.
     pub(crate) fn set_limits(&self, features: Features, block_bytes: u32) -> Result {
@@ -79,13 +79,13 @@ impl DiskRef {
         if !idle && before.with(features, Some(block_bytes)) == before {
             return Ok(());
         }
-        let deadline = Deadline::after_seconds(PATIENCE_SECONDS);
+        let deadline = Deadline::after_seconds(TIMEOUT_SECONDS);
         let mut locked = self.lock_limits_until(&deadline)?;
         locked.change(features, Some(block_bytes));
         if idle {
             return locked.commit();
         }
-        let _closed = self.drain(&deadline)?;
+        let _guard = self.freeze_until(&deadline)?;
         locked.commit()
     }
 
@@ -108,7 +108,7 @@ impl DiskRef {
             if deadline.jiffies_left() == 0 {
                 return Err(EBUSY);
             }
-            fsleep(LOOK_AGAIN);
+            fsleep(POLL_INTERVAL);
         }
         // SAFETY: They were locked just now.
         Ok(unsafe { self.locked_limits() })
@@ -133,12 +133,12 @@ impl DiskRef {
     }
 
     /// Those of the limits that the driver changes. Others may change them meanwhile.
-    fn changeable_limits(&self) -> Changeable {
+    fn changeable_limits(&self) -> ChangeableLimits {
         // SAFETY: By the type invariant the disk is valid, and so is its queue. Others may write the fields
         // meanwhile; each is a word, which is never seen in part.
         unsafe {
             let limits = &raw const (*self.queue()).limits;
-            Changeable {
+            ChangeableLimits {
                 features: (&raw const (*limits).features).read_volatile(),
                 max_hw_discard_sectors: (&raw const (*limits).max_hw_discard_sectors)
                     .read_volatile(),
@@ -165,7 +165,7 @@ struct LockedLimits<'a> {
 impl LockedLimits<'_> {
     fn change(&mut self, features: Features, block_bytes: Option<u32>) {
         let lim = &mut self.new;
-        let before = Changeable {
+        let before = ChangeableLimits {
             features: lim.features,
             max_hw_discard_sectors: lim.max_hw_discard_sectors,
             max_write_zeroes_sectors: lim.max_write_zeroes_sectors,
@@ -199,7 +199,7 @@ impl Drop for LockedLimits<'_> {
 
 /// Those of the limits that the driver changes.
 #[derive(Clone, Copy, PartialEq, Eq)]
-struct Changeable {
+struct ChangeableLimits {
     /// `BLK_FEAT_*`, also those that are none of ours.
     features: u32,
     max_hw_discard_sectors: u32,
@@ -208,7 +208,7 @@ struct Changeable {
     physical_block_size: u32,
 }
 
-impl Changeable {
+impl ChangeableLimits {
     /// nbd.c's `nbd_apply_limits()`, and the block size, where one is given.
     fn with(mut self, features: Features, block_bytes: Option<u32>) -> Self {
         let mut bit = |on: bool, bit: u32| {

@@ -8,9 +8,9 @@
 use super::request::{
     Handle,
     NewRequest,
-    Overdue,
     Pdu,
-    Queued, //
+    QueueStatus, //
+    TimedOutRequest,
 };
 use crate::kapi::bindings;
 use core::{
@@ -79,24 +79,24 @@ unsafe impl InQueue for Expiry<'_> {
 
 /// What the driver does about a request whose time is up.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Expired {
+pub(crate) enum TimeoutStatus {
     /// It goes on waiting: its timer starts again.
-    Waits,
+    ResetTimer,
     /// It ends, or is requeued, soon or already: the block layer leaves it alone until it is started again
     /// (`BLK_EH_DONE`). Flags of the request that the two would change at the same time are not atomic.
-    Ends,
+    Done,
 }
 
 /// A driver's blk-mq operations. They may sleep (`BLK_MQ_F_BLOCKING`).
 pub(crate) trait Operations: Sized + Send + Sync + 'static {
     /// A request to start. `last`: no other follows at once, or `commit_rqs` is called.
-    fn queue_rq(&self, cx: &Dispatch<'_>, rq: NewRequest, last: bool) -> Queued;
+    fn queue_rq(&self, cx: &Dispatch<'_>, rq: NewRequest, last: bool) -> QueueStatus;
 
     /// No other request follows at once, although the one before was not marked `last`.
     fn commit_rqs(&self, cx: &Dispatch<'_>);
 
     /// A request's time is up. It may have ended meanwhile. Returns whether its timer is to start again.
-    fn timeout(&self, cx: &Expiry<'_>, rq: Overdue<'_>) -> Expired;
+    fn timeout(&self, cx: &Expiry<'_>, rq: TimedOutRequest<'_>) -> TimeoutStatus;
 }
 
 /// The C side of [`Operations`]. All queues that use it have a `*const T` as `queuedata` that is valid
@@ -161,13 +161,13 @@ impl<T: Operations> VTable<T> {
             _call: PhantomData,
         };
         // INVARIANT: The request was passed to us.
-        let overdue = Overdue {
+        let overdue = TimedOutRequest {
             rq,
             _call: PhantomData,
         };
         match driver.timeout(&cx, overdue) {
-            Expired::Waits => bindings::blk_eh_timer_return_BLK_EH_RESET_TIMER,
-            Expired::Ends => bindings::blk_eh_timer_return_BLK_EH_DONE,
+            TimeoutStatus::ResetTimer => bindings::blk_eh_timer_return_BLK_EH_RESET_TIMER,
+            TimeoutStatus::Done => bindings::blk_eh_timer_return_BLK_EH_DONE,
         }
     }
 
@@ -175,11 +175,11 @@ impl<T: Operations> VTable<T> {
     ///
     /// # Safety
     ///
-    /// `rq` must be a request that [`Handle::ends_elsewhere()`] has left to the block layer.
+    /// `rq` must be a request that [`Handle::complete_remotely()`] has left to the block layer.
     unsafe extern "C" fn complete(rq: *mut bindings::request) {
-        // SAFETY: `ends_elsewhere()` leaves only a request without handles to the block layer, which calls
+        // SAFETY: `complete_remotely()` leaves only a request without handles to the block layer, which calls
         // this once for it.
-        unsafe { Handle::end_here(NonNull::new_unchecked(rq)) };
+        unsafe { Handle::end_locally(NonNull::new_unchecked(rq)) };
     }
 
     /// `blk_mq_ops.init_request`

@@ -106,7 +106,7 @@ impl Pdu {
     }
 
     /// How the request ends. Both sides have said what they had to.
-    fn ends_as(&self) -> u32 {
+    fn final_outcome(&self) -> u32 {
         match self.overruled.load(Relaxed) {
             NOT_OVERRULED => self.outcome.load(Relaxed),
             overruled => overruled,
@@ -143,11 +143,11 @@ pub(crate) struct Unanswered(Handle);
 /// What became of a request in `queue_rq`: only the request itself makes one.
 ///
 /// It stays in the task: it must not be what `queue_rq` says of another request.
-pub(crate) struct Queued(pub(super) Status, PhantomData<*mut ()>);
+pub(crate) struct QueueStatus(pub(super) Status, PhantomData<*mut ()>);
 
-impl Queued {
+impl QueueStatus {
     fn new(status: Status) -> Self {
-        Queued(status, PhantomData)
+        QueueStatus(status, PhantomData)
     }
 }
 
@@ -217,12 +217,12 @@ impl NewRequest {
     }
 
     /// Leaves it to the block layer, which ends it with `status`.
-    pub(crate) fn refuse(self, status: Status) -> Queued {
-        Queued::new(status)
+    pub(crate) fn refuse(self, status: Status) -> QueueStatus {
+        QueueStatus::new(status)
     }
 
     /// Starts it, and with it its timer.
-    pub(crate) fn start(self) -> (Unsent, Unanswered, Queued) {
+    pub(crate) fn start(self) -> (Unsent, Unanswered, QueueStatus) {
         // SAFETY: By the type invariant the driver holds the request, which is of a tag set of ours.
         let pdu = unsafe { pdu(self.rq) };
         pdu.outcome.store(u32::from(Status::IOERR.0), Relaxed);
@@ -234,7 +234,7 @@ impl NewRequest {
         (
             Unsent(Handle { rq: self.rq }),
             Unanswered(Handle { rq: self.rq }),
-            Queued::new(Status::OK),
+            QueueStatus::new(Status::OK),
         )
     }
 }
@@ -315,7 +315,7 @@ impl Unanswered {
     /// Whether its reply is to be forgotten, since somebody tests what happens then
     /// (`blk_should_fake_timeout()`).
     #[cfg(CONFIG_FAIL_IO_TIMEOUT)]
-    pub(crate) fn forgets_reply(&self) -> bool {
+    pub(crate) fn should_fake_timeout(&self) -> bool {
         // SAFETY: By the invariant of `Handle` the request is in flight, so its queue is valid; its flags
         // are looked at without a lock in C too.
         unsafe {
@@ -328,7 +328,7 @@ impl Unanswered {
 
     /// Never: the kernel was built without fault injection.
     #[cfg(not(CONFIG_FAIL_IO_TIMEOUT))]
-    pub(crate) fn forgets_reply(&self) -> bool {
+    pub(crate) fn should_fake_timeout(&self) -> bool {
         false
     }
 }
@@ -349,10 +349,10 @@ impl Handle {
         // SAFETY: The request is the driver's until the calls below, and there is no handle through
         // which anybody else could end it.
         unsafe {
-            if pdu(rq).ends_as() == REQUEUE {
+            if pdu(rq).final_outcome() == REQUEUE {
                 bindings::blk_mq_requeue_request(rq.as_ptr(), true);
-            } else if !Self::ends_elsewhere(rq) {
-                Self::end_here(rq);
+            } else if !Self::complete_remotely(rq) {
+                Self::end_locally(rq);
             }
         }
     }
@@ -363,7 +363,7 @@ impl Handle {
     /// # Safety
     ///
     /// As for [`Self::end()`]. The request is the block layer's where this returns true.
-    unsafe fn ends_elsewhere(rq: NonNull<bindings::request>) -> bool {
+    unsafe fn complete_remotely(rq: NonNull<bindings::request>) -> bool {
         // SAFETY: The request is the driver's, so its queue is valid; its flags are looked at without a
         // lock in C too.
         unsafe {
@@ -379,9 +379,9 @@ impl Handle {
     /// # Safety
     ///
     /// As for [`Self::end()`].
-    pub(super) unsafe fn end_here(rq: NonNull<bindings::request>) {
+    pub(super) unsafe fn end_locally(rq: NonNull<bindings::request>) {
         // SAFETY: No handle is left, so the request is nobody else's.
-        let status = unsafe { pdu(rq) }.ends_as();
+        let status = unsafe { pdu(rq) }.final_outcome();
         // SAFETY: The request was started, nobody else can end it, and it is not to be requeued, so what
         // it ends with is a status.
         unsafe { bindings::blk_mq_end_request(rq.as_ptr(), status as u8) };
@@ -466,12 +466,12 @@ impl Drop for Parked {
 /// # Invariants
 ///
 /// `rq` was passed to `timeout`, which has not returned.
-pub(crate) struct Overdue<'a> {
+pub(crate) struct TimedOutRequest<'a> {
     pub(super) rq: NonNull<bindings::request>,
     pub(super) _call: PhantomData<&'a ()>,
 }
 
-impl Overdue<'_> {
+impl TimedOutRequest<'_> {
     /// What it asks for.
     pub(crate) fn extent(&self) -> Extent {
         // SAFETY: By the type invariant the block layer holds a reference.

@@ -128,7 +128,7 @@ impl Connection {
     fn becomes_readable(&self) {
         *self.socket.lock().unwrap() += 1;
         let hooked = self.hooked.read().unwrap();
-        if *hooked && !self.receive.turn_away() {
+        if *hooked && !self.receive.mark_wanted() {
             self.work.queue();
         }
     }
