@@ -75,7 +75,8 @@ impl DiskRef {
     /// that do not go together.
     pub(crate) fn set_limits(&self, features: Features, block_bytes: u32) -> Result {
         let idle = self.capacity() == Sectors(0) && !self.has_write_cache();
-        let before = self.changeable_limits();
+        // SAFETY: By the type invariant the disk is valid, and so are its queue and the queue's limits.
+        let before = unsafe { ChangeableLimits::read(&raw const (*self.queue()).limits) };
         if !idle && before.with(features, Some(block_bytes)) == before {
             return Ok(());
         }
@@ -131,24 +132,6 @@ impl DiskRef {
             _disk: PhantomData,
         }
     }
-
-    /// Those of the limits that the driver changes. Others may change them meanwhile.
-    fn changeable_limits(&self) -> ChangeableLimits {
-        // SAFETY: By the type invariant the disk is valid, and so is its queue. Others may write the fields
-        // meanwhile; each is a word, which is never seen in part.
-        unsafe {
-            let limits = &raw const (*self.queue()).limits;
-            ChangeableLimits {
-                features: (&raw const (*limits).features).read_volatile(),
-                max_hw_discard_sectors: (&raw const (*limits).max_hw_discard_sectors)
-                    .read_volatile(),
-                max_write_zeroes_sectors: (&raw const (*limits).max_write_zeroes_sectors)
-                    .read_volatile(),
-                logical_block_size: (&raw const (*limits).logical_block_size).read_volatile(),
-                physical_block_size: (&raw const (*limits).physical_block_size).read_volatile(),
-            }
-        }
-    }
 }
 
 /// The limits of a disk, which nobody else changes meanwhile, and what is to become of them.
@@ -164,20 +147,9 @@ struct LockedLimits<'a> {
 
 impl LockedLimits<'_> {
     fn change(&mut self, features: Features, block_bytes: Option<u32>) {
-        let lim = &mut self.new;
-        let before = ChangeableLimits {
-            features: lim.features,
-            max_hw_discard_sectors: lim.max_hw_discard_sectors,
-            max_write_zeroes_sectors: lim.max_write_zeroes_sectors,
-            logical_block_size: lim.logical_block_size,
-            physical_block_size: lim.physical_block_size,
-        };
-        let after = before.with(features, block_bytes);
-        lim.features = after.features;
-        lim.max_hw_discard_sectors = after.max_hw_discard_sectors;
-        lim.max_write_zeroes_sectors = after.max_write_zeroes_sectors;
-        lim.logical_block_size = after.logical_block_size;
-        lim.physical_block_size = after.physical_block_size;
+        // SAFETY: A reference is valid for reads.
+        let before = unsafe { ChangeableLimits::read(&self.new) };
+        before.with(features, block_bytes).write(&mut self.new);
     }
 
     /// Makes them the disk's, and unlocks them.
@@ -209,6 +181,36 @@ struct ChangeableLimits {
 }
 
 impl ChangeableLimits {
+    /// Reads these fields of `limits`.
+    ///
+    /// # Safety
+    ///
+    /// `limits` must be valid for reads. Other tasks may write the fields meanwhile.
+    unsafe fn read(limits: *const bindings::queue_limits) -> Self {
+        // SAFETY: By this function's safety requirements `limits` is valid. Each field is a word, which
+        // is never seen in part.
+        unsafe {
+            ChangeableLimits {
+                features: (&raw const (*limits).features).read_volatile(),
+                max_hw_discard_sectors: (&raw const (*limits).max_hw_discard_sectors)
+                    .read_volatile(),
+                max_write_zeroes_sectors: (&raw const (*limits).max_write_zeroes_sectors)
+                    .read_volatile(),
+                logical_block_size: (&raw const (*limits).logical_block_size).read_volatile(),
+                physical_block_size: (&raw const (*limits).physical_block_size).read_volatile(),
+            }
+        }
+    }
+
+    /// Writes these fields of `limits`.
+    fn write(self, limits: &mut bindings::queue_limits) {
+        limits.features = self.features;
+        limits.max_hw_discard_sectors = self.max_hw_discard_sectors;
+        limits.max_write_zeroes_sectors = self.max_write_zeroes_sectors;
+        limits.logical_block_size = self.logical_block_size;
+        limits.physical_block_size = self.physical_block_size;
+    }
+
     /// nbd.c's `nbd_apply_limits()`, and the block size, where one is given.
     fn with(mut self, features: Features, block_bytes: Option<u32>) -> Self {
         let mut bit = |on: bool, bit: u32| {
