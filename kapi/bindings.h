@@ -1,7 +1,9 @@
 /* SPDX-License-Identifier: GPL-2.0 */
 /*
- * What kernel::bindings lacks. Kbuild hands this file to bindgen, and each line below that starts
- * with "bindgen:" is one of its options. Types that are not named here are kernel::bindings' own.
+ * The C declarations that kapi uses and that the bindings of the kernel crate (kernel::bindings) lack.
+ *
+ * Kbuild runs bindgen on this file. Each comment that starts with "bindgen:" holds one option for it.
+ * The generated code takes all types that these options do not name from kernel::bindings.
  */
 
 #include <linux/blkdev.h>
@@ -10,7 +12,7 @@
 #include <net/tcp.h>
 #include <net/tls.h>
 
-/* The fields of struct sock; what it only points to stays opaque. */
+/* struct sock with its fields. The types that it only points to are opaque (kapi/bindings.rs). */
 //bindgen: --allowlist-type sock
 //bindgen: --allowlist-type sock__bindgen.*
 //bindgen: --allowlist-type sock_common
@@ -25,7 +27,7 @@
 //bindgen: --allowlist-function tcp_read_sock
 //bindgen: --allowlist-function tcp_stream_memory_free
 
-/* Macros with casts, which bindgen cannot read. Kbuild strips the prefix from their names. */
+/* Macros with casts, which bindgen cannot evaluate. Kbuild strips the prefix from the names. */
 #define RNBD_CONST(type, name) const type RNBD_CONST_##name = (__force type)name
 RNBD_CONST(u8, BLK_STS_NOTSUPP);
 RNBD_CONST(u8, BLK_STS_NOSPC);
@@ -50,7 +52,7 @@ RNBD_CONST(size_t, SK_USER_DATA_BPF);
 RNBD_CONST(size_t, SK_USER_DATA_PSOCK);
 RNBD_CONST(u32, HZ);
 
-/* Where fields lie whose types would bring hundreds of others along. */
+/* Offsets of fields of types that are not generated, as they depend on hundreds of other types. */
 #define RNBD_OFFSET(type, field, name) const size_t RNBD_CONST_OFFSET_##name = offsetof(type, field)
 RNBD_OFFSET(struct sock, sk_flags, SK_FLAGS);
 RNBD_OFFSET(struct sock, sk_lock.slock, SK_SLOCK);

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The C declarations that kapi uses: those of the `kernel` crate, and those that it lacks, which
-//! Kbuild generates from `kapi/bindings.h`.
+//! The C declarations that kapi uses.
+//!
+//! These are the bindings of the `kernel` crate, and those that it lacks, which Kbuild generates
+//! from `kapi/bindings.h`.
 
 #![allow(
     clippy::all,
@@ -24,7 +26,7 @@
 pub(crate) use kernel::bindings::*;
 use kernel::ffi;
 
-/// Declares C types that `struct sock` points to and that nothing here looks into.
+/// Declares C types to which `struct sock` points, and into which no code here looks.
 macro_rules! opaque {
     ($($name:ident),*) => { $(
         #[repr(C)]

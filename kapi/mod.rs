@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Safe wrappers for the C interfaces that the `kernel` crate (7.3) lacks. The only place with `unsafe`.
+//! Safe wrappers for C interfaces that the `kernel` crate (7.3) lacks.
 //!
-//! Nothing here knows what NBD is. Of the driver it needs only the list of its parameters, the macro
-//! `parameters`, which must come before this module. Names and shapes are those of the `kernel` crate where
-//! it has something alike, so that a file can be deleted once the crate has grown the same thing.
+//! This is the only part of the driver that contains `unsafe` code. It does not know what NBD is.
+//! The one thing that it takes from the driver is the list of the module's parameters: the macro
+//! `parameters`, which must be defined before this module.
+//!
+//! Names and shapes follow the `kernel` crate where that has something similar, so that a file can
+//! be deleted once the crate offers the same.
 
 mod bindings;
 pub(crate) mod block;

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Module parameters that user space can read in sysfs. Mirrors the `params` of `kernel::module!`,
-//! which (7.3) are invisible there. Source: `include/linux/moduleparam.h`.
+//! Integer module parameters that are visible in sysfs.
+//!
+//! Mirrors the `params` of `kernel::module!`. Those have the mode 0 (in 7.3), so sysfs does not
+//! show them, and the module cannot change them.
+//!
+//! C header: [`include/linux/moduleparam.h`](srctree/include/linux/moduleparam.h)
 
 use super::bindings;
 use kernel::sync::atomic::{
@@ -8,27 +12,29 @@ use kernel::sync::atomic::{
     Relaxed, //
 };
 
-/// A parameter that is a C `int`: set when the module is loaded, read by everybody (0444).
+/// A module parameter of the C type `int`.
+///
+/// It can be set when the module is loaded, and everybody can read it in sysfs (mode 0444).
 #[repr(transparent)]
 pub(crate) struct IntParameter(Atomic<i32>);
 
 impl IntParameter {
-    /// With its default.
+    /// Creates a parameter with its default value.
     const fn new(default: i32) -> Self {
         IntParameter(Atomic::new(default))
     }
 
-    /// Its value.
+    /// Returns the value.
     pub(crate) fn get(&self) -> i32 {
         self.0.load(Relaxed)
     }
 
-    /// Sets what user space reads.
+    /// Sets the value that user space reads.
     pub(crate) fn set(&self, value: i32) {
         self.0.store(value, Relaxed);
     }
 
-    /// What the kernel's parameter code needs to know.
+    /// Describes the parameter to the kernel's parameter code.
     const fn describe(&'static self, name: &'static core::ffi::CStr) -> bindings::kernel_param {
         bindings::kernel_param {
             name: kernel::str::as_char_ptr_in_const_context(name),
@@ -44,16 +50,15 @@ impl IntParameter {
     }
 }
 
-/// Defines module parameters, which are `IntParameter`s: `NAME = parameter: default, "description";`
-/// each.
+/// Defines the [`IntParameter`]s in a list of `NAME = parameter: default, "description";`.
 macro_rules! module_parameters {
     ($($(#[$doc:meta])* $static:ident = $name:ident: $default:literal, $description:literal;)*) => { $(
         $(#[$doc])*
         pub(crate) static $static: IntParameter = IntParameter::new($default);
 
         const _: () = {
-            // The kernel looks for parameters, and `modinfo` for what is said of them, in sections with
-            // these names, which hold such entries and such strings.
+            // The kernel looks for parameters, and `modinfo` for their descriptions, in sections
+            // with these names.
             #[link_section = "__param"]
             #[used(compiler)]
             static PARAMETER: ::kernel::module_param::KernelParam =
@@ -74,15 +79,16 @@ macro_rules! module_parameters {
     )* };
 }
 
-// The driver has written down its parameters, but sections are chosen only here, where `unsafe` is
-// allowed: with the wrong contents they would be that.
+// The driver defines the list of its parameters. The link sections are chosen here, since a section
+// with the wrong contents is undefined behaviour, and only kapi may contain code that can cause
+// that.
 parameters!(module_parameters);
 
-/// The bytes of a text that has `N` of them.
+/// Returns the bytes of `text`, which must have `N` of them.
 const fn bytes<const N: usize>(text: &'static str) -> [u8; N] {
     match text.as_bytes().first_chunk() {
         Some(bytes) => *bytes,
-        // Of a text that has not, which is none.
+        // Unreachable: `N` is always the length of `text`.
         None => [0; N],
     }
 }

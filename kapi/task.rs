@@ -1,59 +1,76 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The current task, the module's own references, and time.
+//! The current task, its context and flags; time in jiffies; references to the module.
+//!
+//! Extends `kernel::task`, which (7.3) has neither capabilities nor the preemption count nor the
+//! allocation flags of a task; `kernel::time`, which cannot read the jiffies counter; and
+//! `kernel::ThisModule`, which has no reference count.
+//!
+//! C header: [`include/linux/sched.h`](srctree/include/linux/sched.h)
+//! C header: [`include/linux/preempt.h`](srctree/include/linux/preempt.h)
+//! C header: [`include/linux/jiffies.h`](srctree/include/linux/jiffies.h)
 
 use super::bindings;
-use kernel::prelude::*;
+use kernel::{
+    prelude::*,
+    task::Task, //
+};
 
-/// Whether the current task may administer the system (`capable(CAP_SYS_ADMIN)`).
+/// Returns whether the current task may administer the system (`capable(CAP_SYS_ADMIN)`).
 pub(crate) fn may_administer() -> bool {
-    // SAFETY: Looks at the current task only.
+    // SAFETY: `capable()` only looks at the current task.
     unsafe { bindings::capable(bindings::CAP_SYS_ADMIN as i32) }
 }
 
-/// Which task this is. Only to be compared.
+/// The identity of a task. It is only meant to be compared.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct TaskId(pub(crate) usize);
 
 impl TaskId {
-    /// The current task.
+    /// Returns the identity of the current task.
     pub(crate) fn current() -> Self {
-        TaskId(kernel::task::Task::current_raw().addr())
+        TaskId(Task::current_raw().addr())
     }
 }
 
-/// How often the current task has gone to sleep, rather than been made to wait (`nvcsw`).
+/// Returns how many times the current task has gone to sleep by itself, as opposed to being
+/// preempted (`nvcsw`).
 pub(crate) fn voluntary_switches() -> usize {
-    // SAFETY: Only the task itself writes the number.
+    // SAFETY: The current task is valid, and nothing but the task itself writes this counter.
     unsafe { (*bindings::get_current()).nvcsw }
 }
 
-/// Whether the current task may sleep here, for certain (`preemptible()`, and outside of RCU readers). Where
-/// that cannot be told it says no: in kernels that do not count what forbids it (`CONFIG_PREEMPT_COUNT`), and
-/// on machines that nobody has written this for.
+/// Returns whether the current context is certainly allowed to sleep: it is preemptible
+/// (`preemptible()`) and outside of any RCU read-side critical section.
+///
+/// Returns false if that is unknown: in kernels without a preemption count
+/// (`CONFIG_PREEMPT_COUNT`), and on architectures other than x86-64.
 pub(crate) fn may_sleep() -> bool {
     preempt_count() == Some(0) && interrupts_are_on() && !in_rcu_reader()
 }
 
-/// Whether this is the handler of a hardware interrupt (`in_hardirq()`). No where that cannot be told.
+/// Returns whether this is the handler of a hardware interrupt (`in_hardirq()`); false if that is
+/// unknown.
 pub(crate) fn in_hardirq() -> bool {
-    // `HARDIRQ_MASK`: the four bits above eight for preemption and eight for softirqs.
+    // `HARDIRQ_MASK`: four bits above the eight for preemption and the eight for softirqs.
     const HARDIRQ_MASK: u32 = 0xf << 16;
     preempt_count().is_some_and(|count| count & HARDIRQ_MASK != 0)
 }
 
-/// What forbids to sleep: disabled preemption, softirqs, interrupts (`preempt_count()`).
+/// Returns `preempt_count()`, which is not 0 where preemption is disabled, and in softirq,
+/// interrupt and NMI context; `None` if it is unknown.
 #[cfg(all(CONFIG_X86_64, not(CONFIG_UML), CONFIG_PREEMPT_COUNT))]
 fn preempt_count() -> Option<u32> {
-    // The top bit of the variable is PREEMPT_NEED_RESCHED, inverted.
+    // The most significant bit of the variable is `PREEMPT_NEED_RESCHED`, inverted.
     const COUNT_MASK: u32 = if cfg!(CONFIG_HAS_SEPARATE_PREEMPT_RESCHED_BITS) {
-        // The variable has 64 bits then, of which the lower half is the count.
+        // Here the variable has 64 bits, and its lower half is the count.
         u32::MAX
     } else {
         u32::MAX >> 1
     };
     let count: u32;
-    // SAFETY: Reads the processor's own variable in one instruction, as C does. If the task is moved to another
-    // processor before it is looked at, preemption was enabled on both.
+    // SAFETY: Reads a per-CPU variable in a single instruction, as the C function does. If the task
+    // migrates to another CPU before it uses the value, preemption was enabled, so the count is 0
+    // on both.
     unsafe {
         core::arch::asm!(
             "mov {:e}, dword ptr gs:[rip + {}]",
@@ -65,13 +82,16 @@ fn preempt_count() -> Option<u32> {
     Some(count & COUNT_MASK)
 }
 
-/// In a Xen PV guest the flag is elsewhere and this always says yes. There, as everywhere, a socket's callback
-/// must not be called with interrupts disabled, since it enables softirqs.
+/// Returns whether interrupts are enabled (`!irqs_disabled()`).
+///
+/// A Xen PV guest keeps this flag elsewhere, so here the function always returns true. That does no
+/// harm: a socket's callback must not be called with interrupts disabled anyway, on any machine,
+/// since it enables softirqs.
 #[cfg(all(CONFIG_X86_64, not(CONFIG_UML), CONFIG_PREEMPT_COUNT))]
 fn interrupts_are_on() -> bool {
     const INTERRUPT_FLAG: u64 = 1 << 9;
     let flags: u64;
-    // SAFETY: Copies a register by way of the stack (`native_save_fl()`).
+    // SAFETY: Copies the flags register by way of the stack, as `native_save_fl()` does.
     unsafe {
         core::arch::asm!("pushfq", "pop {}", out(reg) flags, options(preserves_flags));
     }
@@ -88,68 +108,88 @@ fn interrupts_are_on() -> bool {
     false
 }
 
-/// `rcu_preempt_depth() != 0`. Where readers cannot be preempted they count as disabled preemption.
+/// Returns whether this is an RCU read-side critical section (`rcu_preempt_depth() != 0`). If
+/// readers are not preemptible, they count as disabled preemption instead.
 fn in_rcu_reader() -> bool {
     #[cfg(CONFIG_PREEMPT_RCU)]
-    // SAFETY: Only the task itself writes the number.
+    // SAFETY: The current task is valid, and nothing but the task itself writes this counter.
     return unsafe { (*bindings::get_current()).rcu_read_lock_nesting } != 0;
     #[cfg(not(CONFIG_PREEMPT_RCU))]
     false
 }
 
-/// The current task's number in the initial namespace (`task_pid_nr()`).
+/// Returns the current task's PID in the initial PID namespace (`task_pid_nr()`).
 pub(crate) fn current_pid() -> i32 {
     current!().pid()
 }
 
-/// The time, in jiffies. Wraps.
+/// Returns the time in jiffies, which wraps around.
 pub(crate) fn jiffies() -> usize {
-    // SAFETY: The timer interrupt writes it; a torn read is impossible.
+    // SAFETY: `jiffies` is always valid. The timer interrupt writes it, but a word is never read
+    // torn.
     unsafe { (&raw const bindings::jiffies).read_volatile() }
 }
 
-/// Until when something is waited for.
+/// A point in time at which a wait ends, in jiffies.
 pub(crate) struct Deadline(usize);
 
 impl Deadline {
-    /// So many seconds from now; at most as many as half the range of `jiffies` has.
+    /// Returns the time `seconds` from now. That must be less than half the range of `jiffies`.
     pub(crate) fn after_seconds(seconds: u32) -> Self {
         Deadline(jiffies().wrapping_add(seconds as usize * HZ as usize))
     }
 
-    /// How many jiffies are left; 0 where it has passed.
+    /// Returns the number of jiffies left; 0 if the deadline has passed.
     pub(crate) fn jiffies_left(&self) -> usize {
         let left = self.0.wrapping_sub(jiffies()) as isize;
         left.max(0) as usize
     }
 }
 
-/// Runs `f` so that no allocation in it waits for I/O (`memalloc_noio_save()`).
+/// Runs `f` so that its memory allocations do not wait for I/O.
+///
+/// Takes the place of `memalloc_noio_save()` and `memalloc_noio_restore()` around `f`.
 pub(crate) fn memalloc_noio<R>(f: impl FnOnce() -> R) -> R {
-    // SAFETY: The current task changes its own flags, and puts them back.
-    unsafe {
-        let task = bindings::get_current();
-        let had_noio = (*task).flags & bindings::PF_MEMALLOC_NOIO;
-        (*task).flags |= bindings::PF_MEMALLOC_NOIO;
-        let result = f();
-        (*task).flags = (*task).flags & !bindings::PF_MEMALLOC_NOIO | had_noio;
-        result
-    }
+    let flags = memalloc_noio_save();
+    let result = f();
+    memalloc_noio_restore(flags);
+    result
 }
 
-/// How many jiffies a second has.
+/// Keeps memory allocations of the current task from waiting for I/O (`memalloc_noio_save()`).
+///
+/// Returns the state to be passed to [`memalloc_noio_restore()`].
+pub(super) fn memalloc_noio_save() -> u32 {
+    let task = Task::current_raw();
+    // SAFETY: The current task is valid, and nothing but the task itself changes its flags.
+    let flags = unsafe { &mut (*task).flags };
+    let old = *flags & bindings::PF_MEMALLOC_NOIO;
+    *flags |= bindings::PF_MEMALLOC_NOIO;
+    old
+}
+
+/// Restores what [`memalloc_noio_save()`] changed. The same task must call it.
+pub(super) fn memalloc_noio_restore(old: u32) {
+    let task = Task::current_raw();
+    // SAFETY: The current task is valid, and nothing but the task itself changes its flags.
+    let flags = unsafe { &mut (*task).flags };
+    *flags = *flags & !bindings::PF_MEMALLOC_NOIO | old;
+}
+
+/// The number of jiffies per second.
 pub(crate) const HZ: u32 = bindings::HZ;
 
-/// Keeps the module loaded.
+/// A reference to this module, which keeps it loaded.
 pub(crate) struct ModuleRef(());
 
 impl ModuleRef {
-    /// Takes a reference, unless the module is about to go (`try_module_get(THIS_MODULE)`).
+    /// Takes a reference, unless the module is being unloaded (`try_module_get(THIS_MODULE)`).
     pub(crate) fn get() -> Option<Self> {
         // SAFETY: The module exists while its code runs.
         let got =
             unsafe { bindings::try_module_get((&raw const bindings::__this_module).cast_mut()) };
-        // Not made where it was not got, since it is put back when it is dropped.
+        // Dropping a `ModuleRef` drops a reference, so one must not be created, not even for a
+        // moment, where no reference was taken.
         got.then(|| ModuleRef(()))
     }
 }

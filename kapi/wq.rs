@@ -1,6 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The module's workqueues. Mirrors `kernel::workqueue`, which (7.3) offers only the system's queues,
-//! none of which may be relied on to write out dirty memory, or can be waited for when a module goes.
+//! Workqueues that belong to the module.
+//!
+//! Mirrors `kernel::workqueue`, which (7.3) offers only the system's workqueues. Those have no
+//! rescuer (`WQ_MEM_RECLAIM`), so code that writes out dirty memory must not depend on them, and a
+//! module cannot wait for its own work on them when it is unloaded.
+//!
+//! C header: [`include/linux/workqueue.h`](srctree/include/linux/workqueue.h)
 
 use super::bindings;
 use core::ptr::NonNull;
@@ -18,32 +23,33 @@ use kernel::{
     },
 };
 
-/// What a workqueue must be able to do.
+/// What a workqueue is used for.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Kind {
-    /// Write out dirty memory: it has a rescuer.
+    /// For writing out dirty memory: the workqueue has a rescuer (`WQ_MEM_RECLAIM`).
     Reclaim,
-    /// Nothing special.
+    /// For anything else.
     Plain,
 }
 
-/// A workqueue. Whoever may queue work holds a reference.
+/// A workqueue of the module. Code that queues work holds a reference to it.
 ///
 /// # Invariants
 ///
-/// `raw` is a workqueue that is destroyed only after `released` has completed, which `drop` does.
+/// `raw` is a valid workqueue, which is destroyed only after `released` was completed. `drop()`
+/// completes it.
 pub(crate) struct Queue {
     raw: NonNull<bindings::workqueue_struct>,
     released: Arc<Completion>,
 }
 
-// SAFETY: Every task may queue work, and let go of a workqueue.
+// SAFETY: Any task may queue work, and drop a `Queue`.
 unsafe impl Send for Queue {}
-// SAFETY: Several tasks may queue work at a time; the workqueue's own locks protect it.
+// SAFETY: Several tasks may queue work at the same time; the locks of the workqueue serialise them.
 unsafe impl Sync for Queue {}
 
 impl Queue {
-    /// Queues work; gives it back where it is queued already.
+    /// Queues a work item; returns it if it is already queued.
     pub(crate) fn enqueue<W, const ID: u64>(&self, work: W) -> W::EnqueueOutput
     where
         W: RawWorkItem<ID> + Send + 'static,
@@ -52,7 +58,7 @@ impl Queue {
     }
 
     fn raw(&self) -> &kernel::workqueue::Queue {
-        // SAFETY: By the type invariant it is not destroyed before `self` is dropped.
+        // SAFETY: By the type invariant, the workqueue is not destroyed before `self` is dropped.
         unsafe { kernel::workqueue::Queue::from_raw(self.raw.as_ptr()) }
     }
 }
@@ -63,13 +69,15 @@ impl Drop for Queue {
     }
 }
 
-/// What can be queued for later: it knows its workqueue, and so keeps it until then.
+/// An object with delayed work. It owns a reference to the workqueue, and so keeps the workqueue
+/// alive until its timer has expired.
 pub(crate) trait HasQueue {
-    /// The workqueue.
+    /// Returns the workqueue on which the object's delayed work is queued.
     fn queue(&self) -> &Queue;
 }
 
-/// Queues work on its workqueue in `delay`; gives it back where it is queued already.
+/// Queues delayed work of an object on that object's workqueue, after `delay`; returns the object
+/// if the work is already queued.
 pub(crate) fn enqueue_delayed<T, const ID: u64>(
     work: Arc<T>,
     delay: Jiffies,
@@ -78,23 +86,36 @@ where
     T: HasQueue + HasDelayedWork<T, ID> + WorkItem<ID, Pointer = Arc<T>> + Send + Sync + 'static,
 {
     let queue = work.queue().raw.as_ptr();
-    // SAFETY: A timer refers to the workqueue until the work is due, and until then owns a reference to
-    // the `T`. `HasQueue::queue()` has lent the `Queue` for as long as there is one, and by the type
-    // invariant the workqueue is not destroyed before the `Queue` is dropped.
+    // SAFETY: Until the work is due, its timer refers to the workqueue, and owns a reference to the
+    // `T`. `HasQueue::queue()` lends the `Queue` for as long as the `T` exists. By the invariant of
+    // `Queue`, the workqueue is not destroyed before that.
     let queue = unsafe { kernel::workqueue::Queue::from_raw(queue) };
     queue.enqueue_delayed(work, delay)
 }
 
-/// Keeps a workqueue. When it goes, it waits until nobody has a [`Queue`] of it any more and all work is
-/// over. So it must not go in work of that queue, or where a reference is held: it would wait for ever.
+/// The owner of a workqueue, which is destroyed when its owner is dropped.
+///
+/// # Context
+///
+/// Dropping it sleeps until all references to the [`Queue`] were dropped and all work is done. It
+/// deadlocks if it is dropped by a work item of the same workqueue, or by code that holds such a
+/// reference.
 pub(crate) struct OwnedQueue {
-    // It goes before the workqueue, which waits for that.
+    // This reference must be dropped before `_workqueue`, which waits for that.
     queue: Arc<Queue>,
     _workqueue: Workqueue,
 }
 
 impl OwnedQueue {
-    /// Makes a workqueue, which goes with the guard that is returned. May sleep.
+    /// Creates a workqueue.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM` if there is not enough memory.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn new(name: &CStr, kind: Kind) -> Result<Self> {
         let released = Arc::pin_init(Completion::new(), GFP_KERNEL)?;
         let mut flags = bindings::wq_flags_WQ_UNBOUND;
@@ -102,11 +123,13 @@ impl OwnedQueue {
             flags |= bindings::wq_flags_WQ_MEM_RECLAIM;
         }
         let format = c"%s".as_char_ptr();
-        // SAFETY: The format asks for one string, which follows 0 for the default number of workers.
+        // SAFETY: The format takes one string, which follows the 0 that stands for the default
+        // limit of concurrent work items.
         let raw = unsafe { bindings::alloc_workqueue_noprof(format, flags, 0, name.as_char_ptr()) };
         let raw = NonNull::new(raw).ok_or(ENOMEM)?;
-        // INVARIANT: It was made just now, and only the guard destroys it, when `released` has completed.
-        // Where there is no memory for the `Queue`, that is dropped.
+        // INVARIANT: The workqueue was just created. Only `Workqueue` destroys it, after `released`
+        // was completed. If the allocation of the `Queue` fails, the `Queue` is dropped, which
+        // completes it.
         let workqueue = Workqueue {
             raw,
             released: released.clone(),
@@ -118,34 +141,37 @@ impl OwnedQueue {
         })
     }
 
-    /// The workqueue.
+    /// Returns a reference to the workqueue.
     pub(crate) fn queue(&self) -> Arc<Queue> {
         self.queue.clone()
     }
 }
 
-/// A workqueue that is destroyed when this goes. Not by the last [`Queue`]: that may go anywhere, also in
-/// work of the workqueue itself, which could not wait for its own end.
+/// Destroys a workqueue when it is dropped.
+///
+/// The last reference to the [`Queue`] cannot do that: it may be dropped in any context, including
+/// a work item of the same workqueue, which cannot wait for itself to finish.
 ///
 /// # Invariants
 ///
-/// `raw` is a workqueue that is destroyed only here; `released` completes when the only [`Queue`] of it
-/// is dropped.
+/// `raw` is a valid workqueue, which is destroyed only by `drop()`. `released` is completed when
+/// the only [`Queue`] that refers to it is dropped.
 struct Workqueue {
     raw: NonNull<bindings::workqueue_struct>,
     released: Arc<Completion>,
 }
 
-// SAFETY: Every task may destroy a workqueue.
+// SAFETY: Any task may destroy a workqueue.
 unsafe impl Send for Workqueue {}
-// SAFETY: `&Workqueue` offers nothing.
+// SAFETY: `&Workqueue` has no methods.
 unsafe impl Sync for Workqueue {}
 
 impl Drop for Workqueue {
     fn drop(&mut self) {
         self.released.wait_for_completion();
-        // SAFETY: By the type invariant nobody has destroyed it, and nobody can queue work on it any more
-        // or has it queued later, since the `Queue` was dropped. This waits for the work that is queued.
+        // SAFETY: By the type invariant, the workqueue is valid. The `Queue` was dropped, so
+        // nothing can queue more work, and no delayed work is pending. This call waits for the work
+        // that is queued.
         unsafe { bindings::destroy_workqueue(self.raw.as_ptr()) };
     }
 }

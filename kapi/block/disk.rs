@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What can be done with any disk.
+//! Operations on any disk, whatever its driver.
 //!
-//! Source: `include/linux/blkdev.h`.
+//! The `kernel` crate (7.3) has none of them: `kernel::block::mq::gen_disk` offers nothing to do
+//! with a disk that was built.
+//!
+//! C header: [`include/linux/blkdev.h`](srctree/include/linux/blkdev.h)
 
 use crate::kapi::bindings;
 use kernel::{
@@ -12,11 +15,11 @@ use kernel::{
     types::Opaque, //
 };
 
-/// A number of 512-byte sectors.
+/// A number of sectors of 512 bytes.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Sectors(pub(crate) u64);
 
-/// Which queue it is. It is compared only, never looked into.
+/// The identity of a queue. It is only compared; the pointer is never dereferenced.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct QueueId(*mut bindings::request_queue);
 
@@ -26,16 +29,18 @@ impl QueueId {
     }
 }
 
-/// A disk, whatever the driver's part of it is. It cannot be kept, and there is no value of it, only
-/// references.
+/// A disk, whatever type of data its driver attached to it.
+///
+/// There are only references to it, which kapi lends; they cannot be kept.
 ///
 /// # Invariants
 ///
-/// It was made by [`Disk::add()`](super::gendisk::Disk::add), with a queue, whose tag set lives as long as the disk.
+/// The disk was created by [`Disk::add()`](super::gendisk::Disk::add). It is valid and has a queue,
+/// whose tag set lives as long as the disk.
 #[repr(transparent)]
 pub(crate) struct DiskRef(Opaque<bindings::gendisk>);
 
-// SAFETY: Everything that `&DiskRef` offers may be called by any task.
+// SAFETY: Any task may call the methods of `&DiskRef`, also at the same time.
 unsafe impl Sync for DiskRef {}
 
 impl DiskRef {
@@ -44,57 +49,70 @@ impl DiskRef {
     }
 
     pub(super) fn queue(&self) -> *mut bindings::request_queue {
-        // SAFETY: By the type invariant the disk has a queue, which does not change.
+        // SAFETY: By the type invariant, the disk is valid and has a queue, which never changes.
         unsafe { (*self.as_ptr()).queue }
     }
 
     fn part0(&self) -> *mut bindings::block_device {
-        // SAFETY: A disk that is valid has a first block device, which does not change.
+        // SAFETY: By the type invariant, the disk is valid. It has a first block device, which
+        // never changes.
         unsafe { (*self.as_ptr()).part0 }
     }
 
     pub(super) fn device(&self) -> *mut bindings::device {
-        // SAFETY: The first block device lives as long as the disk (`disk_to_dev()`).
+        // SAFETY: The first block device lives as long as the disk. Its device is that of the disk
+        // (`disk_to_dev()`).
         unsafe { &raw mut (*self.part0()).bd_device }
     }
 
-    /// Has all hardware queues run, by and by.
+    /// Runs all hardware queues, asynchronously.
     pub(crate) fn run_queues(&self) {
-        // SAFETY: The disk is valid.
+        // SAFETY: By the type invariant, the queue is valid.
         unsafe { bindings::blk_mq_run_hw_queues(self.queue(), true) };
     }
 
-    /// How many have the disk or one of its partitions open (`disk_openers()`).
+    /// Returns the number of openers of the disk and its partitions (`disk_openers()`).
     pub(crate) fn openers(&self) -> u32 {
         // SAFETY: The first block device lives as long as the disk.
         let count = unsafe { &raw mut (*self.part0()).bd_openers.counter };
-        // SAFETY: It is a counter that others change atomically.
+        // SAFETY: The counter is valid, and is only ever changed atomically.
         unsafe { Atomic::<i32>::from_ptr(count).load(Relaxed) as u32 }
     }
 
-    /// The disk's size (`get_capacity()`).
+    /// Returns the size of the disk (`get_capacity()`).
     pub(crate) fn capacity(&self) -> Sectors {
-        // SAFETY: The first block device lives as long as the disk. Others change the size meanwhile, but
-        // a torn read is impossible on 64 bits.
+        // SAFETY: The first block device lives as long as the disk. Other tasks may change the size
+        // at the same time, but a word of 64 bits is never read torn.
         Sectors(unsafe { (&raw const (*self.part0()).bd_nr_sectors).read_volatile() })
     }
 
-    /// Sets the size without telling anybody.
+    /// Sets the size, without notifying user space.
     pub(crate) fn set_capacity(&self, size: Sectors) {
-        // SAFETY: The disk is valid.
+        // SAFETY: By the type invariant, the disk is valid.
         unsafe { bindings::set_capacity(self.as_ptr(), size.0) };
     }
 
-    /// Sets the size; tells user space and the log where it has changed to or from something other
-    /// than zero. Returns whether it told.
+    /// Sets the size, and logs a change. Sends a uevent (`RESIZE=1`) if the size changed and
+    /// neither the old nor the new one is zero.
+    ///
+    /// Returns whether it sent the uevent.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn set_capacity_and_notify(&self, size: Sectors) -> bool {
-        // SAFETY: The disk is valid.
+        // SAFETY: By the type invariant, the disk is valid.
         unsafe { bindings::set_capacity_and_notify(self.as_ptr(), size.0) }
     }
 
-    /// Sends user space a "change" uevent. May sleep.
+    /// Sends a "change" uevent.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn uevent_change(&self) {
-        // SAFETY: The device is valid. An event that is lost cannot be helped.
+        // SAFETY: By the type invariant, the device is valid. A failure is ignored, as there is no
+        // remedy.
         unsafe {
             bindings::kobject_uevent(
                 &raw mut (*self.device()).kobj,
@@ -103,15 +121,16 @@ impl DiskRef {
         };
     }
 
-    /// Sets or clears read-only.
+    /// Makes the disk read-only, or writable again.
     pub(crate) fn set_read_only(&self, ro: bool) {
-        // SAFETY: The disk is valid.
+        // SAFETY: By the type invariant, the disk is valid.
         unsafe { bindings::set_disk_ro(self.as_ptr(), ro) };
     }
 
-    /// The next open reads the partition table.
+    /// Makes the next open read the partition table.
     pub(crate) fn need_partition_scan(&self) {
-        // SAFETY: The disk is valid; its state's bits are changed atomically.
+        // SAFETY: By the type invariant, the disk is valid. The bits of its state are changed
+        // atomically.
         unsafe {
             bindings::set_bit(
                 bindings::GD_NEED_PART_SCAN as usize,
@@ -120,42 +139,55 @@ impl DiskRef {
         };
     }
 
-    /// Drops what is cached of the disk, and sets its size to zero. May sleep.
+    /// Drops the disk's page cache, and sets the size to zero.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn invalidate(&self) {
-        // SAFETY: The disk is valid.
+        // SAFETY: By the type invariant, the disk is valid.
         unsafe { bindings::invalidate_disk(self.as_ptr()) };
     }
 
-    /// Says that the medium has changed: user space is told, what is cached is dropped. May sleep.
+    /// Reports a media change to user space, and drops what is cached of the disk.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn force_media_change(&self) {
-        // SAFETY: The disk is valid.
+        // SAFETY: By the type invariant, the disk is valid.
         unsafe { bindings::disk_force_media_change(self.as_ptr()) };
     }
 
     fn tags(&self) -> *mut bindings::blk_mq_tag_set {
-        // SAFETY: The queue lives as long as the disk.
+        // SAFETY: By the type invariant, the queue is valid.
         unsafe { (*self.queue()).tag_set }
     }
 
-    /// Asks for `count` hardware queues; the block layer makes at most one for each CPU. The queue is
-    /// frozen where the number changes. May sleep.
+    /// Changes the number of hardware queues to `count`, or to the number of CPUs if that is less.
+    ///
+    /// The queue is frozen while the number changes.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn set_hw_queues(&self, count: u32) {
         if self.hw_queues() != count {
-            // SAFETY: By the type invariant the tag set lives as long as the disk.
+            // SAFETY: By the type invariant, the tag set lives as long as the disk.
             unsafe { bindings::blk_mq_update_nr_hw_queues(self.tags(), count as i32) };
         }
     }
 
-    /// How many hardware queues there are.
+    /// Returns the number of hardware queues.
     pub(crate) fn hw_queues(&self) -> u32 {
-        // SAFETY: By the type invariant the tag set lives as long as the disk. Others may change the number
-        // meanwhile.
+        // SAFETY: By the type invariant, the tag set lives as long as the disk. Other tasks may
+        // change the number at the same time, but a word is never read torn.
         unsafe { (&raw const (*self.tags()).nr_hw_queues).read_volatile() }
     }
 
-    /// How long a request may take, in jiffies.
+    /// Sets the time after which a request times out, in jiffies.
     pub(crate) fn set_request_timeout(&self, jiffies: u32) {
-        // SAFETY: The queue lives as long as the disk.
+        // SAFETY: By the type invariant, the queue is valid.
         unsafe { bindings::blk_queue_rq_timeout(self.queue(), jiffies) };
     }
 }

@@ -1,12 +1,18 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Queues that nothing new gets into, for as long as what they are used with changes.
+//! Freezing and quiescing the queue of a disk.
 //!
-//! Source: `include/linux/blk-mq.h`.
+//! A *frozen* queue admits no new requests, and none is in flight. On a *quiesced* queue no
+//! `queue_rq` or `commit_rqs` runs. The `kernel` crate (7.3) offers neither.
+//!
+//! C header: [`include/linux/blk-mq.h`](srctree/include/linux/blk-mq.h)
 
 use super::disk::DiskRef;
 use crate::kapi::{
     bindings,
-    task::Deadline, //
+    task::{
+        self,
+        Deadline, //
+    },
 };
 use core::marker::PhantomData;
 use kernel::{
@@ -15,16 +21,21 @@ use kernel::{
 };
 
 impl DiskRef {
-    /// Lets nothing new into the queue until the returned guard goes, and waits for what is in flight,
-    /// but not for ever: that may wait for a server that says nothing. May sleep.
+    /// Freezes the queue until the returned guard is dropped, if that is possible by `deadline`.
+    ///
+    /// The wait is limited because requests in flight may wait for a server that no longer answers.
     ///
     /// # Errors
     ///
-    /// `EBUSY` where something is in flight at the `deadline`.
+    /// `EBUSY` if requests are still in flight at the deadline; the queue is then not frozen.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(super) fn freeze_until(&self, deadline: &Deadline) -> Result<FreezeGuard<'_>> {
         let guard = self.freeze_start();
         let jiffies = deadline.jiffies_left() as ffi::c_ulong;
-        // SAFETY: By the type invariant the disk is valid, and so is its queue, which was closed just now.
+        // SAFETY: By the type invariant, the queue is valid. Its freeze was started above.
         let left = unsafe { bindings::blk_mq_freeze_queue_wait_timeout(guard.queue, jiffies) };
         if left == 0 {
             return Err(EBUSY);
@@ -32,65 +43,65 @@ impl DiskRef {
         Ok(guard)
     }
 
-    /// Stops the queue: when this returns nothing is in flight and no operation runs, until the
-    /// returned guard goes. May sleep; everything in flight must be about to end.
+    /// Freezes and quiesces the queue until the returned guard is dropped. When this returns, no
+    /// request is in flight, and no operation of the queue runs.
+    ///
+    /// # Context
+    ///
+    /// May sleep. It waits for all requests in flight, with no limit, so the caller must have made
+    /// sure that they end.
     pub(crate) fn freeze(&self) -> Frozen<'_> {
         let guard = self.freeze_start();
-        // SAFETY: By the type invariant the disk is valid.
-        unsafe {
-            bindings::blk_mq_freeze_queue_wait(guard.queue);
-            bindings::blk_mq_quiesce_queue(guard.queue);
-        }
-        // INVARIANT: It was closed, drained and quiesced.
+        // SAFETY: By the type invariant, the queue is valid. Its freeze was started above.
+        unsafe { bindings::blk_mq_freeze_queue_wait(guard.queue) };
+        // SAFETY: By the type invariant, the queue is valid.
+        unsafe { bindings::blk_mq_quiesce_queue(guard.queue) };
+        // INVARIANT: The queue was frozen and quiesced above.
         Frozen { guard }
     }
 
     fn freeze_start(&self) -> FreezeGuard<'_> {
         let queue = self.queue();
-        // SAFETY: By the type invariant the disk is valid. Allocations while it is frozen must not wait
-        // for I/O to it, hence the flag (`blk_mq_freeze_queue()`).
-        unsafe {
-            let task = bindings::get_current();
-            let had_noio = (*task).flags & bindings::PF_MEMALLOC_NOIO;
-            (*task).flags |= bindings::PF_MEMALLOC_NOIO;
-            bindings::blk_freeze_queue_start(queue);
-            // INVARIANT: It was closed just now.
-            FreezeGuard {
-                queue,
-                had_noio,
-                _disk: PhantomData,
-            }
+        let noio = task::memalloc_noio_save();
+        // SAFETY: By the type invariant, the queue is valid.
+        unsafe { bindings::blk_freeze_queue_start(queue) };
+        // INVARIANT: The current task started the freeze above.
+        FreezeGuard {
+            queue,
+            noio,
+            _disk: PhantomData,
         }
     }
 }
 
-/// A queue that nothing new gets into.
+/// A queue whose freeze was started: it admits no new requests until the guard is dropped.
+///
+/// Memory allocations of the current task do not wait for I/O meanwhile, as that might be I/O to
+/// this queue (see `blk_mq_freeze_queue()`).
 ///
 /// # Invariants
 ///
-/// It was closed by [`DiskRef::freeze_start()`], by the current task.
+/// The current task has started a freeze of `queue`, which is valid for `'a`, and not ended it.
 pub(super) struct FreezeGuard<'a> {
     queue: *mut bindings::request_queue,
-    had_noio: u32,
+    noio: u32,
     _disk: PhantomData<&'a DiskRef>,
 }
 
 impl Drop for FreezeGuard<'_> {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant. The type is not `Send`, so this is the same task.
-        unsafe {
-            bindings::blk_mq_unfreeze_queue_nomemrestore(self.queue);
-            let task = bindings::get_current();
-            (*task).flags = (*task).flags & !bindings::PF_MEMALLOC_NOIO | self.had_noio;
-        }
+        // SAFETY: By the type invariant, the queue is valid. This is the task that started the
+        // freeze, as the type is not `Send`.
+        unsafe { bindings::blk_mq_unfreeze_queue_nomemrestore(self.queue) };
+        task::memalloc_noio_restore(self.noio);
     }
 }
 
-/// A queue that is frozen and quiesced.
+/// A queue that is frozen and quiesced, until this guard is dropped.
 ///
 /// # Invariants
 ///
-/// It is, by [`DiskRef::freeze()`].
+/// The queue of `guard` is frozen and quiesced.
 pub(crate) struct Frozen<'a> {
     guard: FreezeGuard<'a>,
 }
@@ -103,7 +114,8 @@ impl Frozen<'_> {
 
 impl Drop for Frozen<'_> {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant. It is unfrozen after this.
+        // SAFETY: By the type invariant, the queue is valid and quiesced. It is unfrozen after
+        // this, when `guard` is dropped.
         unsafe { bindings::blk_mq_unquiesce_queue(self.guard.queue) };
     }
 }

@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Disks: `struct gendisk` and its block device operations.
+//! Disks: `struct gendisk`, its block device operations and its sysfs files.
 //!
-//! Mirrors `kernel::block::mq::gen_disk`, which (7.3) has no open, release or ioctl, no limits and no
-//! owner. Source: `include/linux/blkdev.h`.
+//! Mirrors `kernel::block::mq::gen_disk`, which (7.3) has no block device operations, no owner, no
+//! fixed device numbers, no sysfs files, and of the limits only the block sizes and the rotational
+//! flag.
+//!
+//! C header: [`include/linux/blkdev.h`](srctree/include/linux/blkdev.h)
 
 use super::{
     disk::{
@@ -39,93 +42,111 @@ use kernel::{
     }, //
 };
 
-/// The driver's part of a disk, and what user space can do with it. All of it may sleep.
+/// The data that a driver attaches to a disk, and its block device operations.
+///
+/// # Context
+///
+/// All operations may sleep.
 pub(crate) trait BlockDevice: Operations {
-    /// Somebody opens the disk or a partition. The disk's `open_mutex` is held.
+    /// Called when the disk or one of its partitions is opened, with the disk's `open_mutex` held.
     fn open(disk: &GenDisk<Self>) -> Result;
 
-    /// Somebody has closed it. `openers`: how many are left. The disk's `open_mutex` is held.
+    /// Called when the disk or one of its partitions was closed, with the disk's `open_mutex` held.
+    /// `openers` is the number of remaining openers.
     fn release(disk: &GenDisk<Self>, openers: u32);
 
-    /// An ioctl that the block layer does not handle itself, native or compat.
+    /// Called for an ioctl that the block layer does not handle itself, native or compat.
     fn ioctl(disk: &GenDisk<Self>, cmd: u32, arg: usize) -> Result<usize>;
 
-    /// The number in the sysfs file `pid`.
+    /// Returns the number for the sysfs file `pid`.
     fn pid(&self) -> i32;
 
-    /// Gives `print` what the sysfs file `backend` says.
+    /// Passes the contents of the sysfs file `backend` to `print`, and returns what that returns.
     fn backend(&self, print: impl FnOnce(&CStr) -> isize) -> isize;
 }
 
-/// A block device's major number.
+/// A registered major number of block devices.
 ///
 /// # Invariants
 ///
-/// It is registered for `name`.
+/// `major` is registered under `name`.
 pub(crate) struct Major {
     major: u32,
     name: &'static CStr,
 }
 
 impl Major {
-    /// Registers `major` for `name`. May sleep.
+    /// Registers `major` under `name`.
     ///
     /// # Errors
     ///
-    /// `EBUSY` where somebody has it.
+    /// - `EBUSY` if the number is already registered.
+    /// - `EINVAL` if it is out of range.
+    /// - `ENOMEM` if there is not enough memory.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn register(major: u32, name: &'static CStr) -> Result<Self> {
-        // SAFETY: `name` ends with a zero and lives for ever; there is no probe function.
+        // SAFETY: `name` is a NUL-terminated string of static lifetime. There is no probe function.
         to_result(unsafe { bindings::__register_blkdev(major, name.as_char_ptr(), None) })?;
-        // INVARIANT: It was registered just now.
+        // INVARIANT: The number was registered above.
         Ok(Major { major, name })
     }
 }
 
 impl Drop for Major {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant it is registered with these values.
+        // SAFETY: By the type invariant, the number is registered under this name.
         unsafe { bindings::unregister_blkdev(self.major, self.name.as_char_ptr()) };
     }
 }
 
-/// Where a disk's numbers lie.
+/// The device numbers of a disk and its partitions.
 pub(crate) struct Numbers {
     pub(crate) major: u32,
     pub(crate) first_minor: u32,
     pub(crate) minors: u32,
 }
 
-/// A disk that user space can see. Dropping it removes the disk; the `T` goes when the last user of the
-/// gendisk has gone.
+/// A disk that is visible to user space.
+///
+/// Dropping it removes the disk. The `T` is dropped later, when the last user of the gendisk is
+/// gone.
 ///
 /// # Invariants
 ///
-/// `disk` is as [`GenDisk<T>`] says, was added, and is removed only by [`Self::remove()`]. This holds a
-/// reference to it.
+/// `disk` satisfies the invariants of [`GenDisk<T>`]. It was added, and only [`Self::remove()`]
+/// removes it. A `Disk` owns a reference to it.
 pub(crate) struct Disk<T: BlockDevice> {
     disk: NonNull<bindings::gendisk>,
     removed: Atomic<i32>,
     _data: PhantomData<KBox<T>>,
 }
 
-// SAFETY: Every task may remove a disk and let go of it, and `T` is `Send` and `Sync`.
+// SAFETY: Any task may remove a disk and drop a reference to it. `T` is `Send` and `Sync`.
 unsafe impl<T: BlockDevice> Send for Disk<T> {}
-// SAFETY: `&Disk` offers a `&GenDisk`, which is `Sync`, and the removal, which happens once.
+// SAFETY: `&Disk` offers a `&GenDisk`, which is `Sync`, and `remove()`, which removes the disk only
+// once.
 unsafe impl<T: BlockDevice> Sync for Disk<T> {}
 
-/// What a gendisk's `private_data` points to.
+/// The data that the `private_data` of a gendisk points to.
 #[pin_data]
 struct Private<T: BlockDevice> {
-    /// The queue refers to it for as long as there is the disk. It goes first, since that sleeps: when the
-    /// last workqueue that `data` refers to has been let go of, the module may be unloaded as soon as this
-    /// task sleeps.
+    /// The tag set of the queue, which refers to it as long as the disk exists. It must be dropped
+    /// before `data`, since that sleeps: once `data` has dropped its last reference to a workqueue,
+    /// the module may be unloaded as soon as this task sleeps.
     _tags: Arc<TagSet<T>>,
     #[pin]
     data: T,
 }
 
 impl<T: BlockDevice> Disk<T> {
-    /// Makes a disk and shows it to user space. `init` makes the driver's part of it. May sleep.
+    /// Creates a disk and makes it visible to user space. `init` initialises the driver's data.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn add<I: PinInit<T, Error>>(
         tags: Arc<TagSet<T>>,
         limits: FixedLimits,
@@ -138,8 +159,8 @@ impl<T: BlockDevice> Disk<T> {
         lim.max_segments = limits.max_segments;
         lim.max_segment_size = limits.max_segment_size;
         lim.io_opt = limits.io_opt_bytes;
-        // SAFETY: The tag set is set up, and outlives the disk: `tags` is dropped after `put_disk()` where
-        // this fails, and else with what `free_disk` frees.
+        // SAFETY: The tag set is initialised and outlives the disk. If this function fails, `tags`
+        // is dropped after `put_disk()`; otherwise `free_disk` drops it.
         let disk = from_err_ptr(unsafe {
             bindings::__blk_mq_alloc_disk(
                 tags.as_ptr(),
@@ -149,12 +170,12 @@ impl<T: BlockDevice> Disk<T> {
             )
         })?;
         let disk = NonNull::new(disk).ok_or(ENOMEM)?;
-        // A disk that was never added does not call `free_disk`.
+        // The block layer does not call `free_disk` for a disk that was never added.
         Self::fill_and_add(disk, tags.clone(), numbers, name, init).inspect_err(|_| {
-            // SAFETY: It is a disk that was not added, and the reference is ours.
+            // SAFETY: The disk was not added, and its only reference is dropped here.
             unsafe { bindings::put_disk(disk.as_ptr()) }
         })?;
-        // INVARIANT: `fill_and_add()` has added it; the reference is that of the allocation.
+        // INVARIANT: `fill_and_add()` added the disk. The reference is that of the allocation.
         Ok(Disk {
             disk,
             removed: Atomic::new(0),
@@ -170,7 +191,7 @@ impl<T: BlockDevice> Disk<T> {
         init: impl FnOnce(QueueId) -> I,
     ) -> Result {
         let raw = disk.as_ptr();
-        // SAFETY: The disk was allocated, with its queue.
+        // SAFETY: The disk was just allocated, with a queue.
         let queue = unsafe { (*raw).queue };
         let private = KBox::pin_init(
             try_pin_init!(Private {
@@ -179,26 +200,28 @@ impl<T: BlockDevice> Disk<T> {
             }? Error),
             GFP_KERNEL,
         )?;
-        // SAFETY: It stays where it is: it is only ever seen behind a shared reference, and dropped.
+        // SAFETY: The value is never moved: it is used through shared references, and dropped in
+        // place.
         let private = KBox::into_raw(unsafe { Pin::into_inner_unchecked(private) });
-        // SAFETY: `private` is valid, and this only takes the address of a field.
+        // SAFETY: `private` is valid; this only computes the address of a field.
         let data = unsafe { &raw mut (*private).data };
-        // SAFETY: Nobody else knows the disk yet.
+        // SAFETY: The disk is valid, and nothing else uses it yet.
         let gendisk = unsafe { &mut *raw };
         gendisk.major = numbers.major as i32;
         gendisk.first_minor = numbers.first_minor as i32;
         gendisk.minors = numbers.minors as i32;
         gendisk.fops = &Self::FOPS;
         gendisk.private_data = private.cast();
-        // SAFETY: Nobody else knows its queue yet.
+        // SAFETY: The queue is valid, and nothing else uses it yet.
         unsafe { (*queue).queuedata = data.cast() };
         let added = Self::set_name(&mut gendisk.disk_name, name).and_then(|()| {
             let none = core::ptr::null_mut();
-            // SAFETY: The disk is complete, and is added this once.
+            // SAFETY: The disk is complete, and is added only once.
             to_result(unsafe { bindings::device_add_disk(none, raw, core::ptr::null_mut()) })
         });
         added.inspect_err(|_| {
-            // SAFETY: It came from `into_raw()`; the disk was not added, so nobody uses it.
+            // SAFETY: `private` was returned by `into_raw()`. The disk was not added, so nothing
+            // uses it.
             drop(unsafe { KBox::from_raw(private) });
         })
     }
@@ -209,56 +232,60 @@ impl<T: BlockDevice> Disk<T> {
             .map_err(|_| EINVAL)
     }
 
-    /// `block_device_operations.open`
+    /// Implements `block_device_operations.open`.
     ///
     /// # Safety
     ///
-    /// `disk` must be a disk of this type that the caller holds.
+    /// `disk` must be a disk of this type, to which the caller holds a reference.
     unsafe extern "C" fn open(
         disk: *mut bindings::gendisk,
         _mode: bindings::blk_mode_t,
     ) -> ffi::c_int {
-        // SAFETY: The block layer calls this for a disk with our `FOPS`, which it holds.
+        // SAFETY: By this function's safety requirements. The block layer calls it for disks with
+        // `FOPS`.
         let disk = unsafe { GenDisk::from_raw(disk) };
         from_result(|| T::open(disk).map(|()| 0))
     }
 
-    /// `block_device_operations.release`
+    /// Implements `block_device_operations.release`.
     ///
     /// # Safety
     ///
     /// As for [`Self::open()`].
     unsafe extern "C" fn release(disk: *mut bindings::gendisk) {
-        // SAFETY: The block layer calls this for a disk with our `FOPS`, which it holds.
+        // SAFETY: By this function's safety requirements. The block layer calls it for disks with
+        // `FOPS`.
         let disk = unsafe { GenDisk::from_raw(disk) };
         T::release(disk, disk.disk.openers());
     }
 
-    /// `block_device_operations.ioctl` and `.compat_ioctl`
+    /// Implements `block_device_operations.ioctl` and `.compat_ioctl`.
     ///
     /// # Safety
     ///
-    /// `bdev` must be of a disk of this type, and open.
+    /// `bdev` must be an open block device of a disk of this type.
     unsafe extern "C" fn ioctl(
         bdev: *mut bindings::block_device,
         _mode: bindings::blk_mode_t,
         cmd: ffi::c_uint,
         arg: ffi::c_ulong,
     ) -> ffi::c_int {
-        // SAFETY: The block layer passes a block device that is open, of a disk with our `FOPS`.
+        // SAFETY: By this function's safety requirements. The block layer calls it for disks with
+        // `FOPS`, and an open block device holds a reference to its disk.
         let disk = unsafe { GenDisk::from_raw((*bdev).bd_disk) };
         from_result(|| T::ioctl(disk, cmd, arg).map(|v| v as ffi::c_int))
     }
 
-    /// `block_device_operations.free_disk`
+    /// Implements `block_device_operations.free_disk`.
     ///
     /// # Safety
     ///
-    /// `disk` must be a disk of this type, and this the last use of it.
+    /// `disk` must be a disk of this type that nothing uses any more.
     unsafe extern "C" fn free_disk(disk: *mut bindings::gendisk) {
-        // SAFETY: The block layer calls this for a disk with our `FOPS`.
+        // SAFETY: By this function's safety requirements, the disk is valid and of this type.
         let private = unsafe { (*disk).private_data.cast::<Private<T>>() };
-        // SAFETY: It came from `KBox::into_raw()`, and nobody uses the disk or its queue any more.
+        // SAFETY: `private` was returned by `KBox::into_raw()`. By this function's safety
+        // requirements, nothing uses the disk any more.
         drop(unsafe { KBox::from_raw(private) });
     }
 
@@ -272,11 +299,17 @@ impl<T: BlockDevice> Disk<T> {
         ..pin_init::zeroed()
     };
 
-    /// Takes the disk away from user space, unless that was begun before. Waits for everything in
-    /// flight; may sleep.
+    /// Removes the disk from user space and waits for all requests in flight.
+    ///
+    /// If the removal has already begun, returns at once.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn remove(&self) {
         if self.removed.xchg(1, Full) == 0 {
-            // SAFETY: By the type invariant it was added, and nobody has come here before.
+            // SAFETY: By the type invariant, the disk was added. The exchange lets only one caller
+            // pass.
             unsafe { bindings::del_gendisk(self.disk.as_ptr()) };
         }
     }
@@ -286,7 +319,8 @@ impl<T: BlockDevice> core::ops::Deref for Disk<T> {
     type Target = GenDisk<T>;
 
     fn deref(&self) -> &GenDisk<T> {
-        // SAFETY: By the type invariant it is one, and `self` holds a reference.
+        // SAFETY: By the type invariant, the disk is a `GenDisk<T>`, and `self` holds a reference
+        // to it.
         unsafe { GenDisk::from_raw(self.disk.as_ptr()) }
     }
 }
@@ -294,19 +328,23 @@ impl<T: BlockDevice> core::ops::Deref for Disk<T> {
 impl<T: BlockDevice> Drop for Disk<T> {
     fn drop(&mut self) {
         self.remove();
-        // SAFETY: By the type invariant this is our reference.
+        // SAFETY: By the type invariant, `self` owns this reference.
         unsafe { bindings::put_disk(self.disk.as_ptr()) };
     }
 }
 
-/// A disk whose driver's part is a `T`: who has a reference to it can use both. It cannot be kept.
+/// A disk to which a driver attached a `T`.
+///
+/// There are only references to it, which kapi lends; they cannot be kept. A reference gives access
+/// to the disk and, by `Deref`, to the `T`.
 ///
 /// # Invariants
 ///
-/// Its `private_data` is a [`Private<T>`], which `free_disk` frees.
+/// The disk satisfies the invariants of [`DiskRef`]. Its `private_data` points to a [`Private<T>`],
+/// which `free_disk` frees.
 #[repr(transparent)]
 pub(crate) struct GenDisk<T: BlockDevice> {
-    /// What can be done with any disk.
+    /// The operations that do not depend on `T`.
     pub(crate) disk: DiskRef,
     _data: PhantomData<T>,
 }
@@ -314,39 +352,51 @@ pub(crate) struct GenDisk<T: BlockDevice> {
 impl<T: BlockDevice> GenDisk<T> {
     /// # Safety
     ///
-    /// `disk` must be a disk that [`Disk::<T>::add()`] has made, and the caller hold it for `'a`.
+    /// `disk` must have been created by [`Disk::<T>::add()`], and must not be freed during `'a`.
     unsafe fn from_raw<'a>(disk: *mut bindings::gendisk) -> &'a Self {
-        // SAFETY: By this function's precondition it is valid for `'a`, and both types are transparent.
-        // INVARIANT: `Disk::<T>::add()` has set its `private_data`.
+        // SAFETY: By this function's safety requirements, the disk is valid during `'a`. Both types
+        // are transparent.
+        // INVARIANT: `Disk::<T>::add()` has set the `private_data`.
         unsafe { &*disk.cast::<Self>() }
     }
 
     /// # Safety
     ///
-    /// `dev` must be the device of a disk that [`Disk::<T>::add()`] has made, and the caller hold it for
-    /// `'a`.
+    /// `dev` must be the device of a disk that was created by [`Disk::<T>::add()`] and is not freed
+    /// during `'a`.
     unsafe fn from_device<'a>(dev: *mut bindings::device) -> &'a Self {
-        // SAFETY: By this function's precondition it is a disk's, whose device is that of its first block
-        // device (`dev_to_disk()`).
+        // SAFETY: By this function's safety requirements, this is the device of a disk, which is
+        // embedded in the disk's first block device (`dev_to_disk()`).
         let disk = unsafe {
             let bdev = kernel::container_of!(dev, bindings::block_device, bd_device);
             (*bdev).bd_disk
         };
-        // SAFETY: By this function's precondition `Disk::<T>::add()` has made it, and the caller holds it.
+        // SAFETY: By this function's safety requirements, `Disk::<T>::add()` created the disk,
+        // which is not freed during `'a`.
         unsafe { Self::from_raw(disk) }
     }
 
-    /// Makes a sysfs file of this disk. May sleep.
+    /// Creates a sysfs file of this disk.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn add_file(&self, file: File) -> Result {
-        // SAFETY: The disk is valid and of the type that the attribute is for, which lives for ever.
+        // SAFETY: By the type invariant, the disk is valid and of the type that the attribute is
+        // for. The attribute is static.
         to_result(unsafe {
             bindings::device_create_file(self.disk.device(), Self::attribute(file))
         })
     }
 
-    /// Removes a sysfs file again. Waits for its readers.
+    /// Removes a sysfs file, if it exists. Waits for tasks that read it.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn remove_file(&self, file: File) {
-        // SAFETY: The disk is valid; where it has no such file nothing happens.
+        // SAFETY: By the type invariant, the disk is valid. If it has no such file, nothing
+        // happens.
         unsafe { bindings::device_remove_file(self.disk.device(), Self::attribute(file)) };
     }
 
@@ -364,23 +414,25 @@ impl<T: BlockDevice> GenDisk<T> {
         }
     }
 
-    /// `device_attribute.show` of the file `pid`
+    /// Implements `device_attribute.show` of the file `pid`.
     ///
     /// # Safety
     ///
-    /// `dev` must be the device of a disk of this type, and `buf` a page.
+    /// `dev` must be the device of a disk of this type, and `buf` the start of a page.
     unsafe extern "C" fn pid_show(
         dev: *mut bindings::device,
         _attr: *mut bindings::device_attribute,
         buf: *mut ffi::c_char,
     ) -> isize {
-        // SAFETY: `add_file()` has made the file for a disk of this type, which sysfs holds.
+        // SAFETY: By this function's safety requirements. `add_file()` created the file for a disk
+        // of this type, and sysfs keeps the disk until this returns.
         let disk = unsafe { Self::from_device(dev) };
-        // SAFETY: sysfs gives a page; the format asks for one number.
+        // SAFETY: By this function's safety requirements, `buf` is a page. The format takes one
+        // number.
         unsafe { bindings::sysfs_emit(buf, c"%d\n".as_char_ptr(), disk.pid()) as isize }
     }
 
-    /// `device_attribute.show` of the file `backend`
+    /// Implements `device_attribute.show` of the file `backend`.
     ///
     /// # Safety
     ///
@@ -390,11 +442,13 @@ impl<T: BlockDevice> GenDisk<T> {
         _attr: *mut bindings::device_attribute,
         buf: *mut ffi::c_char,
     ) -> isize {
-        // SAFETY: `add_file()` has made the file for a disk of this type, which sysfs holds.
+        // SAFETY: By this function's safety requirements. `add_file()` created the file for a disk
+        // of this type, and sysfs keeps the disk until this returns.
         let disk = unsafe { Self::from_device(dev) };
         disk.backend(|backend| {
             let format = c"%s\n".as_char_ptr();
-            // SAFETY: sysfs gives a page; the format asks for one string, and this one ends with a zero.
+            // SAFETY: By this function's safety requirements, `buf` is a page. The format takes one
+            // NUL-terminated string.
             unsafe { bindings::sysfs_emit(buf, format, backend.as_char_ptr()) as isize }
         })
     }
@@ -403,9 +457,10 @@ impl<T: BlockDevice> GenDisk<T> {
 impl<T: BlockDevice> core::ops::Deref for GenDisk<T> {
     type Target = T;
 
-    /// The driver's part of the disk.
+    /// Returns the driver's data.
     fn deref(&self) -> &T {
-        // SAFETY: By the type invariant it is a `Private<T>`, which lives for as long as the disk.
+        // SAFETY: By the type invariant, `private_data` is a `Private<T>`, which lives as long as
+        // the disk.
         let private = unsafe { &*(*self.disk.as_ptr()).private_data.cast::<Private<T>>() };
         &private.data
     }
@@ -414,9 +469,9 @@ impl<T: BlockDevice> core::ops::Deref for GenDisk<T> {
 /// A sysfs file of a disk.
 #[derive(Clone, Copy)]
 pub(crate) enum File {
-    /// [`BlockDevice::pid()`]
+    /// The file `pid`, which shows [`BlockDevice::pid()`].
     Pid,
-    /// [`BlockDevice::backend()`]
+    /// The file `backend`, which shows [`BlockDevice::backend()`].
     Backend,
 }
 
@@ -426,7 +481,7 @@ type Show = unsafe extern "C" fn(
     *mut ffi::c_char,
 ) -> isize;
 
-/// Writes a name into a field that is all zeroes, and leaves at least the last of them.
+/// Writes a name into a field of zeroes, and leaves at least the last of them as the terminator.
 struct NameWriter<'a> {
     to: &'a mut [ffi::c_char],
     len: usize,

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What a disk can do, and how it wants to be asked: `struct queue_limits`.
+//! The limits of a disk's queue: `struct queue_limits`.
 //!
-//! Source: `include/linux/blkdev.h`.
+//! The `kernel` crate (7.3) sets limits only when it creates a disk, and only the block sizes and
+//! the rotational flag.
+//!
+//! C header: [`include/linux/blkdev.h`](srctree/include/linux/blkdev.h)
 
 use super::disk::{
     DiskRef,
@@ -24,7 +27,7 @@ use kernel::{
     },
 };
 
-/// The limits that a disk is made with, besides the defaults of the block layer.
+/// The limits with which a disk is created. All others have the block layer's defaults.
 pub(crate) struct FixedLimits {
     pub(crate) max_hw_sectors: u32,
     pub(crate) max_segments: u16,
@@ -32,7 +35,7 @@ pub(crate) struct FixedLimits {
     pub(crate) io_opt_bytes: u32,
 }
 
-/// The features that a disk can do now.
+/// The features of a disk that may change while it exists.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Features {
     pub(crate) write_cache: bool,
@@ -42,19 +45,19 @@ pub(crate) struct Features {
     pub(crate) write_zeroes: bool,
 }
 
-/// How long to wait for whoever holds the limits' lock, and for what is in flight, before giving up.
+/// How long [`DiskRef::set_limits()`] waits for the lock of the limits, and for requests in flight.
 const TIMEOUT_SECONDS: u32 = 5;
 
-/// How often to try the limits' lock.
+/// The interval at which [`DiskRef::set_limits()`] tries the lock of the limits.
 const POLL_INTERVAL: Delta = Delta::from_millis(10);
 
 impl DiskRef {
-    /// Whether the disk says that it has a volatile cache (`blk_queue_write_cache()`).
+    /// Returns whether the disk reports a volatile write cache (`blk_queue_write_cache()`).
     fn has_write_cache(&self) -> bool {
-        // SAFETY: By the type invariant the disk is valid, and so is its queue.
+        // SAFETY: By the type invariant, the queue is valid.
         let limits = unsafe { &raw const (*self.queue()).limits };
-        // SAFETY: The queue is valid. Others may write the fields meanwhile; each is a word, which is never
-        // seen in part.
+        // SAFETY: The limits are part of the queue. Other tasks may write the fields at the same
+        // time, but a word is never read torn.
         let (features, flags) = unsafe {
             (
                 (&raw const (*limits).features).read_volatile(),
@@ -65,17 +68,25 @@ impl DiskRef {
             && flags & bindings::BLK_FLAG_WRITE_CACHE_DISABLED == 0
     }
 
-    /// Sets what the disk can do, and its block size. The queue is frozen where there could be I/O and
-    /// something changes. May sleep.
+    /// Sets the features and the block size of the disk.
+    ///
+    /// If anything changes, and the disk may have I/O, the queue is frozen meanwhile.
     ///
     /// # Errors
     ///
-    /// `EBUSY` where what is in flight has not ended within [`TIMEOUT_SECONDS`], or somebody else who
-    /// changes limits, and may wait for the same, has not; then nothing was changed. `EINVAL` for limits
-    /// that do not go together.
+    /// Nothing was changed if this fails.
+    ///
+    /// - `EBUSY` if requests in flight did not end within [`TIMEOUT_SECONDS`], or if another task
+    ///   held the lock of the limits for so long. That task may be waiting for the same requests.
+    /// - `EINVAL` if the block layer rejects the combination of limits.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn set_limits(&self, features: Features, block_bytes: u32) -> Result {
+        // Such a disk gets no I/O: it has no sectors, and no cache to be flushed.
         let idle = self.capacity() == Sectors(0) && !self.has_write_cache();
-        // SAFETY: By the type invariant the disk is valid, and so are its queue and the queue's limits.
+        // SAFETY: By the type invariant, the queue is valid, and its limits are part of it.
         let before = unsafe { ChangeableLimits::read(&raw const (*self.queue()).limits) };
         if !idle && before.with(features, Some(block_bytes)) == before {
             return Ok(());
@@ -90,42 +101,49 @@ impl DiskRef {
         locked.commit()
     }
 
-    /// Resets what the disk can do. Nothing may be in flight, nor come: somebody who is changing limits
-    /// would wait for it with the lock held, and this waits for that lock. May sleep.
+    /// Clears the features of the disk. The block size stays.
+    ///
+    /// # Context
+    ///
+    /// May sleep. No request may be in flight or arrive: another task that holds the lock of the
+    /// limits may wait for requests, and this function waits for that lock without a limit.
     pub(crate) fn reset_limits(&self) {
-        // SAFETY: By the type invariant the disk is valid, and so is its queue.
+        // SAFETY: By the type invariant, the queue is valid.
         unsafe { bindings::mutex_lock(&raw mut (*self.queue()).limits_lock) };
-        // SAFETY: They were locked just now.
+        // SAFETY: The lock was taken above.
         let mut locked = unsafe { self.locked_limits() };
         locked.change(Features::default(), None);
-        // It can only fail for limits that do not go together, and these do.
+        // The block layer rejects only inconsistent limits, and these are consistent.
         let _ = locked.commit();
     }
 
+    /// Locks and copies the limits, or fails with `EBUSY` at the deadline. May sleep.
     fn lock_limits_until(&self, deadline: &Deadline) -> Result<LockedLimits<'_>> {
         let queue = self.queue();
-        // SAFETY: By the type invariant the disk is valid, and so is its queue.
+        // SAFETY: By the type invariant, the queue is valid.
         while unsafe { bindings::mutex_trylock(&raw mut (*queue).limits_lock) } == 0 {
             if deadline.jiffies_left() == 0 {
                 return Err(EBUSY);
             }
             fsleep(POLL_INTERVAL);
         }
-        // SAFETY: They were locked just now.
+        // SAFETY: The lock was taken above.
         Ok(unsafe { self.locked_limits() })
     }
 
-    /// The rest of `queue_limits_start_update()`.
+    /// Does the rest of `queue_limits_start_update()`: copies the limits.
     ///
     /// # Safety
     ///
-    /// The current task must hold the queue's `limits_lock`, and leave it to what is returned.
+    /// The current task must hold the queue's `limits_lock`. The returned value takes over the duty
+    /// to release it.
     unsafe fn locked_limits(&self) -> LockedLimits<'_> {
         let queue = self.queue();
-        // SAFETY: By the type invariant the disk is valid, and so is its queue; who writes the limits has
-        // the lock, which is ours.
+        // SAFETY: By the type invariant, the queue is valid. Tasks that write the limits hold the
+        // lock, which by this function's safety requirements the current task holds.
         let new = unsafe { (&raw const (*queue).limits).read() };
-        // INVARIANT: The caller promises that the lock is held, and no longer the caller's.
+        // INVARIANT: By this function's safety requirements, the current task holds the lock and
+        // leaves it to the returned value.
         LockedLimits {
             queue,
             new,
@@ -134,7 +152,8 @@ impl DiskRef {
     }
 }
 
-/// The limits of a disk, which nobody else changes meanwhile, and what is to become of them.
+/// The locked limits of a queue, and the changed copy to be committed. Dropping it cancels the
+/// update.
 ///
 /// # Invariants
 ///
@@ -152,27 +171,31 @@ impl LockedLimits<'_> {
         before.with(features, block_bytes).write(&mut self.new);
     }
 
-    /// Makes them the disk's, and unlocks them.
+    /// Commits the changed limits, and unlocks them (`queue_limits_commit_update()`).
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if the block layer rejects the limits.
     fn commit(self) -> Result {
         let mut this = ManuallyDrop::new(self);
-        // SAFETY: By the type invariant the queue is valid and its limits are locked by the current task.
-        // This unlocks them, whatever it answers, and `drop` does not run.
+        // SAFETY: By the type invariant, the queue is valid and the current task holds the lock.
+        // The call releases the lock, even if it fails, and `drop()` does not run.
         to_result(unsafe { bindings::queue_limits_commit_update(this.queue, &raw mut this.new) })
     }
 }
 
 impl Drop for LockedLimits<'_> {
-    /// `queue_limits_cancel_update()`
+    /// Cancels the update (`queue_limits_cancel_update()`).
     fn drop(&mut self) {
-        // SAFETY: By the type invariant the queue is valid and the current task holds the lock.
+        // SAFETY: By the type invariant, the queue is valid and the current task holds the lock.
         unsafe { bindings::mutex_unlock(&raw mut (*self.queue).limits_lock) };
     }
 }
 
-/// Those of the limits that the driver changes.
+/// The limits that the driver changes while a disk exists.
 #[derive(Clone, Copy, PartialEq, Eq)]
 struct ChangeableLimits {
-    /// `BLK_FEAT_*`, also those that are none of ours.
+    /// `BLK_FEAT_*`, including those that the driver does not change.
     features: u32,
     max_hw_discard_sectors: u32,
     max_write_zeroes_sectors: u32,
@@ -185,10 +208,10 @@ impl ChangeableLimits {
     ///
     /// # Safety
     ///
-    /// `limits` must be valid for reads. Other tasks may write the fields meanwhile.
+    /// `limits` must be valid for reads. Other tasks may write the fields at the same time.
     unsafe fn read(limits: *const bindings::queue_limits) -> Self {
-        // SAFETY: By this function's safety requirements `limits` is valid. Each field is a word, which
-        // is never seen in part.
+        // SAFETY: By this function's safety requirements, `limits` is valid. Each field is a word,
+        // which is never read torn.
         unsafe {
             ChangeableLimits {
                 features: (&raw const (*limits).features).read_volatile(),
@@ -211,7 +234,8 @@ impl ChangeableLimits {
         limits.physical_block_size = self.physical_block_size;
     }
 
-    /// nbd.c's `nbd_apply_limits()`, and the block size, where one is given.
+    /// Applies `features` as `nbd_apply_limits()` of nbd.c does, and the block size if there is
+    /// one.
     fn with(mut self, features: Features, block_bytes: Option<u32>) -> Self {
         let mut bit = |on: bool, bit: u32| {
             if on {
@@ -240,9 +264,10 @@ impl ChangeableLimits {
     }
 }
 
-/// Whether the block layer takes blocks of `bytes` (`blk_validate_block_size()`).
+/// Returns whether the block layer supports blocks of this size, in bytes
+/// (`blk_validate_block_size()`).
 pub(crate) fn valid_block_size(bytes: usize) -> bool {
-    // With transparent huge pages the page cache takes blocks larger than a page.
+    // `BLK_MAX_BLOCK_SIZE`: with transparent huge pages, a block may be larger than a page.
     const MAX: usize = if cfg!(CONFIG_TRANSPARENT_HUGEPAGE) {
         64 << 10
     } else {

@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The block layer: disks, queues, requests.
+//! Wrappers for the block layer: disks, their queues and limits, blk-mq and its requests.
+//!
+//! Mirrors `kernel::block`, which (7.3) suffices for null_blk only; each file names what is missing
+//! there.
 
 pub(crate) mod disk;
 mod frozen;

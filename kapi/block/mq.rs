@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
-//! blk-mq: tag sets, and the operations of a driver.
+//! blk-mq: tag sets and the operations of a driver.
 //!
-//! Mirrors `kernel::block::mq`, which (7.3) has no timeout, no request direction, no access to a
-//! request's data and no blocking `queue_rq`. Source: `include/linux/blk-mq.h`,
-//! `Documentation/block/blk-mq.rst`.
+//! Mirrors `kernel::block::mq`, which (7.3) has no timeout operation, no hardware contexts, and no
+//! `queue_rq` that may sleep (`BLK_MQ_F_BLOCKING`). For its requests see [`super::request`].
+//!
+//! C header: [`include/linux/blk-mq.h`](srctree/include/linux/blk-mq.h)
+//!
+//! See also `Documentation/block/blk-mq.rst`.
 
 use super::request::{
     Handle,
@@ -24,25 +27,26 @@ use kernel::{
     types::Opaque, //
 };
 
-/// Proof of being inside an operation that the block layer called: its queue cannot be quiesced and
-/// frozen before it is over.
+/// Proof that an operation of a queue is running. The queue cannot be both quiesced and frozen
+/// until the operation returns.
 ///
 /// # Safety
 ///
-/// There must be no value of it, or reference to one, outside an operation of that queue.
+/// A value of this type, or a reference to one, must exist only while an operation of that queue
+/// runs.
 pub(crate) unsafe trait InQueue {
-    /// The queue.
+    /// Returns the queue.
     #[doc(hidden)]
     fn queue(&self) -> *mut bindings::request_queue;
 }
 
-/// Proof of being inside `queue_rq` or `commit_rqs`: the queue cannot be quiesced before it is over.
+/// Proof that `queue_rq` or `commit_rqs` is running. The queue cannot be quiesced until it returns.
 pub(crate) struct Dispatch<'a> {
     hctx: *mut bindings::blk_mq_hw_ctx,
     _call: PhantomData<&'a ()>,
 }
 
-// SAFETY: Only `VTable` makes one, and lends it to the operation.
+// SAFETY: Only `VTable` creates a `Dispatch`, and lends it to the operation.
 unsafe impl InQueue for Dispatch<'_> {
     fn queue(&self) -> *mut bindings::request_queue {
         // SAFETY: The hardware context is valid during the call.
@@ -51,116 +55,136 @@ unsafe impl InQueue for Dispatch<'_> {
 }
 
 impl Dispatch<'_> {
-    /// Which hardware queue it is.
+    /// Returns the number of the hardware queue.
     pub(crate) fn hw_queue(&self) -> u32 {
         // SAFETY: The hardware context is valid during the call.
         unsafe { (*self.hctx).queue_num }
     }
 
-    /// Has the hardware queue run again after `delay_ms`.
+    /// Runs the hardware queue again after `delay_ms` milliseconds.
     pub(crate) fn run_again(&self, delay_ms: u32) {
         // SAFETY: The hardware context is valid during the call.
         unsafe { bindings::blk_mq_delay_run_hw_queue(self.hctx, delay_ms as usize) };
     }
 }
 
-/// Proof of being inside `timeout`: the queue cannot be frozen before it is over.
+/// Proof that `timeout` is running. The queue cannot be frozen until it returns.
 pub(crate) struct Expiry<'a> {
     queue: *mut bindings::request_queue,
     _call: PhantomData<&'a ()>,
 }
 
-// SAFETY: Only `VTable` makes one, and lends it to the operation.
+// SAFETY: Only `VTable` creates an `Expiry`, and lends it to the operation.
 unsafe impl InQueue for Expiry<'_> {
     fn queue(&self) -> *mut bindings::request_queue {
         self.queue
     }
 }
 
-/// What the driver does about a request whose time is up.
+/// What the block layer is to do with a request that timed out (`enum blk_eh_timer_return`).
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum TimeoutStatus {
-    /// It goes on waiting: its timer starts again.
+    /// Restart the timer of the request, which stays in flight (`BLK_EH_RESET_TIMER`).
     ResetTimer,
-    /// It ends, or is requeued, soon or already: the block layer leaves it alone until it is started again
-    /// (`BLK_EH_DONE`). Flags of the request that the two would change at the same time are not atomic.
+    /// Leave the request alone until it is started again (`BLK_EH_DONE`): it has ended or been
+    /// requeued, or soon will be.
+    ///
+    /// To restart the timer of such a request would be a data race: the block layer and the driver
+    /// would both change its flags, which are not atomic.
     Done,
 }
 
-/// A driver's blk-mq operations. They may sleep (`BLK_MQ_F_BLOCKING`).
+/// The blk-mq operations of a driver.
+///
+/// # Context
+///
+/// All operations may sleep: the tag set has `BLK_MQ_F_BLOCKING`.
 pub(crate) trait Operations: Sized + Send + Sync + 'static {
-    /// A request to start. `last`: no other follows at once, or `commit_rqs` is called.
+    /// Starts or refuses a request. If `last` is false, another request follows at once, or
+    /// `commit_rqs` is called.
     fn queue_rq(&self, cx: &Dispatch<'_>, rq: NewRequest, last: bool) -> QueueStatus;
 
-    /// No other request follows at once, although the one before was not marked `last`.
+    /// Called when no other request follows, although the previous one was not marked `last`.
     fn commit_rqs(&self, cx: &Dispatch<'_>);
 
-    /// A request's time is up. It may have ended meanwhile. Returns whether its timer is to start again.
+    /// Called when a request has timed out. It may end at the same time.
     fn timeout(&self, cx: &Expiry<'_>, rq: TimedOutRequest<'_>) -> TimeoutStatus;
 }
 
-/// The C side of [`Operations`]. All queues that use it have a `*const T` as `queuedata` that is valid
-/// for as long as the queue is ([`super::gendisk::Disk`] sees to it).
+/// The C side of [`Operations`].
+///
+/// The `queuedata` of each queue that uses it is a `*const T`, which is valid as long as the queue.
+/// [`super::gendisk::Disk`] ensures that.
 struct VTable<T: Operations>(PhantomData<T>);
 
 impl<T: Operations> VTable<T> {
+    /// Returns the driver's data, and the proof that one of its operations runs.
+    ///
     /// # Safety
     ///
-    /// `hctx` must be a hardware context of a queue of [`super::gendisk::Disk<T>`].
+    /// `hctx` must be a hardware context of a queue of [`super::gendisk::Disk<T>`], passed to
+    /// `queue_rq` or `commit_rqs`. The returned values must not outlive that call.
     unsafe fn driver<'a>(hctx: *mut bindings::blk_mq_hw_ctx) -> (&'a T, Dispatch<'a>) {
         let cx = Dispatch {
             hctx,
             _call: PhantomData,
         };
-        // SAFETY: The caller promises that `queuedata` is a `*const T`.
+        // SAFETY: By this function's safety requirements and the type's documentation, `queuedata`
+        // is a valid `*const T`.
         (unsafe { &*(*cx.queue()).queuedata.cast::<T>() }, cx)
     }
 
-    /// `blk_mq_ops.queue_rq`
+    /// Implements `blk_mq_ops.queue_rq`.
     ///
     /// # Safety
     ///
-    /// `hctx` as for [`Self::driver()`]; `bd` must hold a request of it that was not started.
+    /// `hctx` as for [`Self::driver()`]. `bd` must be valid, and hold a request of the same queue
+    /// that was not started.
     unsafe extern "C" fn queue_rq(
         hctx: *mut bindings::blk_mq_hw_ctx,
         bd: *const bindings::blk_mq_queue_data,
     ) -> bindings::blk_status_t {
-        // SAFETY: blk-mq passes a hardware context of our queue, and a request for it.
+        // SAFETY: By this function's safety requirements. blk-mq passes a hardware context of this
+        // queue.
         let (driver, cx) = unsafe { Self::driver(hctx) };
-        // SAFETY: blk-mq passes a `bd` that is valid during the call, with a request in it.
+        // SAFETY: By this function's safety requirements, `bd` is valid during the call, and its
+        // request is not null.
         let (rq, last) = unsafe { (NonNull::new_unchecked((*bd).rq), (*bd).last) };
-        // INVARIANT: The request was passed to us and was not started.
+        // INVARIANT: blk-mq passed this request, which was not started.
         driver.queue_rq(&cx, NewRequest { rq }, last).0 .0
     }
 
-    /// `blk_mq_ops.commit_rqs`
+    /// Implements `blk_mq_ops.commit_rqs`.
     ///
     /// # Safety
     ///
     /// `hctx` as for [`Self::driver()`].
     unsafe extern "C" fn commit_rqs(hctx: *mut bindings::blk_mq_hw_ctx) {
-        // SAFETY: blk-mq passes a hardware context of our queue.
+        // SAFETY: By this function's safety requirements. blk-mq passes a hardware context of this
+        // queue.
         let (driver, cx) = unsafe { Self::driver(hctx) };
         driver.commit_rqs(&cx);
     }
 
-    /// `blk_mq_ops.timeout`
+    /// Implements `blk_mq_ops.timeout`.
     ///
     /// # Safety
     ///
-    /// `rq` must be a request of a queue of [`super::gendisk::Disk<T>`], referenced during the call.
+    /// `rq` must be a request of a queue of [`super::gendisk::Disk<T>`]. The caller must hold a
+    /// reference to both during the call.
     unsafe extern "C" fn timeout(rq: *mut bindings::request) -> bindings::blk_eh_timer_return {
-        // SAFETY: blk-mq passes a request of our queue and holds a reference to it and to the queue.
-        let (driver, queue, rq) = unsafe {
-            let queue = (*rq).q;
-            let driver = &*(*queue).queuedata.cast::<T>();
-            (driver, queue, NonNull::new_unchecked(rq))
-        };
+        // SAFETY: By this function's safety requirements, the request and its queue are valid.
+        let queue = unsafe { (*rq).q };
+        // SAFETY: By the type's documentation, `queuedata` is a `*const T` that is valid as long as
+        // the queue.
+        let driver = unsafe { &*(*queue).queuedata.cast::<T>() };
+        // SAFETY: By this function's safety requirements, the request is valid, so it is not null.
+        let rq = unsafe { NonNull::new_unchecked(rq) };
         let cx = Expiry {
             queue,
             _call: PhantomData,
         };
-        // INVARIANT: The request was passed to us.
+        // INVARIANT: blk-mq passed this request to `timeout`.
         let overdue = TimedOutRequest {
             rq,
             _call: PhantomData,
@@ -171,30 +195,31 @@ impl<T: Operations> VTable<T> {
         }
     }
 
-    /// `blk_mq_ops.complete`
+    /// Implements `blk_mq_ops.complete`.
     ///
     /// # Safety
     ///
-    /// `rq` must be a request that [`Handle::complete_remotely()`] has left to the block layer.
+    /// `rq` must be a request that [`Handle::complete_remotely()`] passed to the block layer.
     unsafe extern "C" fn complete(rq: *mut bindings::request) {
-        // SAFETY: `complete_remotely()` leaves only a request without handles to the block layer, which calls
-        // this once for it.
+        // SAFETY: `complete_remotely()` passes only requests without handles to the block layer,
+        // which calls this function once for each.
         unsafe { Handle::end_locally(NonNull::new_unchecked(rq)) };
     }
 
-    /// `blk_mq_ops.init_request`
+    /// Implements `blk_mq_ops.init_request`.
     ///
     /// # Safety
     ///
-    /// `rq` must be a new request of a [`TagSet`].
+    /// `rq` must be a newly allocated request of a [`TagSet`].
     unsafe extern "C" fn init_request(
         _set: *mut bindings::blk_mq_tag_set,
         rq: *mut bindings::request,
         _hctx: ffi::c_uint,
         _node: ffi::c_int,
     ) -> ffi::c_int {
-        // SAFETY: `cmd_size` bytes lie behind the request, enough for a `Pdu` and aligned for one: a
-        // request's size is a multiple of its alignment, which is that of a pointer.
+        // SAFETY: The request is followed by `cmd_size` bytes, which suffice for a `Pdu`. They are
+        // aligned for it: the size of a request is a multiple of its alignment, which is that of a
+        // pointer.
         unsafe { rq.add(1).cast::<Pdu>().write(Pdu::new()) };
         0
     }
@@ -209,11 +234,11 @@ impl<T: Operations> VTable<T> {
     };
 }
 
-/// A set of tags, and the requests that go with them.
+/// A set of tags and their requests.
 ///
 /// # Invariants
 ///
-/// `inner` was set up by `blk_mq_alloc_tag_set()`.
+/// `inner` was initialised by `blk_mq_alloc_tag_set()`.
 #[pin_data(PinnedDrop)]
 pub(crate) struct TagSet<T: Operations> {
     #[pin]
@@ -221,28 +246,33 @@ pub(crate) struct TagSet<T: Operations> {
     _driver: PhantomData<T>,
 }
 
-// SAFETY: The tag set's own locks protect it; it holds no `T`.
+// SAFETY: The tag set's own locks protect it, and it contains no `T`.
 unsafe impl<T: Operations> Send for TagSet<T> {}
-// SAFETY: What `&TagSet` offers is the address of the set, whose own locks protect it.
+// SAFETY: `&TagSet` only offers the address of the set, which its own locks protect.
 unsafe impl<T: Operations> Sync for TagSet<T> {}
 
 impl<T: Operations> TagSet<T> {
-    /// Tags for `hw_queues` hardware queues, `depth` for each. May sleep.
+    /// Creates a set for `hw_queues` hardware queues with `depth` tags each.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn new(hw_queues: u32, depth: u32) -> impl PinInit<Self, Error> {
+        let set = bindings::blk_mq_tag_set {
+            ops: &VTable::<T>::OPS,
+            nr_hw_queues: hw_queues,
+            queue_depth: depth,
+            numa_node: bindings::NUMA_NO_NODE,
+            cmd_size: size_of::<Pdu>() as u32,
+            flags: bindings::BLK_MQ_F_BLOCKING | bindings::BLK_MQ_F_NO_SCHED_BY_DEFAULT,
+            ..pin_init::zeroed()
+        };
         try_pin_init!(Self {
             inner <- Opaque::try_ffi_init(move |slot: *mut bindings::blk_mq_tag_set| {
-                // SAFETY: `slot` is ours to initialise, and it is pinned.
-                unsafe {
-                    slot.write(pin_init::zeroed());
-                    (*slot).ops = &VTable::<T>::OPS;
-                    (*slot).nr_hw_queues = hw_queues;
-                    (*slot).queue_depth = depth;
-                    (*slot).numa_node = bindings::NUMA_NO_NODE;
-                    (*slot).cmd_size = size_of::<Pdu>() as u32;
-                    (*slot).flags =
-                        bindings::BLK_MQ_F_BLOCKING | bindings::BLK_MQ_F_NO_SCHED_BY_DEFAULT;
-                    to_result(bindings::blk_mq_alloc_tag_set(slot))
-                }
+                // SAFETY: `slot` is valid for writes.
+                unsafe { slot.write(set) };
+                // SAFETY: The set has all values that it needs, and does not move from here on.
+                to_result(unsafe { bindings::blk_mq_alloc_tag_set(slot) })
             }),
             _driver: PhantomData,
         })
@@ -256,7 +286,8 @@ impl<T: Operations> TagSet<T> {
 #[pinned_drop]
 impl<T: Operations> PinnedDrop for TagSet<T> {
     fn drop(self: Pin<&mut Self>) {
-        // SAFETY: By the type invariant it was allocated; a disk that uses it goes before it does.
+        // SAFETY: By the type invariant, the set was allocated. A disk drops its reference to the
+        // set when it is freed itself, and no longer uses the set then.
         unsafe { bindings::blk_mq_free_tag_set(self.inner.get()) };
     }
 }

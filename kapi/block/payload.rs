@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The data of a request: its bios' memory, piece by piece. Source: `include/linux/bvec.h`.
+//! The data of a request: the memory of its bios, segment by segment.
+//!
+//! The `kernel` crate (7.3) gives no access to the data of a request.
+//!
+//! C header: [`include/linux/bvec.h`](srctree/include/linux/bvec.h)
 
 use super::request::{
     Side,
@@ -12,9 +16,9 @@ use kernel::prelude::*;
 ///
 /// # Invariants
 ///
-/// `bio` is null or one of the request's bios; `index` and `done_bytes` are a position in it as
-/// `struct bvec_iter` has it; `bio_left_bytes` are left in this bio from there, `left_bytes` in the
-/// request.
+/// - `bio` is null or one of the request's bios.
+/// - `index` and `done_bytes` are a position in that bio, as in `struct bvec_iter`.
+/// - From there, `bio_left_bytes` are left in the bio, and `left_bytes` in the request.
 #[derive(Clone, Copy)]
 struct Position {
     bio: *mut bindings::bio,
@@ -25,11 +29,12 @@ struct Position {
 }
 
 impl Position {
-    /// The start of `left_bytes` of data.
+    /// Creates the position at the start of `left_bytes` of data.
     ///
     /// # Safety
     ///
-    /// `bio` must be the first bio of a request that is in flight while the position is used.
+    /// `bio` must be the first bio of a request, which must be in flight as long as the position is
+    /// used.
     unsafe fn start(bio: *mut bindings::bio, left_bytes: usize) -> Self {
         let mut position = Position {
             bio,
@@ -44,14 +49,15 @@ impl Position {
         position
     }
 
-    /// Takes over the start position of the current bio.
+    /// Moves to the start of the current bio.
     fn enter_bio(&mut self) {
         if self.bio.is_null() {
             self.left_bytes = 0;
             return;
         }
-        // SAFETY: By the type invariant `bio` is one of the request's bios; the block layer does not
-        // advance it while the request is in flight. Its iterator is packed, so it is read by value.
+        // SAFETY: By the type invariant, `bio` is one of the request's bios, which the block layer
+        // does not change while the request is in flight. The iterator is packed, so it is read by
+        // value.
         unsafe {
             let iter = (&raw const (*self.bio).bi_iter).read_unaligned();
             self.index = iter.bi_idx as usize;
@@ -60,12 +66,13 @@ impl Position {
         }
     }
 
-    /// The piece of memory here, or `None` at the end.
+    /// Returns the contiguous piece of memory at this position, or `None` at the end.
     fn piece(&self) -> Option<bindings::bio_vec> {
         if self.left_bytes == 0 || self.bio_left_bytes == 0 {
             return None;
         }
-        // SAFETY: By the type invariant `index` is within the bio's vector while data is left in it.
+        // SAFETY: By the type invariant, `index` lies within the bio's vector while data is left in
+        // it.
         let vec = unsafe { &*(*self.bio).bi_io_vec.add(self.index) };
         Some(bindings::bio_vec {
             bv_page: vec.bv_page,
@@ -74,13 +81,13 @@ impl Position {
         })
     }
 
-    /// Moves on by `bytes`, which must lie within the current piece.
+    /// Moves on by `bytes`, which must not exceed the current piece.
     fn step(&mut self, bytes: u32) {
         self.left_bytes -= bytes as usize;
         self.bio_left_bytes -= bytes;
         self.done_bytes += bytes;
         if self.bio_left_bytes == 0 {
-            // SAFETY: By the type invariant `bio` is one of the request's bios.
+            // SAFETY: By the type invariant, `bio` is one of the request's bios.
             self.bio = unsafe { (*self.bio).bi_next };
             if self.left_bytes > 0 {
                 self.enter_bio();
@@ -96,18 +103,22 @@ impl Position {
     }
 }
 
-/// One side's handle of a request, and a position in the data that this side moves: that of a write for
-/// the side that sends, that of a read for the side that receives.
+/// A handle of a request, and a position in the data that this handle gives access to.
+///
+/// That is the data of a write for [`Unsent`](super::request::Unsent), and of a read for
+/// [`Unanswered`].
 pub(crate) struct Payload<S: Side> {
     side: S,
     position: Position,
 }
 
-// SAFETY: The bios belong to the request, whose handle this owns and which may be sent.
+// SAFETY: The bios belong to the request, which stays in flight through the handle. The handle is
+// `Send`.
 unsafe impl<S: Side + Send> Send for Payload<S> {}
 
 impl<S: Side> Payload<S> {
-    /// The request's data, from the start; none where this side has none to move.
+    /// Creates a payload at the start of the request's data. It is empty if this handle gives no
+    /// access to the data.
     pub(crate) fn new(side: S) -> Self {
         let extent = side.extent();
         let left_bytes = if extent.op == S::MOVES {
@@ -115,23 +126,23 @@ impl<S: Side> Payload<S> {
         } else {
             0
         };
-        // SAFETY: The request is in flight while this holds its handle, and it has the bios of so much data
-        // where it is a read or a write, which are all that are moved.
+        // SAFETY: The request is in flight as long as `side` exists. Only a read or a write has
+        // data here, and the bios of these hold `left_bytes`.
         let position = unsafe { Position::start((*side.rq().as_ptr()).bio, left_bytes) };
         Payload { side, position }
     }
 
-    /// What is left of the data.
+    /// Returns the number of bytes that are left.
     pub(crate) fn left_bytes(&self) -> usize {
         self.position.left_bytes
     }
 
-    /// The request's handle.
+    /// Returns the handle.
     pub(crate) fn into_side(self) -> S {
         self.side
     }
 
-    /// Moves on by `bytes`, at most to the end.
+    /// Moves on by `bytes`, but not beyond the end.
     pub(crate) fn advance(&mut self, mut bytes: usize) {
         while bytes > 0 {
             let Some(piece) = self.position.piece() else {
@@ -143,8 +154,10 @@ impl<S: Side> Payload<S> {
         }
     }
 
-    /// Calls `each` with the pieces from here on until it returns false or the data ends. Returns
-    /// whether the end was reached. The position stays.
+    /// Calls `each` with one piece of memory after the other, from the current position, until it
+    /// returns false or the data ends.
+    ///
+    /// Returns whether the end was reached. The position does not change.
     pub(in crate::kapi) fn for_each_piece(
         &self,
         mut each: impl FnMut(bindings::bio_vec) -> bool,
@@ -162,8 +175,10 @@ impl<S: Side> Payload<S> {
 }
 
 impl Payload<Unanswered> {
-    /// Fills at most `bytes` of the memory from here on and moves on by that. `copy` is given where to
-    /// copy to, how much came before, and how much is to come. Returns how much it was.
+    /// Fills up to `bytes` of memory from the current position, and moves on by that amount.
+    ///
+    /// The arguments of `copy` are: where to copy to, how much was copied before, and how much to
+    /// copy. Returns how much was filled.
     ///
     /// # Errors
     ///
@@ -178,21 +193,23 @@ impl Payload<Unanswered> {
             let Some(piece) = self.position.piece() else {
                 break;
             };
-            // A piece may span pages that follow one another.
+            // A piece may span several contiguous pages.
             let at = piece.bv_offset as usize;
             let in_page = at % bindings::PAGE_SIZE;
             let step = (bytes - done)
                 .min(piece.bv_len as usize)
                 .min(bindings::PAGE_SIZE - in_page);
-            // SAFETY: The piece lies within the data of a request in flight, which is a read, since this side
-            // moves no other data; the mapping is used within this block.
-            unsafe {
+            // SAFETY: The piece lies within the memory of a request in flight.
+            let mapped = unsafe {
                 let page = piece.bv_page.add(at / bindings::PAGE_SIZE);
-                let mapped = bindings::kmap_local_page(page).cast::<u8>();
-                let result = copy(mapped.add(in_page), done, step);
-                bindings::kunmap_local(mapped.cast());
-                result?;
-            }
+                bindings::kmap_local_page(page).cast::<u8>()
+            };
+            // SAFETY: The offset lies within the page. The request is a read, since this handle
+            // gives access to no other data, so `copy` may write to its memory.
+            let result = copy(unsafe { mapped.add(in_page) }, done, step);
+            // SAFETY: The page was mapped above, and `copy` has returned.
+            unsafe { bindings::kunmap_local(mapped.cast()) };
+            result?;
             self.position.step(step as u32);
             done += step;
         }

@@ -1,6 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What a queue's operations read without a lock or a count, because the block layer can wait for
-//! them.
+//! Pointers that blk-mq operations read without locks or reference counts.
+//!
+//! The block layer can wait for running operations: by quiescing the queue for `queue_rq` and
+//! `commit_rqs`, and by freezing it in addition for `timeout`. So a pointer is replaced first, and
+//! the object released only after such a wait, much as with RCU. The `kernel` crate (7.3) has
+//! nothing similar.
+//!
+//! C header: [`include/linux/blk-mq.h`](srctree/include/linux/blk-mq.h)
 
 use super::{
     disk::{
@@ -29,26 +35,29 @@ use kernel::{
     },
 };
 
-/// An `Arc` that the operations of one queue read without a lock or a count: it is taken away only
-/// while the queue is frozen and quiesced. (Frozen alone does not do: `queue_rq` may still run when its
-/// request has already ended. Quiesced alone does not either: it does not stop `timeout`.)
+/// An `Arc` that all operations of one queue can read without a lock or a reference count.
+///
+/// It can be taken back only while the queue is both frozen and quiesced. A frozen queue is not
+/// enough: `queue_rq` may still be running although its request has already ended. A quiesced queue
+/// is not enough either: that does not stop `timeout`.
 ///
 /// # Invariants
 ///
-/// `ptr` is null or came from `Arc::into_raw()`.
+/// `ptr` is null or was returned by `Arc::into_raw()`, whose reference this object owns.
 pub(crate) struct Published<T> {
     queue: QueueId,
     ptr: Atomic<*const T>,
     _owns: PhantomData<Arc<T>>,
 }
 
-// SAFETY: It owns an `Arc`, which every task may let go of; `queue` is only compared.
+// SAFETY: The object owns an `Arc<T>`, which is `Send`; `queue` is only compared.
 unsafe impl<T: Send + Sync> Send for Published<T> {}
-// SAFETY: Through `&Published` several tasks may have a `&T`, and get and give `Arc`s of it.
+// SAFETY: `&Published` gives several tasks access to `&T`, and lets them exchange `Arc<T>`s. Both
+// are allowed, as `T` is `Send` and `Sync`.
 unsafe impl<T: Send + Sync> Sync for Published<T> {}
 
 impl<T> Published<T> {
-    /// Nothing is published. For the operations of `queue`.
+    /// Creates an empty object for the operations of `queue`.
     pub(super) fn new(queue: QueueId) -> Self {
         Published {
             queue,
@@ -57,29 +66,32 @@ impl<T> Published<T> {
         }
     }
 
-    /// What is published, for as long as the operation runs; nothing for the operations of another queue.
+    /// Returns what is published, for as long as the operation runs; `None` also for an operation
+    /// of another queue.
     pub(crate) fn get<'a>(&'a self, cx: &'a impl InQueue) -> Option<&'a T> {
         if QueueId::new(cx.queue()) != self.queue {
             return None;
         }
         let ptr = self.ptr.load(Acquire);
-        // SAFETY: By the type invariant it is null or a live `Arc`'s. `self` is borrowed for `'a`, so it is
-        // not dropped with the `Arc`; and `retract()` takes that away only while the queue is frozen and
-        // quiesced, which it is not during `'a`, while an operation of it runs.
+        // SAFETY: By the type invariant, `ptr` is null or belongs to an `Arc`. This object and its
+        // `Arc` are not dropped during `'a`, as `self` is borrowed. `retract()` does not take the
+        // `Arc` during `'a` either: that requires the queue to be frozen and quiesced, which is
+        // impossible while an operation of it runs.
         unsafe { ptr.as_ref() }
     }
 
-    /// Publishes `value` where nothing is published; gives it back where something is.
+    /// Publishes `value` if nothing is published; otherwise returns it.
     pub(crate) fn publish(&self, value: Arc<T>) -> core::result::Result<(), Arc<T>> {
         let new = Arc::into_raw(value);
         match self.ptr.cmpxchg(core::ptr::null(), new, Full) {
             Ok(_) => Ok(()),
-            // SAFETY: `new` came from `Arc::into_raw()`, and was given to nobody.
+            // SAFETY: `new` was returned by `Arc::into_raw()` above, and was not published.
             Err(_) => Err(unsafe { Arc::from_raw(new) }),
         }
     }
 
-    /// Takes away what is published; nothing where another queue is frozen.
+    /// Takes back what is published. Returns `None` if nothing is published, or if another queue is
+    /// frozen.
     pub(crate) fn retract(&self, frozen: &Frozen<'_>) -> Option<Arc<T>> {
         if QueueId::new(frozen.queue()) != self.queue {
             return None;
@@ -88,8 +100,8 @@ impl<T> Published<T> {
         if old.is_null() {
             return None;
         }
-        // SAFETY: By the type invariant it came from `Arc::into_raw()`, and with its queue frozen and
-        // quiesced no operation looks at it.
+        // SAFETY: By the type invariant, `old` was returned by `Arc::into_raw()`. As its queue is
+        // frozen and quiesced, no operation uses it.
         Some(unsafe { Arc::from_raw(old) })
     }
 }
@@ -98,39 +110,43 @@ impl<T> Drop for Published<T> {
     fn drop(&mut self) {
         let old = self.ptr.load(Relaxed);
         if !old.is_null() {
-            // SAFETY: By the type invariant it came from `Arc::into_raw()`, and with exclusive access
-            // nobody looks at it.
+            // SAFETY: By the type invariant, `old` was returned by `Arc::into_raw()`. `&mut self`
+            // excludes other users.
             drop(unsafe { Arc::from_raw(old) });
         }
     }
 }
 
 impl QueueId {
-    /// Something that this queue's operations can read.
+    /// Creates an empty [`Published`] for the operations of this queue.
     pub(crate) fn published<T>(self) -> Published<T> {
         Published::new(self)
     }
 }
 
-/// An `Arc` that `queue_rq` and `commit_rqs` of one queue read without a lock or a count. Unlike
-/// [`Published`] it can be replaced while requests are in flight.
+/// An `Arc` that `queue_rq` and `commit_rqs` of one queue can read without a lock or a reference
+/// count.
+///
+/// Unlike [`Published`], it can be replaced while requests are in flight, but `timeout` cannot read
+/// it.
 ///
 /// # Invariants
 ///
-/// `ptr` came from `Arc::into_raw()`.
+/// `ptr` was returned by `Arc::into_raw()`, whose reference this object owns.
 pub(crate) struct Dispatched<T> {
     queue: QueueId,
     ptr: Atomic<*const T>,
     _owns: PhantomData<Arc<T>>,
 }
 
-// SAFETY: It owns an `Arc`, which every task may let go of; `queue` is only compared.
+// SAFETY: The object owns an `Arc<T>`, which is `Send`; `queue` is only compared.
 unsafe impl<T: Send + Sync> Send for Dispatched<T> {}
-// SAFETY: Through `&Dispatched` several tasks may have a borrowed `Arc`, and replace it.
+// SAFETY: `&Dispatched` lends the `Arc<T>` to several tasks, and lets them replace it. Both are
+// allowed, as `T` is `Send` and `Sync`.
 unsafe impl<T: Send + Sync> Sync for Dispatched<T> {}
 
 impl<T> Dispatched<T> {
-    /// For `queue_rq` and `commit_rqs` of `queue`.
+    /// Creates an object for `queue_rq` and `commit_rqs` of `queue`.
     pub(super) fn new(queue: QueueId, value: Arc<T>) -> Self {
         Dispatched {
             queue,
@@ -139,36 +155,43 @@ impl<T> Dispatched<T> {
         }
     }
 
-    /// What it is, for as long as the operation runs; nothing for the operations of another queue.
+    /// Returns the current value, for as long as the operation runs; `None` for an operation of
+    /// another queue.
     pub(crate) fn get<'a>(&'a self, cx: &'a Dispatch<'_>) -> Option<ArcBorrow<'a, T>> {
         if QueueId::new(cx.queue()) != self.queue {
             return None;
         }
         let ptr = self.ptr.load(Acquire);
-        // SAFETY: By the type invariant it is a live `Arc`'s. `self` is borrowed for `'a`, so it is not
-        // dropped with the `Arc`; and `replace()` lets go of that only after the queue was quiesced, which
-        // it is not during `'a`, while a dispatch runs that saw it.
+        // SAFETY: By the type invariant, `ptr` belongs to an `Arc`. This object and its `Arc` are
+        // not dropped during `'a`, as `self` is borrowed. `replace()` drops the `Arc` only after
+        // the queue was quiesced, which is impossible during `'a`, while a dispatch runs that has
+        // read `ptr`.
         Some(unsafe { ArcBorrow::from_raw(ptr) })
     }
 
-    /// Replaces it. `disk` is the one whose dispatches read it. Waits until none of them looks at what it
-    /// was. May sleep.
+    /// Replaces the value, and waits until no operation uses the old one. `disk` must be the disk
+    /// whose operations read it.
     ///
     /// # Errors
     ///
-    /// `EINVAL` where it is another disk; then nothing was replaced.
+    /// `EINVAL` if it is another disk; nothing was replaced then.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn replace(&self, disk: &DiskRef, value: Arc<T>) -> Result {
         let queue = disk.queue();
         if QueueId::new(queue) != self.queue {
             return Err(EINVAL);
         }
         let old = self.ptr.xchg(Arc::into_raw(value), Full);
-        // SAFETY: The disk's queue is valid. When this returns, no dispatch runs that began before.
+        // SAFETY: The queue of a `DiskRef` is valid. When this returns, every dispatch that began
+        // before has ended.
         unsafe { bindings::blk_mq_quiesce_queue(queue) };
-        // SAFETY: It was quiesced just now.
+        // SAFETY: The queue was quiesced above.
         unsafe { bindings::blk_mq_unquiesce_queue(queue) };
-        // SAFETY: By the type invariant it came from `Arc::into_raw()`, and no dispatch runs any more that
-        // saw it.
+        // SAFETY: By the type invariant, `old` was returned by `Arc::into_raw()`. No dispatch that
+        // has read it is still running.
         drop(unsafe { Arc::from_raw(old) });
         Ok(())
     }
@@ -176,14 +199,14 @@ impl<T> Dispatched<T> {
 
 impl<T> Drop for Dispatched<T> {
     fn drop(&mut self) {
-        // SAFETY: By the type invariant it came from `Arc::into_raw()`, and with exclusive access
-        // nobody looks at it.
+        // SAFETY: By the type invariant, the pointer was returned by `Arc::into_raw()`. `&mut self`
+        // excludes other users.
         drop(unsafe { Arc::from_raw(self.ptr.load(Relaxed)) });
     }
 }
 
 impl DiskRef {
-    /// Something that this disk's dispatches can read.
+    /// Creates a [`Dispatched`] for this disk's `queue_rq` and `commit_rqs`.
     pub(crate) fn dispatched<T>(&self, value: Arc<T>) -> Dispatched<T> {
         Dispatched::new(QueueId::new(self.queue()), value)
     }

@@ -1,7 +1,32 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Requests, from `queue_rq` to their end.
 //!
-//! Source: `include/linux/blk-mq.h`.
+//! # The two handles of a request
+//!
+//! A server may answer a write before it has read all of its data, and a reply may arrive while the
+//! request's connection is being shut down. The block layer must not free the pages of a request
+//! before both its transmission and its answer are settled. So [`NewRequest::start()`] splits a
+//! request into two handles, which a counter in the request's private data counts:
+//!
+//! - [`Unsent`] belongs to the code that sends the request. It is held until the last byte was
+//!   passed to the socket, or until the connection is dead and nothing more can be sent. Its holder
+//!   drops it if everything was sent, and calls [`Unsent::overrule()`] if not.
+//! - [`Unanswered`] belongs to the code that decides how the request ends: the receiver of the
+//!   reply, or the code that gives the request up. Its holder calls [`Unanswered::finish()`]. If it
+//!   is dropped instead, the request fails with `BLK_STS_IOERR`.
+//!
+//! When both handles are gone, the request ends: it is completed with a status, or requeued to be
+//! dispatched again. The outcome is that of `overrule()` if it was called, otherwise that of
+//! `finish()`, whichever call came first.
+//!
+//! A handle is consumed when its holder is done, so a request cannot be ended twice. It can be lost
+//! only if a handle is leaked. Only `Unsent` gives access to the data of a write, to send it, and
+//! only `Unanswered` to the memory of a read, to receive into it (see [`super::payload`]).
+//!
+//! Mirrors `kernel::block::mq::Request`, which (7.3) is reference-counted, ends only successfully,
+//! cannot be requeued, and shows neither its operation nor its position, length and tag.
+//!
+//! C header: [`include/linux/blk-mq.h`](srctree/include/linux/blk-mq.h)
 
 use crate::kapi::{
     bindings,
@@ -22,26 +47,28 @@ use kernel::{
     },
 };
 
-/// A block layer status (`blk_status_t`).
+/// A status of the block layer (`blk_status_t`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Status(pub(super) u8);
 
 impl Status {
     pub(crate) const OK: Status = Status(bindings::BLK_STS_OK as u8);
-    /// `EOPNOTSUPP`.
+    /// The operation is not supported (`EOPNOTSUPP`).
     pub(crate) const NOTSUPP: Status = Status(bindings::BLK_STS_NOTSUPP);
-    /// `ENOSPC`.
+    /// There is no space left (`ENOSPC`).
     pub(crate) const NOSPC: Status = Status(bindings::BLK_STS_NOSPC);
-    /// `EREMOTEIO`: the target refused.
+    /// The target failed the request (`EREMOTEIO`).
     pub(crate) const TARGET: Status = Status(bindings::BLK_STS_TARGET);
-    /// `EIO`.
+    /// An I/O error (`EIO`).
     pub(crate) const IOERR: Status = Status(bindings::BLK_STS_IOERR);
-    /// Not an end: the block layer keeps the request until the queue runs again, which the driver
-    /// sees to ([`Dispatch::run_again()`](super::mq::Dispatch::run_again)).
+    /// The request cannot be started yet. This does not end it: the block layer keeps it until the
+    /// queue runs again, which the driver must ensure
+    /// ([`Dispatch::run_again()`](super::mq::Dispatch::run_again)).
     pub(crate) const DEV_RESOURCE: Status = Status(bindings::BLK_STS_DEV_RESOURCE);
 }
 
-/// What a request asks for (`enum req_op`, as far as a disk without zones gets it).
+/// The operation of a request (`enum req_op`). Those that a disk without zones does not get are
+/// `Other`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Op {
     Read,
@@ -53,7 +80,7 @@ pub(crate) enum Op {
 }
 
 impl Op {
-    /// Whether the operation changes the medium (`op_is_write()`, for which a flush does not).
+    /// Returns whether the operation changes the medium (`op_is_write()`). A flush does not.
     pub(crate) fn is_write(self) -> bool {
         matches!(self, Op::Write | Op::Discard | Op::WriteZeroes)
     }
@@ -62,14 +89,15 @@ impl Op {
 /// How a request ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// It is over, with this status.
+    /// The request is completed with this status.
     Complete(Status),
-    /// The block layer shall dispatch it again.
+    /// The request is requeued, and the block layer dispatches it again.
     Requeue,
 }
 
 impl Outcome {
-    /// As [`Pdu`] keeps it: a `blk_status_t`, or [`REQUEUE`].
+    /// Converts the outcome to the form in which [`Pdu`] stores it: a `blk_status_t` or
+    /// [`REQUEUE`].
     fn pack(self) -> u32 {
         match self {
             Outcome::Complete(status) => u32::from(status.0),
@@ -78,21 +106,21 @@ impl Outcome {
     }
 }
 
-/// The driver's private data in each request.
+/// The driver's private data in each request (`blk_mq_rq_to_pdu()`).
 pub(super) struct Pdu {
-    /// [`Handle`]s. The last one that goes ends the request.
+    /// The number of [`Handle`]s that exist. Dropping the last one ends the request.
     handles: Atomic<i32>,
-    /// How it ends, as its [`Unanswered`] says: see [`Outcome::pack()`].
+    /// The outcome set by [`Unanswered`]; see [`Outcome::pack()`].
     outcome: Atomic<u32>,
-    /// How it ends all the same, as its [`Unsent`] says, where that is not [`NOT_OVERRULED`].
+    /// The outcome set by [`Unsent`], which takes precedence, or [`NOT_OVERRULED`].
     overruled: Atomic<u32>,
-    /// The next one in a list of requests that wait to be sent.
+    /// The next request in a list of requests that are waiting to be sent.
     next: Atomic<*mut bindings::request>,
 }
 
-/// [`Outcome::Requeue`], beyond every `blk_status_t`.
+/// [`Outcome::Requeue`] in packed form. It is larger than any `blk_status_t`.
 const REQUEUE: u32 = 1 << 8;
-/// `overruled` while [`Unsent`] has said nothing.
+/// The value of `overruled` unless [`Unsent::overrule()`] was called.
 const NOT_OVERRULED: u32 = 1 << 9;
 
 impl Pdu {
@@ -105,7 +133,7 @@ impl Pdu {
         }
     }
 
-    /// How the request ends. Both sides have said what they had to.
+    /// Returns the packed outcome. Both handles must be gone.
     fn final_outcome(&self) -> u32 {
         match self.overruled.load(Relaxed) {
             NOT_OVERRULED => self.outcome.load(Relaxed),
@@ -114,35 +142,39 @@ impl Pdu {
     }
 }
 
-/// A request that `queue_rq` was given and that has not been started.
+/// A request that was passed to `queue_rq` and has not been started.
 ///
 /// # Invariants
 ///
-/// `rq` was passed to `queue_rq`, and neither has it been started nor has `queue_rq` returned.
+/// `rq` was passed to `queue_rq`, which has not returned yet. It has not been started.
 pub(crate) struct NewRequest {
     pub(super) rq: NonNull<bindings::request>,
 }
 
-/// One of the two handles of a request in flight. When both are gone it ends.
+/// One of the two handles of a request in flight; see the module's documentation.
 ///
 /// # Invariants
 ///
-/// `rq` was started and has not ended, and this handle is counted in its `Pdu::handles`.
+/// `rq` was started and has not ended. `Pdu::handles` includes this handle.
 pub(super) struct Handle {
     rq: NonNull<bindings::request>,
 }
 
-/// The transmit side's handle of a request: as long as it exists the request's data may be sent.
-/// Dropping it says that everything was sent.
+/// The transmit side's handle: while it exists, the request's data may be sent.
+///
+/// Dropping it means that everything was sent.
 pub(crate) struct Unsent(Handle);
 
-/// The other handle of a request, for whoever decides how it ends: who has the answer, or gives it up.
+/// The handle of the code that decides how the request ends.
+///
 /// Dropping it without a decision fails the request.
 pub(crate) struct Unanswered(Handle);
 
-/// What became of a request in `queue_rq`: only the request itself makes one.
+/// What `queue_rq` returns to the block layer. Only a [`NewRequest`] creates it, by being started
+/// or refused.
 ///
-/// It stays in the task: it must not be what `queue_rq` says of another request.
+/// It is not `Send`, since `queue_rq` must not return the status of a request that another task was
+/// given.
 pub(crate) struct QueueStatus(pub(super) Status, PhantomData<*mut ()>);
 
 impl QueueStatus {
@@ -151,7 +183,8 @@ impl QueueStatus {
     }
 }
 
-/// Where a request asks for what.
+/// The operation of a request, its position and length, and those of its flags that matter to the
+/// driver.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Extent {
     pub(crate) op: Op,
@@ -161,13 +194,15 @@ pub(crate) struct Extent {
     pub(crate) nounmap: bool,
 }
 
+/// Reads the extent of a request.
+///
 /// # Safety
 ///
-/// `rq` must point to a request that cannot be freed or given to somebody else during the call.
+/// `rq` must point to a request that is not freed, or given to another driver, during the call.
 unsafe fn extent(rq: NonNull<bindings::request>) -> Extent {
-    // SAFETY: The caller promises that `rq` is valid. These fields do not change while the driver has it. One
-    // that the timeout handler was given may end meanwhile, which changes them; what is read then is for the
-    // log only.
+    // SAFETY: By this function's safety requirements, `rq` is valid. While the driver owns it,
+    // these fields do not change. A request that timed out may end at the same time, which changes
+    // them; what is read then is only logged.
     let (cmd_flags, sector, len_bytes) = unsafe {
         let rq = rq.as_ptr();
         (
@@ -194,43 +229,47 @@ unsafe fn extent(rq: NonNull<bindings::request>) -> Extent {
     }
 }
 
+/// Returns the private data of a request.
+///
 /// # Safety
 ///
-/// `rq` must point to a request of a tag set of [`TagSet`](super::mq::TagSet), for as long as `'a`.
+/// `rq` must point to a request of a [`TagSet`](super::mq::TagSet) that exists during `'a`.
 unsafe fn pdu<'a>(rq: NonNull<bindings::request>) -> &'a Pdu {
-    // SAFETY: blk-mq allocates `cmd_size` bytes behind each request (`blk_mq_rq_to_pdu()` is that
-    // address), and `init_request` wrote a `Pdu` there. It consists of atomics, so sharing is fine.
+    // SAFETY: By this function's safety requirements, the request is followed by a `Pdu` (see
+    // `blk_mq_rq_to_pdu()`), which `init_request` wrote. It consists of atomics, so it may be
+    // shared.
     unsafe { &*rq.as_ptr().add(1).cast::<Pdu>() }
 }
 
 impl NewRequest {
-    /// What it asks for.
+    /// Returns the extent of the request.
     pub(crate) fn extent(&self) -> Extent {
-        // SAFETY: By the type invariant the driver holds the request.
+        // SAFETY: By the type invariant, the driver owns the request.
         unsafe { extent(self.rq) }
     }
 
-    /// Its tag, unique within its hardware queue.
+    /// Returns the tag, which is unique within the hardware queue.
     pub(crate) fn tag(&self) -> u32 {
-        // SAFETY: By the type invariant the driver holds the request, which has a driver tag.
+        // SAFETY: By the type invariant, the driver owns the request, which has a driver tag.
         unsafe { (*self.rq.as_ptr()).tag as u32 }
     }
 
-    /// Leaves it to the block layer, which ends it with `status`.
+    /// Leaves the request to the block layer, which ends it with `status`, or keeps it if that is
+    /// [`Status::DEV_RESOURCE`].
     pub(crate) fn refuse(self, status: Status) -> QueueStatus {
         QueueStatus::new(status)
     }
 
-    /// Starts it, and with it its timer.
+    /// Starts the request and its timer (`blk_mq_start_request()`), and returns its two handles.
     pub(crate) fn start(self) -> (Unsent, Unanswered, QueueStatus) {
-        // SAFETY: By the type invariant the driver holds the request, which is of a tag set of ours.
+        // SAFETY: By the type invariant, the driver owns the request. It belongs to a `TagSet`.
         let pdu = unsafe { pdu(self.rq) };
         pdu.outcome.store(u32::from(Status::IOERR.0), Relaxed);
         pdu.overruled.store(NOT_OVERRULED, Relaxed);
         pdu.handles.store(2, Release);
-        // SAFETY: By the type invariant the driver holds the request and it was not started.
+        // SAFETY: By the type invariant, the driver owns the request, which has not been started.
         unsafe { bindings::blk_mq_start_request(self.rq.as_ptr()) };
-        // INVARIANT: It was started just now, and two handles are counted.
+        // INVARIANT: The request was started above, and its count of handles set to two.
         (
             Unsent(Handle { rq: self.rq }),
             Unanswered(Handle { rq: self.rq }),
@@ -239,38 +278,38 @@ impl NewRequest {
     }
 }
 
-// SAFETY: A request may be worked on from any task.
+// SAFETY: Any task may work on a request in flight, and end it.
 unsafe impl Send for Handle {}
-// SAFETY: What `&Handle` offers reads fields that do not change while the request is in flight.
+// SAFETY: `&Handle` only allows reading fields that do not change while the request is in flight.
 unsafe impl Sync for Handle {}
 
-/// Keeps [`Side`] to the two types below.
+/// Keeps code outside of this file from implementing [`Side`].
 mod sealed {
     use super::{bindings, NonNull};
 
-    /// What has a handle.
+    /// A type that contains a handle.
     pub(crate) trait HasHandle {
-        /// The request of the handle, which is in flight as long as `self` lives.
+        /// Returns the handle's request, which is in flight as long as `self` exists.
         fn rq(&self) -> NonNull<bindings::request>;
     }
 }
 use sealed::HasHandle;
 
-/// One of the two sides of a request in flight.
+/// One of the two handles, [`Unsent`] or [`Unanswered`].
 pub(crate) trait Side: HasHandle {
-    /// Of which operation it may touch the data: to send, or to receive.
+    /// The operation to whose data this handle gives access.
     const MOVES: Op;
 
-    /// What the request asks for.
+    /// Returns the extent of the request.
     fn extent(&self) -> Extent {
-        // SAFETY: By the invariant of `Handle` the request is in flight while `self` lives.
+        // SAFETY: By the invariant of `Handle`, the request is in flight as long as `self` exists.
         unsafe { extent(self.rq()) }
     }
 
-    /// The request's hardware queue and its tag.
+    /// Returns the number of the request's hardware queue, and its tag.
     fn tag(&self) -> (u32, u32) {
-        // SAFETY: By the invariant of `Handle` the request is in flight while `self` lives; the hardware
-        // context lives as long as the queue has requests.
+        // SAFETY: By the invariant of `Handle`, the request is in flight as long as `self` exists.
+        // The hardware context lives as long as the queue has requests.
         unsafe {
             let rq = self.rq().as_ptr();
             ((*(*rq).mq_hctx).queue_num, (*rq).tag as u32)
@@ -299,25 +338,25 @@ impl HasHandle for Unanswered {
 }
 
 impl Unsent {
-    /// The request was not wholly sent: it ends with `outcome`, whatever the other side has said or will
-    /// say.
+    /// Sets the outcome of a request that was not completely sent. It takes precedence over that of
+    /// the other handle, whichever is set first.
     pub(crate) fn overrule(self, outcome: Outcome) {
         self.0.pdu().overruled.store(outcome.pack(), Relaxed);
     }
 }
 
 impl Unanswered {
-    /// Says how the request ends, and lets go of it.
+    /// Sets the outcome of the request, and drops the handle.
     pub(crate) fn finish(self, outcome: Outcome) {
         self.0.pdu().outcome.store(outcome.pack(), Relaxed);
     }
 
-    /// Whether its reply is to be forgotten, since somebody tests what happens then
-    /// (`blk_should_fake_timeout()`).
+    /// Returns whether to ignore the reply to this request, because fault injection simulates a
+    /// timeout (`blk_should_fake_timeout()`).
     #[cfg(CONFIG_FAIL_IO_TIMEOUT)]
     pub(crate) fn should_fake_timeout(&self) -> bool {
-        // SAFETY: By the invariant of `Handle` the request is in flight, so its queue is valid; its flags
-        // are looked at without a lock in C too.
+        // SAFETY: By the invariant of `Handle`, the request is in flight, so its queue is valid.
+        // The C code reads the flags without a lock, too.
         unsafe {
             let queue = (*self.rq().as_ptr()).q;
             let flags = (&raw const (*queue).queue_flags).read_volatile();
@@ -326,7 +365,7 @@ impl Unanswered {
         }
     }
 
-    /// Never: the kernel was built without fault injection.
+    /// Returns false: the kernel was built without this fault injection.
     #[cfg(not(CONFIG_FAIL_IO_TIMEOUT))]
     pub(crate) fn should_fake_timeout(&self) -> bool {
         false
@@ -335,72 +374,86 @@ impl Unanswered {
 
 impl Handle {
     fn pdu(&self) -> &Pdu {
-        // SAFETY: By the type invariant the request is in flight, and only requests of our tag sets are
-        // started.
+        // SAFETY: By the type invariant, the request is in flight. It belongs to a `TagSet`, as
+        // each request that was started does.
         unsafe { pdu(self.rq) }
     }
 
-    /// Ends the request, or has the block layer end it on the CPU that it came from.
+    /// Ends the request as its handles decided: requeues it, or completes it on this CPU or on the
+    /// one that submitted it.
     ///
     /// # Safety
     ///
-    /// No handle may be left.
+    /// The request must have been started and not ended, and it must have no handles left. The
+    /// caller must not use it afterwards.
     unsafe fn end(rq: NonNull<bindings::request>) {
-        // SAFETY: The request is the driver's until the calls below, and there is no handle through
-        // which anybody else could end it.
-        unsafe {
-            if pdu(rq).final_outcome() == REQUEUE {
-                bindings::blk_mq_requeue_request(rq.as_ptr(), true);
-            } else if !Self::complete_remotely(rq) {
-                Self::end_locally(rq);
-            }
+        // SAFETY: By this function's safety requirements, the request is valid.
+        if unsafe { pdu(rq) }.final_outcome() == REQUEUE {
+            // SAFETY: By this function's safety requirements, the request was started and not
+            // ended.
+            unsafe { bindings::blk_mq_requeue_request(rq.as_ptr(), true) };
+            return;
+        }
+        // SAFETY: By this function's safety requirements.
+        let completes_remotely = unsafe { Self::complete_remotely(rq) };
+        if !completes_remotely {
+            // SAFETY: By this function's safety requirements. The request was not left to the block
+            // layer, and its outcome is not a requeue.
+            unsafe { Self::end_locally(rq) };
         }
     }
 
-    /// Where `rq_affinity` is 2 and this is not the CPU that the request came from, has the block layer
-    /// end it there (`complete`). Returns whether it does.
+    /// Leaves the request to the block layer to be completed on the CPU that submitted it
+    /// (`blk_mq_ops.complete`), if `rq_affinity` is 2 and this is another CPU.
+    ///
+    /// Returns whether it did.
     ///
     /// # Safety
     ///
-    /// As for [`Self::end()`]. The request is the block layer's where this returns true.
+    /// As for [`Self::end()`], but the caller still owns the request if this returns false.
     unsafe fn complete_remotely(rq: NonNull<bindings::request>) -> bool {
-        // SAFETY: The request is the driver's, so its queue is valid; its flags are looked at without a
-        // lock in C too.
+        // SAFETY: By this function's safety requirements, the request is in flight, so its queue is
+        // valid. The C code reads the flags without a lock, too.
+        let flags = unsafe { (&raw const (*(*rq.as_ptr()).q).queue_flags).read_volatile() };
+        if flags & (1 << bindings::QUEUE_FLAG_SAME_FORCE) == 0 {
+            return false;
+        }
+        // SAFETY: By this function's safety requirements, the request is valid.
         unsafe {
-            let flags = (&raw const (*(*rq.as_ptr()).q).queue_flags).read_volatile();
-            flags & (1 << bindings::QUEUE_FLAG_SAME_FORCE) != 0
-                && bindings::blk_mq_rq_cpu(rq.as_ptr()) != CpuId::current().as_u32()
+            bindings::blk_mq_rq_cpu(rq.as_ptr()) != CpuId::current().as_u32()
                 && bindings::blk_mq_complete_request_remote(rq.as_ptr())
         }
     }
 
-    /// Ends the request, which is not to be requeued.
+    /// Completes the request on this CPU. Its outcome must not be a requeue.
     ///
     /// # Safety
     ///
     /// As for [`Self::end()`].
     pub(super) unsafe fn end_locally(rq: NonNull<bindings::request>) {
-        // SAFETY: No handle is left, so the request is nobody else's.
+        // SAFETY: By this function's safety requirements, the request is valid, and nothing else
+        // uses it.
         let status = unsafe { pdu(rq) }.final_outcome();
-        // SAFETY: The request was started, nobody else can end it, and it is not to be requeued, so what
-        // it ends with is a status.
+        // SAFETY: By this function's safety requirements, the request was started and not ended.
+        // Its outcome is not a requeue, so it is a status.
         unsafe { bindings::blk_mq_end_request(rq.as_ptr(), status as u8) };
     }
 }
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        // By the type invariant this handle is counted. Whoever ends the request sees what both sides
-        // have said: this orders it.
+        // By the type invariant, this handle is counted. The decrement is fully ordered, so the
+        // task that ends the request observes the outcome that each handle set.
         if self.pdu().handles.fetch_sub(1, Full) == 1 {
-            // SAFETY: This was the last handle.
+            // SAFETY: This was the last handle of a request in flight.
             unsafe { Self::end(self.rq) };
         }
     }
 }
 
-// SAFETY: The pointer comes back as it was, and the place for the next one belongs to whoever has the
-// one `Unsent` that a request has. Requests are aligned to more than a byte.
+// SAFETY: The pointer is returned unchanged. A request has only one `Unsent`, so whoever holds that
+// is the only user of the place for the next pointer. A request is aligned to more than one byte,
+// so its address is even.
 unsafe impl Linked for Unsent {
     type Raw = bindings::request;
 
@@ -409,29 +462,31 @@ unsafe impl Linked for Unsent {
     }
 
     unsafe fn from_raw(raw: *mut bindings::request) -> Self {
-        // SAFETY: The caller has it from `into_raw()`, where it was not null.
+        // SAFETY: By this function's safety requirements, `raw` was returned by `into_raw()`, and
+        // so is not null.
         let rq = unsafe { NonNull::new_unchecked(raw) };
-        // INVARIANT: The handle that `into_raw()` has given up is still counted.
+        // INVARIANT: The handle that `into_raw()` gave up is still counted.
         Unsent(Handle { rq })
     }
 
     unsafe fn next<'a>(raw: *mut bindings::request) -> &'a Atomic<*mut bindings::request> {
-        // SAFETY: The caller has it from `into_raw()`, and its handle keeps the request in flight.
+        // SAFETY: By this function's safety requirements, `raw` was returned by `into_raw()`. The
+        // handle that this gave up keeps the request in flight.
         unsafe { &pdu(NonNull::new_unchecked(raw)).next }
     }
 }
 
-/// Room for one parked [`Unanswered`] handle.
+/// A place for one [`Unanswered`], where it waits for whoever will decide.
 ///
 /// # Invariants
 ///
-/// `ptr` is null or owns one handle.
+/// `ptr` is null, or a request of which this object owns the `Unanswered` handle.
 pub(crate) struct Parked {
     ptr: Atomic<*mut bindings::request>,
 }
 
 impl Parked {
-    /// Nothing is parked.
+    /// Creates an empty place.
     pub(crate) fn empty() -> Self {
         Parked {
             ptr: Atomic::new(core::ptr::null_mut()),
@@ -439,11 +494,11 @@ impl Parked {
     }
 
     fn exchange(&self, new: *mut bindings::request) -> Option<Unanswered> {
-        // INVARIANT: Ownership of what was parked moves to the value returned here.
+        // INVARIANT: The ownership of the handle in `ptr` moves to the returned value.
         NonNull::new(self.ptr.xchg(new, Full)).map(|rq| Unanswered(Handle { rq }))
     }
 
-    /// Parks a handle; gives back what was there before.
+    /// Puts a handle in, and returns the one that was there before.
     pub(crate) fn put(&self, request: Unanswered) -> Option<Unanswered> {
         self.exchange(ManuallyDrop::new(request).0.rq.as_ptr())
     }
@@ -460,37 +515,40 @@ impl Drop for Parked {
     }
 }
 
-/// A request whose time is up. The block layer holds a reference, so its tag is not given away, but
-/// it may have ended meanwhile.
+/// A request that has timed out.
+///
+/// The block layer holds a reference to it, so its tag is not reused, but it may end at the same
+/// time.
 ///
 /// # Invariants
 ///
-/// `rq` was passed to `timeout`, which has not returned.
+/// `rq` was passed to `timeout`, which has not returned yet.
 pub(crate) struct TimedOutRequest<'a> {
     pub(super) rq: NonNull<bindings::request>,
     pub(super) _call: PhantomData<&'a ()>,
 }
 
 impl TimedOutRequest<'_> {
-    /// What it asks for.
+    /// Returns the extent of the request. It is only reliable enough for a log, since the request
+    /// may end.
     pub(crate) fn extent(&self) -> Extent {
-        // SAFETY: By the type invariant the block layer holds a reference.
+        // SAFETY: By the type invariant, the block layer holds a reference to the request.
         unsafe { extent(self.rq) }
     }
 
-    /// Its hardware queue and its tag.
+    /// Returns the number of the request's hardware queue, and its tag.
     pub(crate) fn tag(&self) -> (u32, u32) {
-        // SAFETY: By the type invariant the block layer holds a reference, which keeps the tag; the hardware
-        // context lives as long as the queue has requests.
+        // SAFETY: By the type invariant, the block layer holds a reference to the request, which
+        // keeps its tag. The hardware context lives as long as the queue has requests.
         unsafe {
             let rq = self.rq.as_ptr();
             ((*(*rq).mq_hctx).queue_num, (*rq).tag as u32)
         }
     }
 
-    /// How long it may take, in jiffies.
+    /// Returns the time after which the request timed out, in jiffies.
     pub(crate) fn timeout_jiffies(&self) -> u32 {
-        // SAFETY: By the type invariant the block layer holds a reference.
+        // SAFETY: By the type invariant, the block layer holds a reference to the request.
         unsafe { (*self.rq.as_ptr()).timeout }
     }
 }
