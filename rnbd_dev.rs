@@ -74,7 +74,7 @@ pub(crate) struct Layout {
 
 /// Where devices go that are no longer wanted.
 pub(crate) trait Remover: Send + Sync {
-    /// Some device is unwanted: has it removed, soon. The caller may hold the device's locks.
+    /// Some device is dying: has it removed, soon. The caller may hold the device's locks.
     fn remove_later(self: Arc<Self>);
 }
 
@@ -101,9 +101,9 @@ pub(crate) struct Usage {
     /// Somebody asked for a disconnect since the device was made (`NBD_DISCONNECT_REQUESTED`).
     pub(crate) disconnect_requested: bool,
     /// It is to be removed: nobody may use it again.
-    unwanted: bool,
+    dying: bool,
     /// Somebody removes it.
-    removing: bool,
+    removal_started: bool,
 }
 
 /// See the module's documentation: the disk, and with it the driver's part.
@@ -131,7 +131,7 @@ pub(crate) struct Nbd {
     state: Mutex<State>,
     /// Notified when [`State::starting`] is cleared.
     #[pin]
-    settled: CondVar,
+    starting_wait: CondVar,
     /// Taken with or without `state`.
     #[pin]
     pub(crate) usage: SpinLock<Usage>,
@@ -177,7 +177,7 @@ pub(crate) fn add(
             backend <- new_mutex!(None),
             session: queue.published(),
             state <- new_mutex!(state),
-            settled <- new_condvar!(),
+            starting_wait <- new_condvar!(),
             usage <- new_spinlock!(Usage::default()),
         })
     })
@@ -227,7 +227,7 @@ impl Device {
     /// Whether nobody uses it and it is not about to go.
     pub(crate) fn is_unused(&self) -> bool {
         let usage = self.usage.lock();
-        !usage.in_use && !usage.destroy_on_disconnect && !usage.unwanted
+        !usage.in_use && !usage.destroy_on_disconnect && !usage.dying
     }
 
     /// Whether somebody uses it, as the status says.
@@ -236,21 +236,21 @@ impl Device {
     }
 
     /// Whether it is to be removed: now, or when it is closed after the disconnect that was asked for.
-    pub(crate) fn is_going(&self) -> bool {
+    pub(crate) fn is_going_down(&self) -> bool {
         let usage = self.usage.lock();
-        usage.unwanted || (usage.destroy_on_disconnect && usage.disconnect_requested)
+        usage.dying || (usage.destroy_on_disconnect && usage.disconnect_requested)
     }
 
     /// Whether it is being removed.
-    pub(crate) fn is_being_removed(&self) -> bool {
-        self.usage.lock().unwanted
+    pub(crate) fn is_dying(&self) -> bool {
+        self.usage.lock().dying
     }
 
     /// Whether the device is to be removed, by whoever is told so, which is one caller only.
     pub(crate) fn begin_removal(&self) -> bool {
         let mut usage = self.usage.lock();
-        let begin = usage.unwanted && !usage.removing;
-        usage.removing |= begin;
+        let begin = usage.dying && !usage.removal_started;
+        usage.removal_started |= begin;
         begin
     }
 
@@ -258,7 +258,7 @@ impl Device {
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         let mut state = self.state.lock();
         while state.starting {
-            self.settled.wait(&mut state);
+            self.starting_wait.wait(&mut state);
         }
         state
     }
@@ -276,7 +276,7 @@ impl Device {
         self.disk.set_hw_queues(count);
         let mut state = self.state.lock();
         state.starting = false;
-        self.settled.notify_all();
+        self.starting_wait.notify_all();
         state
     }
 

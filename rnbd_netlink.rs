@@ -92,7 +92,7 @@ impl Commands for Netlink {
 impl Netlink {
     /// `nbd_genl_connect()`
     fn connect(&self, info: &Info<'_>) -> Result {
-        administrator(info)?;
+        check_capable(info)?;
         let wanted = info.attr(ATTR_INDEX).and_then(|a| a.u32());
         if wanted.is_some_and(|index| index >= self.registry.limit()) {
             info.complain(Some(ATTR_INDEX), c"no device can have such an index");
@@ -113,7 +113,7 @@ impl Netlink {
             }
             // Somebody was quicker. There are others, where none was named.
             if wanted.is_some() {
-                refuse_going(info, &device)?;
+                refuse_if_going_down(info, &device)?;
                 info.complain(Some(ATTR_INDEX), c"the device is in use");
                 return Err(EBUSY);
             }
@@ -138,21 +138,21 @@ impl Netlink {
                 }
             })?;
         if wanted.is_some() {
-            refuse_going(info, &device)?;
+            refuse_if_going_down(info, &device)?;
         }
         Ok(device)
     }
 
     /// `nbd_genl_disconnect()`
     fn disconnect(&self, info: &Info<'_>) -> Result {
-        administrator(info)?;
+        check_capable(info)?;
         self.device(info)?.disconnect_and_put();
         Ok(())
     }
 
     /// `nbd_genl_reconfigure()`
     fn reconfigure(&self, info: &Info<'_>) -> Result {
-        administrator(info)?;
+        check_capable(info)?;
         let setup = parse_setup(info)?;
         self.device(info)?.reconfigure(&setup)
     }
@@ -165,7 +165,7 @@ impl Netlink {
             info.complain(Some(ATTR_INDEX), c"there is no such device");
             return Err(EINVAL);
         };
-        if device.is_being_removed() {
+        if device.is_dying() {
             info.complain(Some(ATTR_INDEX), c"the device is being removed");
             return Err(EINVAL);
         }
@@ -188,7 +188,7 @@ impl Netlink {
     }
 }
 
-fn administrator(info: &Info<'_>) -> Result {
+fn check_capable(info: &Info<'_>) -> Result {
     if !info.may_administer() {
         return Err(EPERM);
     }
@@ -196,8 +196,8 @@ fn administrator(info: &Info<'_>) -> Result {
 }
 
 /// Refuses a device that is going, or will be when it is no longer used.
-fn refuse_going(info: &Info<'_>, device: &Device) -> Result {
-    if device.is_going() {
+fn refuse_if_going_down(info: &Info<'_>, device: &Device) -> Result {
+    if device.is_going_down() {
         info.complain(Some(ATTR_INDEX), c"the device is being removed");
         return Err(EINVAL);
     }

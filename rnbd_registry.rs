@@ -71,13 +71,13 @@ impl WorkItem for Registry {
     /// disk means waiting, and they need not wait for one another.
     fn run(this: Arc<Registry>) {
         loop {
-            let unwanted = this.with(|devices| {
+            let dying = this.with(|devices| {
                 let mut devices = devices.iter();
                 devices
                     .find(|(_, device)| device.begin_removal())
                     .map(|(index, device)| (*index, device.clone()))
             });
-            let Some((index, device)) = unwanted else {
+            let Some((index, device)) = dying else {
                 return;
             };
             match Removal::new(this.clone(), index, device.clone()) {
@@ -218,7 +218,7 @@ impl Registry {
     }
 
     /// Removes a device. Nobody gets its index before it is gone from sight. Who has looked it up keeps
-    /// the rest of it for a moment longer, and finds that it is unwanted. May sleep.
+    /// the rest of it for a moment longer, and finds that it is dying. May sleep.
     fn remove(&self, index: u32, device: &Disk<Nbd>) {
         device.remove();
         let node = self.with(|devices| devices.remove(&index));

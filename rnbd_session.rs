@@ -41,7 +41,7 @@ pub(crate) struct Session {
     slots: KVec<Dispatched<Connection>>,
     /// The connections, for everybody else, and how often each was put in a dead one's place.
     #[pin]
-    connections: Mutex<KVec<Owned>>,
+    connections: Mutex<KVec<Place>>,
     /// `NBD_FLAG_*`.
     flags: u32,
     /// How long requests wait for a dead connection to come back, in jiffies (`dead_conn_timeout`).
@@ -53,7 +53,7 @@ pub(crate) struct Session {
 }
 
 /// A place of the session: its connection, and how many have been there before.
-struct Owned {
+struct Place {
     connection: Arc<Connection>,
     reconnects: u32,
 }
@@ -93,21 +93,21 @@ impl Session {
         let mut connections = KVec::with_capacity(sockets.len(), GFP_KERNEL)?;
         let session = Self::connect(&table, sockets, &mut connections).and_then(|()| {
             let mut slots = KVec::with_capacity(connections.len(), GFP_KERNEL)?;
-            let mut owners = KVec::with_capacity(connections.len(), GFP_KERNEL)?;
+            let mut places = KVec::with_capacity(connections.len(), GFP_KERNEL)?;
             for connection in &connections {
                 slots.push(disk.dispatched(connection.clone()), GFP_KERNEL)?;
-                let owned = Owned {
+                let place = Place {
                     connection: connection.clone(),
                     reconnects: 0,
                 };
-                owners.push(owned, GFP_KERNEL)?;
+                places.push(place, GFP_KERNEL)?;
             }
             let table = table.clone();
             Arc::pin_init(
                 pin_init!(Session {
                     table,
                     slots,
-                    connections <- new_mutex!(owners),
+                    connections <- new_mutex!(places),
                     flags: options.flags,
                     dead_timeout_jiffies: Atomic::new(options.dead_timeout_jiffies),
                     waiting_since: Atomic::new(0),
@@ -119,9 +119,9 @@ impl Session {
         session.inspect_err(|_| {
             table.fate.end();
             for connection in &connections {
-                connection.as_arc_borrow().die();
+                connection.as_arc_borrow().mark_dead();
             }
-            table.wait_gone();
+            table.wait_all_reaped();
         })
     }
 
@@ -140,9 +140,9 @@ impl Session {
     }
 
     /// Starts to receive. May sleep.
-    pub(crate) fn begin(&self) {
-        for owned in &*self.connections.lock() {
-            owned.connection.as_arc_borrow().begin();
+    pub(crate) fn start_receiving(&self) {
+        for place in &*self.connections.lock() {
+            place.connection.as_arc_borrow().start_receiving();
         }
     }
 
@@ -154,8 +154,8 @@ impl Session {
     /// Sends a disconnect on every connection. May sleep.
     pub(crate) fn send_disconnect(&self) {
         self.table.fate.request_disconnect();
-        for owned in &*self.connections.lock() {
-            owned.connection.as_arc_borrow().send_disconnect();
+        for place in &*self.connections.lock() {
+            place.connection.as_arc_borrow().send_disconnect();
         }
     }
 
@@ -165,10 +165,10 @@ impl Session {
         if self.table.fate.end() {
             pr_warn!("nbd{}: shutting down sockets\n", self.table.device);
         }
-        for owned in &*self.connections.lock() {
-            owned.connection.as_arc_borrow().die();
+        for place in &*self.connections.lock() {
+            place.connection.as_arc_borrow().mark_dead();
         }
-        self.table.wait_gone();
+        self.table.wait_all_reaped();
     }
 
     /// Writes a line for each connection: its number, and `name=value` pairs.
@@ -176,10 +176,10 @@ impl Session {
         &self,
         f: &mut kernel::fmt::Formatter<'_>,
     ) -> kernel::fmt::Result {
-        for owned in &*self.connections.lock() {
-            write!(f, "{} ", owned.connection.index())?;
-            owned.connection.describe(f)?;
-            writeln!(f, " reconnects={}", owned.reconnects)?;
+        for place in &*self.connections.lock() {
+            write!(f, "{} ", place.connection.index())?;
+            place.connection.describe(f)?;
+            writeln!(f, " reconnects={}", place.reconnects)?;
         }
         Ok(())
     }

@@ -62,6 +62,7 @@ use kernel::{
         WorkItem, //
     }, //
 };
+use receiving::WORKER_CALLS;
 use sending::Sending;
 use stream::Receive;
 use traffic::Traffic;
@@ -81,7 +82,7 @@ const ENDING: u32 = 1;
 /// yet to clear it away.
 const ENDED: u32 = 2;
 /// It was cleared away.
-const DEAD: u32 = 3;
+const REAPED: u32 = 3;
 
 /// See the module's documentation.
 #[pin_data]
@@ -164,7 +165,7 @@ impl WorkItem<4> for Connection {
 
 impl Events for Connection {
     fn tcp_data_ready(this: ArcBorrow<'_, Self>, arrival: Arrival<'_>) {
-        this.if_nobody_receives(|receive| this.receive_in_callback(receive, arrival));
+        this.try_receive(|receive| this.receive_in_callback(receive, arrival));
     }
 
     fn sender_should_receive(&self) -> bool {
@@ -175,7 +176,7 @@ impl Events for Connection {
 
     fn sender_receives(this: Arc<Self>) {
         let connection = this.as_arc_borrow();
-        connection.if_nobody_receives(|receive| connection.receive_in_sender(receive));
+        connection.try_receive(|receive| connection.receive_in_sender(receive));
     }
 
     fn input_ready(this: ArcBorrow<'_, Self>) {
@@ -186,7 +187,7 @@ impl Events for Connection {
     }
 
     fn write_space(this: ArcBorrow<'_, Self>) -> bool {
-        this.room_came()
+        this.write_space()
     }
 }
 
@@ -197,7 +198,7 @@ pub(crate) struct Prepared {
 }
 
 impl Prepared {
-    /// Takes the socket over. [`Connection::begin()`] must follow. May sleep.
+    /// Takes the socket over. [`Connection::start_receiving()`] must follow. May sleep.
     ///
     /// # Errors
     ///
@@ -206,12 +207,12 @@ impl Prepared {
     pub(crate) fn take_socket(self) -> Result<Arc<Connection>> {
         let Prepared { connection, memory } = self;
         // From the hook on it can receive, and die: whoever reaps it waits for the lock.
-        connection.table.connection_born();
+        connection.table.add_connection();
         let mut hooked = connection.hooked.lock();
         match connection.socket.hook(memory, connection.clone()) {
             Ok(hook) => *hooked = Some(hook),
             Err(e) => {
-                connection.table.connection_gone();
+                connection.table.remove_connection();
                 return Err(e);
             }
         }
@@ -252,7 +253,7 @@ impl Connection {
     }
 
     /// Starts to receive: what came in before there was a callback too.
-    pub(crate) fn begin(self: ArcBorrow<'_, Self>) {
+    pub(crate) fn start_receiving(self: ArcBorrow<'_, Self>) {
         self.queue_receive();
     }
 
@@ -290,18 +291,18 @@ impl Connection {
     /// it is given back soon after, but not before: it may be sent again elsewhere or be reported as
     /// failed, so nothing of it may leave the socket afterwards. User space is told, unless it wanted the
     /// session to end. May sleep.
-    pub(crate) fn die(self: ArcBorrow<'_, Self>) {
+    pub(crate) fn mark_dead(self: ArcBorrow<'_, Self>) {
         if self.state.cmpxchg(ALIVE, ENDING, Full).is_err() {
             return;
         }
-        if !self.table.fate.see().is_end_wanted() {
+        if !self.table.fate.snapshot().is_end_wanted() {
             self.queue_link_dead();
         }
         self.end_socket();
     }
 
-    /// As [`Self::die()`], for a connection that user space replaces, and therefore need not be told of.
-    pub(crate) fn die_replaced(self: ArcBorrow<'_, Self>) {
+    /// As [`Self::mark_dead()`], for a connection that user space replaces, and therefore need not be told of.
+    pub(crate) fn mark_dead_for_replacement(self: ArcBorrow<'_, Self>) {
         if self.state.cmpxchg(ALIVE, ENDING, Full).is_ok() {
             self.end_socket();
         }
@@ -310,7 +311,7 @@ impl Connection {
     /// The rest of a death, for whoever has declared it.
     fn end_socket(self: ArcBorrow<'_, Self>) {
         // Where nothing is owed a disconnect may be on its way, which is still to be delivered.
-        let ending = if self.owes_nothing() {
+        let ending = if self.nothing_outstanding() {
             Ending::Polite
         } else {
             Ending::Reset
@@ -332,9 +333,9 @@ impl Connection {
 
     /// Runs `receive`, unless somebody receives just now, who then looks again. Has the work item go on
     /// where it leaves something, or somebody else was turned away meanwhile.
-    fn if_nobody_receives(self: ArcBorrow<'_, Self>, receive: impl FnOnce(&mut Receive) -> bool) {
-        if let Some((left, was_wanted)) = self.receive.try_with(receive) {
-            if left || was_wanted {
+    fn try_receive(self: ArcBorrow<'_, Self>, receive: impl FnOnce(&mut Receive) -> bool) {
+        if let Some((left, contended)) = self.receive.try_with(receive) {
+            if left || contended {
                 self.queue_receive();
             }
         }
@@ -344,7 +345,7 @@ impl Connection {
     /// here count.
     fn receive_work(self: ArcBorrow<'_, Self>) {
         for _ in 0..ROUNDS {
-            if self.state.load(Acquire) == DEAD {
+            if self.state.load(Acquire) == REAPED {
                 return;
             }
             let received = |receive: &mut _| self.receive_or_reap(receive);
@@ -361,15 +362,15 @@ impl Connection {
 
     /// Returns whether something is left.
     fn receive_or_reap(self: ArcBorrow<'_, Self>, receive: &mut Receive) -> bool {
-        match self.receive_in_worker(receive) {
+        match self.receive_up_to(receive, WORKER_CALLS, usize::MAX) {
             Ok(true) => return true,
             Ok(false) => {}
             Err(e) => {
                 self.receive_failed(e);
-                self.die();
+                self.mark_dead();
             }
         }
-        if self.state.cmpxchg(ENDED, DEAD, Full).is_ok() {
+        if self.state.cmpxchg(ENDED, REAPED, Full).is_ok() {
             self.reap(receive);
         }
         false
@@ -382,13 +383,15 @@ impl Connection {
             hooked.stop();
         }
         if let Some(payload) = receive.current.take() {
-            payload.into_side().finish(self.table.outcome_of_lost());
+            payload
+                .into_side()
+                .finish(self.table.lost_command_outcome());
         }
         self.give_back_unsent();
         // Nobody sends any more: the socket is anybody's.
         drop(hooked);
         self.table.reclaim(self.index);
-        self.table.connection_gone();
+        self.table.remove_connection();
         self.reaped.complete_all();
     }
 }

@@ -72,7 +72,7 @@ pub(crate) struct Table {
     #[pin]
     unreaped: Mutex<u32>,
     #[pin]
-    all_gone: CondVar,
+    all_reaped: CondVar,
     /// What all devices share. It goes last: the module may be unloaded when the last user of it has gone.
     pub(crate) shared: Shared,
 }
@@ -101,7 +101,7 @@ impl Table {
                 timeout_jiffies: Atomic::new(timeout_jiffies),
                 fate: Fate::new(),
                 unreaped <- new_mutex!(0),
-                all_gone <- new_condvar!(),
+                all_reaped <- new_condvar!(),
             }),
             GFP_KERNEL,
         )
@@ -141,7 +141,7 @@ impl Table {
     pub(crate) fn reclaim(&self, connection: u16) {
         for slot in &self.slots {
             if let Some(request) = slot.reclaim(connection) {
-                request.finish(self.outcome_of_lost());
+                request.finish(self.lost_command_outcome());
             }
         }
     }
@@ -151,13 +151,13 @@ impl Table {
     pub(crate) fn forget_reply(&self, request: Unanswered) {
         let (hw_queue, tag) = request.tag();
         if let Some(slot) = self.slot(hw_queue, tag) {
-            slot.put_back(request);
+            slot.unclaim(request);
         }
     }
 
     /// What becomes of a command whose connection is lost.
-    pub(crate) fn outcome_of_lost(&self) -> Outcome {
-        if self.fate.see().is_disconnected() {
+    pub(crate) fn lost_command_outcome(&self) -> Outcome {
+        if self.fate.snapshot().is_disconnected() {
             Outcome::Complete(Status::IOERR)
         } else {
             Outcome::Requeue
@@ -175,34 +175,34 @@ impl Table {
     }
 
     /// A connection is there. May sleep.
-    pub(crate) fn connection_born(&self) {
+    pub(crate) fn add_connection(&self) {
         *self.unreaped.lock() += 1;
     }
 
     /// A connection has been reaped. May sleep.
-    pub(crate) fn connection_gone(&self) {
+    pub(crate) fn remove_connection(&self) {
         let mut unreaped = self.unreaped.lock();
         *unreaped = unreaped.saturating_sub(1);
         if *unreaped > 0 {
             return;
         }
-        if self.fate.all_gone() {
+        if self.fate.finish_disconnect() {
             pr_info!("nbd{}: disconnected by user request\n", self.device);
         }
-        self.all_gone.notify_all();
+        self.all_reaped.notify_all();
     }
 
     /// How many connections have not been cleared away. May sleep.
-    pub(crate) fn connections_alive(&self) -> u32 {
+    pub(crate) fn unreaped_connections(&self) -> u32 {
         *self.unreaped.lock()
     }
 
     /// Waits until the last connection has been reaped, or for a signal; returns whether it was a
     /// signal.
-    pub(crate) fn wait_gone_or_signal(&self) -> bool {
+    pub(crate) fn wait_all_reaped_interruptible(&self) -> bool {
         let mut unreaped = self.unreaped.lock();
         while *unreaped > 0 {
-            if self.all_gone.wait_interruptible(&mut unreaped) {
+            if self.all_reaped.wait_interruptible(&mut unreaped) {
                 return *unreaped > 0;
             }
         }
@@ -210,10 +210,10 @@ impl Table {
     }
 
     /// Waits until the last connection has been reaped.
-    pub(crate) fn wait_gone(&self) {
+    pub(crate) fn wait_all_reaped(&self) {
         let mut unreaped = self.unreaped.lock();
         while *unreaped > 0 {
-            self.all_gone.wait(&mut unreaped);
+            self.all_reaped.wait(&mut unreaped);
         }
     }
 }

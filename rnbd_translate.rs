@@ -51,9 +51,9 @@ pub(crate) fn command_of(op: Op) -> Option<Command> {
 }
 
 /// A request, as the log shows it.
-pub(crate) struct Described<'a>(pub(crate) &'a Extent);
+pub(crate) struct RequestDescription<'a>(pub(crate) &'a Extent);
 
-impl kernel::fmt::Display for Described<'_> {
+impl kernel::fmt::Display for RequestDescription<'_> {
     fn fmt(&self, f: &mut kernel::fmt::Formatter<'_>) -> kernel::fmt::Result {
         let Extent {
             op,

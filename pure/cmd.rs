@@ -79,7 +79,7 @@ impl Word {
 
 /// Why a claim was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Refused {
+pub(crate) enum ClaimError {
     /// The generation is not the slot's: a reply to a command that is long over, or to none.
     Stale,
     /// The command is in flight on another connection.
@@ -123,18 +123,18 @@ impl<P: Parking> Slot<P> {
     /// # Errors
     ///
     /// Why the reply is not an answer to a command in flight on this connection.
-    pub(crate) fn claim(&self, generation: u32, connection: u16) -> Result<P::Item, Refused> {
+    pub(crate) fn claim(&self, generation: u32, connection: u16) -> Result<P::Item, ClaimError> {
         let open = Word::new(generation, connection, OPEN);
         let claimed = Word::new(generation, connection, CLAIMED);
         match self.word.compare_exchange(open.0, claimed.0) {
-            Ok(_) => self.parked.take().ok_or(Refused::Claimed),
-            Err(seen) => Err(Self::why(Word(seen), generation, connection)),
+            Ok(_) => self.parked.take().ok_or(ClaimError::Claimed),
+            Err(seen) => Err(Self::claim_error(Word(seen), generation, connection)),
         }
     }
 
     /// Undoes a claim: the command is in flight as before. For whoever has won the claim, while nobody
     /// clears the command's connection away, who would look for it only once.
-    pub(crate) fn put_back(&self, other_side: P::Item) {
+    pub(crate) fn unclaim(&self, other_side: P::Item) {
         let seen = Word(self.word.load());
         drop(self.parked.put(other_side));
         self.word
@@ -161,13 +161,13 @@ impl<P: Parking> Slot<P> {
         (seen.connection(), seen.state() == OPEN)
     }
 
-    fn why(seen: Word, generation: u32, connection: u16) -> Refused {
+    fn claim_error(seen: Word, generation: u32, connection: u16) -> ClaimError {
         if seen.generation() != generation {
-            Refused::Stale
+            ClaimError::Stale
         } else if seen.connection() != connection {
-            Refused::OtherConnection
+            ClaimError::OtherConnection
         } else {
-            Refused::Claimed
+            ClaimError::Claimed
         }
     }
 }

@@ -24,9 +24,9 @@ pub(crate) struct Fate(AtomicWord);
 
 /// What a [`Fate`] was when somebody looked.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Seen(u64);
+pub(crate) struct Snapshot(u64);
 
-impl Seen {
+impl Snapshot {
     /// Whether nothing is to be sent any more.
     pub(crate) fn is_over(self) -> bool {
         self.0 & (ENDED | EXHAUSTED) != 0
@@ -62,8 +62,8 @@ impl Fate {
 
     /// What it is now. Who looks for a connection afterwards finds the one that the last
     /// [`Self::revive()`] has announced.
-    pub(crate) fn see(&self) -> Seen {
-        Seen(self.0.load())
+    pub(crate) fn snapshot(&self) -> Snapshot {
+        Snapshot(self.0.load())
     }
 
     /// The user wants the session to end.
@@ -74,12 +74,12 @@ impl Fate {
     /// The connections are to be ended: nothing is sent any more. Returns whether the session was going
     /// on until now.
     pub(crate) fn end(&self) -> bool {
-        !Seen(self.change(|word| word | ENDED)).is_over()
+        !Snapshot(self.change(|word| word | ENDED)).is_over()
     }
 
     /// The last connection has gone. Where the user has asked for that, the request is fulfilled
     /// (`nbd_mark_nsock_dead()`). Returns whether it was.
-    pub(crate) fn all_gone(&self) -> bool {
+    pub(crate) fn finish_disconnect(&self) -> bool {
         let fulfil = |word| match word & REQUESTED {
             0 => word,
             _ => word & !REQUESTED | ENDED,
@@ -88,7 +88,7 @@ impl Fate {
     }
 
     /// A request has found no connection since the caller saw `seen`, and none is waited for.
-    pub(crate) fn exhaust(&self, seen: Seen) -> Exhausted {
+    pub(crate) fn exhaust(&self, seen: Snapshot) -> Exhausted {
         if seen.is_over() {
             return Exhausted::Before;
         }

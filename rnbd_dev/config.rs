@@ -4,8 +4,8 @@
 #![forbid(unsafe_code)]
 
 use super::debugfs::{
+    FileData, //
     Files,
-    Shown, //
 };
 use crate::{
     kapi::{
@@ -52,8 +52,8 @@ pub(crate) struct Config {
     pub(super) disconnect_on_close: bool,
     pub(super) has_backend_file: bool,
     /// What debugfs shows of the session, and the files there.
-    pub(super) shown: Option<Arc<Shown>>,
-    pub(super) debugfs: Option<Files>,
+    pub(super) debugfs_data: Option<Arc<FileData>>,
+    pub(super) debugfs_files: Option<Files>,
     pub(super) dead_timeout_jiffies: u64,
     _module: ModuleRef,
 }
@@ -79,8 +79,8 @@ impl Config {
             held_by_netlink: false,
             disconnect_on_close: false,
             has_backend_file: false,
-            shown: None,
-            debugfs: None,
+            debugfs_data: None,
+            debugfs_files: None,
             dead_timeout_jiffies: 0,
             _module: ModuleRef::get().ok_or(ENODEV)?,
         })
@@ -88,15 +88,15 @@ impl Config {
 
     /// nbd.c's `nbd_disconnected()`
     pub(crate) fn is_disconnected(&self) -> bool {
-        let ended = |s: &Arc<Session>| s.table().fate.see().is_disconnected();
+        let ended = |s: &Arc<Session>| s.table().fate.snapshot().is_disconnected();
         self.session
             .as_ref()
             .map_or(self.disconnect_requested, ended)
     }
 
     /// Removes the files in debugfs. Waits for their readers.
-    pub(super) fn hide(&mut self) {
-        self.debugfs = None;
+    pub(super) fn remove_debugfs(&mut self) {
+        self.debugfs_files = None;
     }
 
     /// The sockets, where no session has taken them over. One that another device uses is not ours.

@@ -27,7 +27,7 @@ use kernel::{
 };
 
 /// What the files show. Reading one takes no lock that is held while they are removed.
-pub(super) struct Shown {
+pub(super) struct FileData {
     pub(super) pid: i32,
     pub(super) session: Arc<Session>,
     pub(super) flags: u32,
@@ -36,29 +36,29 @@ pub(super) struct Shown {
 }
 
 /// The files of a session. Dropping this removes them, and waits for their readers.
-pub(super) type Files = Pin<KBox<Scope<Arc<Shown>>>>;
+pub(super) type Files = Pin<KBox<Scope<Arc<FileData>>>>;
 
 /// Makes the files of `nbd{index}` in `root`. May sleep.
-pub(super) fn show(root: &Dir, index: u32, shown: Arc<Shown>) -> Result<Files> {
+pub(super) fn add_files(root: &Dir, index: u32, data: Arc<FileData>) -> Result<Files> {
     let name = kernel::str::CString::try_from_fmt(fmt!("nbd{index}"))?;
     KBox::pin_init(
-        root.scope(shown, &name, |shown: &Arc<Shown>, dir| {
-            dir.read_callback_file(c"tasks", shown, &|s: &Arc<Shown>, f| {
+        root.scope(data, &name, |data: &Arc<FileData>, dir| {
+            dir.read_callback_file(c"tasks", data, &|s: &Arc<FileData>, f| {
                 writeln!(f, "recv: {}", s.pid)
             });
-            dir.read_callback_file(c"size_bytes", shown, &|s: &Arc<Shown>, f| {
+            dir.read_callback_file(c"size_bytes", data, &|s: &Arc<FileData>, f| {
                 writeln!(f, "{}", s.size_bytes.load(Relaxed))
             });
-            dir.read_callback_file(c"timeout", shown, &|s: &Arc<Shown>, f| {
+            dir.read_callback_file(c"timeout", data, &|s: &Arc<FileData>, f| {
                 writeln!(f, "{}", s.session.table().timeout_jiffies())
             });
-            dir.read_callback_file(c"blocksize_bits", shown, &|s: &Arc<Shown>, f| {
+            dir.read_callback_file(c"blocksize_bits", data, &|s: &Arc<FileData>, f| {
                 writeln!(f, "{}", s.block_bytes.load(Relaxed).trailing_zeros())
             });
-            dir.read_callback_file(c"flags", shown, &|s: &Arc<Shown>, f| {
+            dir.read_callback_file(c"flags", data, &|s: &Arc<FileData>, f| {
                 write_flags(s.flags, f)
             });
-            dir.read_callback_file(c"connections", shown, &|s: &Arc<Shown>, f| {
+            dir.read_callback_file(c"connections", data, &|s: &Arc<FileData>, f| {
                 s.session.describe_connections(f)
             });
         }),

@@ -7,7 +7,7 @@ use super::{
     config::Config,
     debugfs::{
         self,
-        Shown, //
+        FileData, //
     },
     Device,
     State,
@@ -84,7 +84,7 @@ impl Device {
     pub(super) fn new_config<'a>(&self, state: &'a mut State) -> Result<&'a mut Config> {
         let config = KBox::new(Config::new()?, GFP_KERNEL)?;
         let mut usage = self.usage.lock();
-        if usage.unwanted {
+        if usage.dying {
             return Err(ENXIO);
         }
         usage.in_use = true;
@@ -107,25 +107,25 @@ impl Device {
             state.timeout_jiffies = 0;
             self.disk
                 .set_request_timeout(DEFAULT_TIMEOUT_SECONDS * task::HZ);
-            self.leave();
+            self.mark_unused();
         }
     }
 
     /// Nobody uses the device any more. Has it removed where it was to go. The configuration lock is held.
-    fn leave(&self) {
+    fn mark_unused(&self) {
         let mut usage = self.usage.lock();
         usage.in_use = false;
-        let doom = usage.destroy_on_disconnect && !usage.unwanted;
-        usage.unwanted |= doom;
+        let dying = usage.destroy_on_disconnect && !usage.dying;
+        usage.dying |= dying;
         drop(usage);
-        if doom {
+        if dying {
             self.remover.clone().remove_later();
         }
     }
 
     /// Undoes what was set up. The lock is held.
     fn tear_down(&self, config: &mut Config) {
-        config.hide();
+        config.remove_debugfs();
         config.end();
         if config.session.is_some() {
             // Nothing is in flight any more, and what comes in is refused.
@@ -162,7 +162,7 @@ impl Device {
     pub(crate) fn run(&self) -> Result {
         let session = self.start(self.lock())?;
         self.scan_partitions_later();
-        let signal = session.table().wait_gone_or_signal();
+        let signal = session.table().wait_all_reaped_interruptible();
         if signal {
             session.end();
         }
@@ -219,16 +219,16 @@ impl Device {
             dead_timeout_jiffies: config.dead_timeout_jiffies,
         };
         let session = Session::new(&self.disk, &config.sockets, options)?;
-        if let Err(e) = self.show(config, &session) {
+        if let Err(e) = self.publish_session(config, &session) {
             session.end();
             return Err(e);
         }
-        session.begin();
+        session.start_receiving();
         Ok(session)
     }
 
     /// Publishes a session, and shows it to user space.
-    fn show(&self, config: &mut Config, session: &Arc<Session>) -> Result {
+    fn publish_session(&self, config: &mut Config, session: &Arc<Session>) -> Result {
         self.add_file(File::Pid).inspect_err(|_| {
             pr_err!("nbd{}: cannot make the file pid\n", self.index);
         })?;
@@ -238,8 +238,8 @@ impl Device {
         if config.disconnect_requested {
             session.table().fate.request_disconnect();
         }
-        let shown = Arc::new(
-            Shown {
+        let data = Arc::new(
+            FileData {
                 pid: task::current_pid(),
                 session: session.clone(),
                 flags: config.flags,
@@ -249,8 +249,8 @@ impl Device {
             GFP_KERNEL,
         )?;
         // As nbd.c: without these files the device works all the same.
-        config.debugfs = debugfs::show(&self.debugfs, self.index, shown.clone()).ok();
-        config.shown = Some(shown);
+        config.debugfs_files = debugfs::add_files(&self.debugfs, self.index, data.clone()).ok();
+        config.debugfs_data = Some(data);
         self.disk
             .set_read_only(config.flags & flags::READ_ONLY != 0);
         self.session.publish(session.clone()).map_err(|_| EBUSY)?;

@@ -131,9 +131,9 @@ impl Device {
         if !config.started {
             return Ok(());
         }
-        if let Some(shown) = &config.shown {
-            shown.size_bytes.store(size_bytes, Relaxed);
-            shown.block_bytes.store(block_bytes, Relaxed);
+        if let Some(data) = &config.debugfs_data {
+            data.size_bytes.store(size_bytes, Relaxed);
+            data.block_bytes.store(block_bytes, Relaxed);
         }
         self.scan_partitions_later();
         let told = self.disk.set_capacity_and_notify(Sectors(size_bytes >> 9));

@@ -24,7 +24,7 @@ use crate::{
     pure::{
         fate::{
             Exhausted,
-            Seen, //
+            Snapshot, //
         },
         proto::flags, //
     },
@@ -48,7 +48,7 @@ use kernel::{
 
 /// How often requests that wait for a connection check whether `dead_conn_timeout` is over. A connection
 /// that comes back runs the queues at once.
-const LOOK_AGAIN_MS: u32 = 100;
+const RECHECK_MS: u32 = 100;
 
 /// Reads from this size on are sent at once: to send one alone costs little beside its data, less than
 /// to have a worker woken up for it.
@@ -125,7 +125,7 @@ impl Session {
                 return;
             };
             unanswered = ours;
-            match self.pick(cx, self.table.fate.see()) {
+            match self.pick(cx, self.table.fate.snapshot()) {
                 Some(next) => connection = next,
                 None => {
                     // It was started, so it cannot be left to the block layer: once around.
@@ -158,7 +158,7 @@ impl Session {
     ) -> Result<ArcBorrow<'a, Connection>, Status> {
         loop {
             // Before the connections are looked at, so that one that comes back meanwhile is noticed.
-            let fate = self.table.fate.see();
+            let fate = self.table.fate.snapshot();
             if let Some(connection) = self.pick(cx, fate) {
                 return Ok(connection);
             }
@@ -169,7 +169,11 @@ impl Session {
     }
 
     /// The hardware queue's own connection, or one that lives (`find_fallback()`).
-    fn pick<'a>(&'a self, cx: &'a Dispatch<'_>, fate: Seen) -> Option<ArcBorrow<'a, Connection>> {
+    fn pick<'a>(
+        &'a self,
+        cx: &'a Dispatch<'_>,
+        fate: Snapshot,
+    ) -> Option<ArcBorrow<'a, Connection>> {
         if fate.is_over() {
             return None;
         }
@@ -184,10 +188,10 @@ impl Session {
     /// No connection lives: a request waits for one to come back, or fails (`wait_for_reconnect()`).
     /// nbd.c waits in `queue_rq`; here the block layer keeps the request. Returns nothing where the
     /// session's fate has changed since it was `fate`.
-    fn wait_or_fail(&self, cx: &Dispatch<'_>, fate: Seen) -> Option<Status> {
-        let waits = self.replacing.load(Acquire) || (!fate.is_disconnected() && self.is_patient());
+    fn wait_or_fail(&self, cx: &Dispatch<'_>, fate: Snapshot) -> Option<Status> {
+        let waits = self.replacing.load(Acquire) || (!fate.is_disconnected() && self.may_wait());
         if waits {
-            cx.run_again(LOOK_AGAIN_MS);
+            cx.run_again(RECHECK_MS);
             return Some(Status::DEV_RESOURCE);
         }
         match self.table.fate.exhaust(fate) {
@@ -202,7 +206,7 @@ impl Session {
     }
 
     /// Whether a request may still wait for a connection. Starts the clock with the first one that does.
-    fn is_patient(&self) -> bool {
+    fn may_wait(&self) -> bool {
         let patience = self.dead_timeout_jiffies.load(Relaxed);
         if patience == 0 {
             return false;

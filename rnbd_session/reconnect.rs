@@ -4,7 +4,7 @@
 #![forbid(unsafe_code)]
 
 use super::{
-    Owned,
+    Place,
     Session, //
 };
 use crate::{
@@ -45,7 +45,7 @@ impl Session {
         let mut connections = self.connections.lock();
         // Whatever comes of it, nobody waits any longer.
         let _replaced = ScopeGuard::new(|| self.replacing.store(false, Release));
-        let Some(index) = Self::replaceable(&connections, stuck_jiffies) else {
+        let Some(index) = Self::find_replaceable(&connections, stuck_jiffies) else {
             return Ok(false);
         };
         let places = connections.get_mut(index).zip(self.slots.get(index));
@@ -59,20 +59,20 @@ impl Session {
         self.end_stuck(&place.connection, socket)?;
         // The new one has the old one's number: nothing may be in flight under it.
         place.connection.wait_reaped();
-        let was_over = self.table.fate.see().is_end_wanted();
+        let end_was_wanted = self.table.fate.snapshot().is_end_wanted();
         let new = task::memalloc_noio(|| prepared.take_socket())?;
         slot.replace(disk, new.clone())
-            .inspect_err(|_| new.as_arc_borrow().die())?;
+            .inspect_err(|_| new.as_arc_borrow().mark_dead())?;
         place.connection = new.clone();
         place.reconnects = place.reconnects.saturating_add(1);
         self.waiting_since.store(0, Relaxed);
         // After that: who sees that something has come back finds it, and waits anew where it has died.
         self.table.fate.revive();
-        if was_over && !new.is_alive() && !self.table.fate.see().is_end_wanted() {
+        if end_was_wanted && !new.is_alive() && !self.table.fate.snapshot().is_end_wanted() {
             // It has died while nobody was to be told of that.
             new.as_arc_borrow().queue_link_dead();
         }
-        new.as_arc_borrow().begin();
+        new.as_arc_borrow().start_receiving();
         drop(connections);
         disk.run_queues();
         pr_info!("nbd{}: reconnected socket\n", self.table.device);
@@ -81,12 +81,12 @@ impl Session {
 
     /// Which place a new connection is put into: the first whose connection is dead, or else that of the
     /// one that has been stuck longest, and at least for `stuck_jiffies`, where that is not 0.
-    fn replaceable(places: &[Owned], stuck_jiffies: usize) -> Option<usize> {
+    fn find_replaceable(places: &[Place], stuck_jiffies: usize) -> Option<usize> {
         let dead = places.iter().position(|place| !place.connection.is_alive());
         if dead.is_some() || stuck_jiffies == 0 {
             return dead;
         }
-        let stuck = |place: &Owned| place.connection.traffic().stuck_jiffies();
+        let stuck = |place: &Place| place.connection.traffic().stuck_jiffies();
         let by_time = places.iter().map(stuck).enumerate();
         let longest = by_time.max_by_key(|(_, jiffies)| *jiffies);
         let (index, _) = longest.filter(|(_, jiffies)| *jiffies >= stuck_jiffies)?;
@@ -116,7 +116,7 @@ impl Session {
             connection.traffic().stuck_jiffies() / task::HZ as usize
         );
         self.replacing.store(true, Release);
-        connection.as_arc_borrow().die_replaced();
+        connection.as_arc_borrow().mark_dead_for_replacement();
         Ok(())
     }
 }

@@ -13,7 +13,7 @@ use crate::{
         task, //
     },
     rnbd_sock::Connection,
-    rnbd_translate::Described, //
+    rnbd_translate::RequestDescription, //
 };
 use kernel::prelude::*;
 
@@ -47,12 +47,12 @@ impl Session {
                 "nbd{}: connection {} timed out, retrying ({}/{} alive)\n",
                 self.table.device,
                 index,
-                self.table.connections_alive().saturating_sub(1),
+                self.table.unreaped_connections().saturating_sub(1),
                 count
             );
         }
         // Whoever clears the connection away gives this request back too.
-        connection.as_arc_borrow().die();
+        connection.as_arc_borrow().mark_dead();
         TimeoutStatus::Done
     }
 
@@ -63,7 +63,7 @@ impl Session {
         pr_info!(
             "nbd{}: possible stuck request: {}; nothing came from the server for {} seconds\n",
             self.table.device,
-            Described(&rq.extent()),
+            RequestDescription(&rq.extent()),
             connection.traffic().idle_jiffies() / task::HZ as usize
         );
     }

@@ -7,7 +7,7 @@
 use super::{
     stream::Receive,
     Connection,
-    DEAD, //
+    REAPED, //
 };
 use crate::{
     kapi::{
@@ -27,8 +27,8 @@ use crate::{
     },
     pure::{
         cmd::{
+            ClaimError, //
             Cookie,
-            Refused, //
         },
         proto::{
             ReplyHeader,
@@ -38,7 +38,7 @@ use crate::{
     },
     rnbd_translate::{
         status_of,
-        Described, //
+        RequestDescription, //
     },
 };
 use kernel::{
@@ -47,24 +47,20 @@ use kernel::{
 };
 
 /// Calls after which the work item lets others run.
-const BUDGET: u32 = 32;
+pub(super) const WORKER_CALLS: u32 = 32;
 /// Data of a reply that is received where it arrives, which may be in softirq. To copy more is left to
 /// the work item, which another CPU may run.
-const ARRIVAL_BYTES: usize = 32 << 10;
+const INLINE_DATA_BYTES: usize = 32 << 10;
 /// Calls after which a task that has sent a reply leaves receiving to the work item: one for the
 /// header with what comes along with it, one for the data.
-const LITTLE_CALLS: u32 = 2;
+const SENDER_CALLS: u32 = 2;
 
 impl Connection {
-    /// Receives in the work item. Returns whether something may be left.
-    pub(super) fn receive_in_worker(&self, receive: &mut Receive) -> Result<bool> {
-        self.receive_up_to(receive, BUDGET, usize::MAX)
-    }
-
     pub(super) fn receive_failed(&self, error: Error) {
-        // What breaks the protocol was said where it was found.
-        let said = error == EPROTO || self.table.fate.see().is_end_wanted() || !self.is_alive();
-        if said || !self.table.log.allow() {
+        // What breaks the protocol was reported where it was found.
+        let reported =
+            error == EPROTO || self.table.fate.snapshot().is_end_wanted() || !self.is_alive();
+        if reported || !self.table.log.allow() {
             return;
         }
         let (device, index) = (self.table.device, self.index);
@@ -78,7 +74,7 @@ impl Connection {
     /// Receives what has arrived. Returns whether something is left to the work item.
     pub(super) fn receive_in_callback(&self, receive: &mut Receive, arrival: Arrival<'_>) -> bool {
         let stayed = arrival.read(|segment| match self.receive_segment(receive, segment) {
-            Ok(goes_on) => goes_on,
+            Ok(continues) => continues,
             Err(e) => {
                 receive.failed = Some(e);
                 false
@@ -94,7 +90,7 @@ impl Connection {
         }
         loop {
             self.parse(receive)?;
-            if receive.awaited_bytes() > ARRIVAL_BYTES {
+            if receive.awaited_bytes() > INLINE_DATA_BYTES {
                 return Ok(false);
             }
             if segment.left_bytes() == 0 {
@@ -109,10 +105,10 @@ impl Connection {
     /// work item.
     pub(super) fn receive_in_sender(&self, receive: &mut Receive) -> bool {
         // The socket is another's once it was cleared away.
-        if self.state.load(Acquire) == DEAD {
+        if self.state.load(Acquire) == REAPED {
             return false;
         }
-        match self.receive_up_to(receive, LITTLE_CALLS, ARRIVAL_BYTES) {
+        match self.receive_up_to(receive, SENDER_CALLS, INLINE_DATA_BYTES) {
             Ok(left) => left,
             Err(e) => {
                 receive.failed = Some(e);
@@ -123,7 +119,12 @@ impl Connection {
 
     /// Receives with at most `calls` calls, until more than `bytes` of data are awaited. Returns whether
     /// something may be left.
-    fn receive_up_to(&self, receive: &mut Receive, calls: u32, bytes: usize) -> Result<bool> {
+    pub(super) fn receive_up_to(
+        &self,
+        receive: &mut Receive,
+        calls: u32,
+        bytes: usize,
+    ) -> Result<bool> {
         if let Some(error) = receive.failed {
             return Err(error);
         }
@@ -158,21 +159,21 @@ impl Connection {
     /// nbd.c's `nbd_handle_reply()`: finds and claims the command. Returns it where data follows.
     fn handle_reply(&self, header: &[u8; REPLY_BYTES]) -> Result<Option<Payload<Unanswered>>> {
         let reply = ReplyHeader::decode(header).map_err(|magic| {
-            self.complain(format_args!("wrong magic ({:#010x})", magic.0));
+            self.report_violation(format_args!("wrong magic ({:#010x})", magic.0));
             EPROTO
         })?;
         let cookie = Cookie(reply.cookie);
         let claimed = match self.table.slot_of(cookie) {
             Some(slot) => slot.claim(cookie.generation(), self.index),
-            None => Err(Refused::Stale),
+            None => Err(ClaimError::Stale),
         };
         let request = claimed.map_err(|why| {
             let why = match why {
-                Refused::Stale => "no such command is in flight",
-                Refused::OtherConnection => "its command was sent on another connection",
-                Refused::Claimed => "its command was answered or given up before",
+                ClaimError::Stale => "no such command is in flight",
+                ClaimError::OtherConnection => "its command was sent on another connection",
+                ClaimError::Claimed => "its command was answered or given up before",
             };
-            self.complain(format_args!(
+            self.report_violation(format_args!(
                 "unexpected reply (cookie {:#018x}): {why}",
                 cookie.0
             ));
@@ -180,7 +181,7 @@ impl Connection {
         })?;
         self.traffic.replied();
         if let Some(error) = ServerError::from_wire(reply.error) {
-            self.complain_of_error(&request, reply.error);
+            self.report_server_error(&request, reply.error);
             let op = request.extent().op;
             self.complete(request, status_of(error, op));
             return Ok(None);
@@ -202,7 +203,7 @@ impl Connection {
         }
     }
 
-    fn complain(&self, what: core::fmt::Arguments<'_>) {
+    fn report_violation(&self, what: core::fmt::Arguments<'_>) {
         if self.table.log.allow() {
             pr_err!(
                 "nbd{}: connection {}: {what}, closing it\n",
@@ -212,14 +213,14 @@ impl Connection {
         }
     }
 
-    fn complain_of_error(&self, request: &Unanswered, error: u32) {
+    fn report_server_error(&self, request: &Unanswered, error: u32) {
         if !self.table.log.allow() {
             return;
         }
         pr_err!(
             "nbd{}: server returned error {error} for {}\n",
             self.table.device,
-            Described(&request.extent())
+            RequestDescription(&request.extent())
         );
     }
 }

@@ -65,14 +65,14 @@ struct Outbox {
 }
 
 /// Who submitted last, and how often that task had slept by then. Wrong where several submit.
-struct Submitter {
+struct LastSubmitter {
     task: Atomic<usize>,
     sleeps: Atomic<usize>,
 }
 
-impl Submitter {
+impl LastSubmitter {
     fn nobody() -> Self {
-        Submitter {
+        LastSubmitter {
             task: Atomic::new(0),
             sleeps: Atomic::new(0),
         }
@@ -80,14 +80,14 @@ impl Submitter {
 
     /// Notes that the current task submits. Returns whether it did so before and has not slept since:
     /// it does not wait for its requests one by one, and there are probably more to come.
-    fn goes_on(&self) -> bool {
+    fn continues_burst(&self) -> bool {
         let (task, sleeps) = (task::TaskId::current().0, task::voluntary_switches());
-        let goes_on = self.task.load(Relaxed) == task && self.sleeps.load(Relaxed) == sleeps;
-        if !goes_on {
+        let same = self.task.load(Relaxed) == task && self.sleeps.load(Relaxed) == sleeps;
+        if !same {
             self.task.store(task, Relaxed);
             self.sleeps.store(sleeps, Relaxed);
         }
-        goes_on
+        same
     }
 }
 
@@ -102,7 +102,7 @@ pub(crate) enum Pace {
 }
 
 /// How sending stopped.
-enum Stop {
+enum StopReason {
     /// There is nothing to do.
     Idle,
     /// A signal is pending, and TLS does not wait for its lock then. A worker gets no signals.
@@ -116,7 +116,7 @@ enum Stop {
 /// What sending needs of a connection.
 #[pin_data]
 pub(super) struct Sending {
-    submitter: Submitter,
+    last_submitter: LastSubmitter,
     /// The sender waits for room in the socket.
     full: Atomic<bool>,
     /// A disconnect is to be sent.
@@ -139,7 +139,7 @@ impl Sending {
             transmit: Transmit::new()?,
         };
         Ok(pin_init!(Sending {
-            submitter: Submitter::nobody(),
+            last_submitter: LastSubmitter::nobody(),
             full: Atomic::new(false),
             send_disconnect: Atomic::new(false),
             backlog: List::new(),
@@ -161,7 +161,7 @@ impl Connection {
 
     /// Sends the backlog, here or by a work item, as `pace` has it. May sleep.
     pub(crate) fn kick(self: ArcBorrow<'_, Self>, pace: Pace) {
-        let goes_on = self.sending.submitter.goes_on();
+        let continues_burst = self.sending.last_submitter.continues_burst();
         // Pairs with `clear_full()`, and with the exchange in `List::push()` before this.
         if self.sending.full.load(Acquire) {
             return;
@@ -169,7 +169,7 @@ impl Connection {
         // TLS waits for a lock of its own, and not at all when the task has a signal. A worker has none,
         // and holds none of the locks that a submitter may.
         let by_work = self.socket.has_upper_layer();
-        let batch = pace == Pace::Batched && (goes_on || self.traffic.awaited() > 0);
+        let batch = pace == Pace::Batched && (continues_burst || self.traffic.awaited() > 0);
         if by_work || batch {
             self.queue_transmit();
         } else {
@@ -189,7 +189,7 @@ impl Connection {
     }
 
     /// The socket tells of room. Returns whether that was waited for.
-    pub(super) fn room_came(self: ArcBorrow<'_, Self>) -> bool {
+    pub(super) fn write_space(self: ArcBorrow<'_, Self>) -> bool {
         // Pairs with the barrier in `look_for_room()`: either the flag is seen here, or the room there. A
         // UNIX socket's room was made with no more than release ordering (`sock_wfree()`).
         smp_mb(Full);
@@ -225,18 +225,18 @@ impl Connection {
             let Some(mut outbox) = self.sending.outbox.try_lock() else {
                 return;
             };
-            // `die()` first changes the state and then tries this lock: either it learns of what is sent
+            // `mark_dead()` first changes the state and then tries this lock: either it learns of what is sent
             // here, or nothing is.
             if !self.is_alive() {
                 return;
             }
             match self.transmit_all(&mut outbox) {
-                Ok(Stop::Idle) => {}
-                Ok(Stop::Budget | Stop::Signal) => {
+                Ok(StopReason::Idle) => {}
+                Ok(StopReason::Budget | StopReason::Signal) => {
                     drop(outbox);
                     return self.queue_transmit();
                 }
-                Ok(Stop::Full { sent_some }) => {
+                Ok(StopReason::Full { sent_some }) => {
                     refused = if sent_some { 0 } else { refused + 1 };
                     // Still with the lock: else the next one who has it might have found room and used it
                     // up by then, and the socket would tell nobody of more.
@@ -265,7 +265,7 @@ impl Connection {
     /// Whether all that was begun to be sent was sent and answered. Of a connection that lives this may
     /// be wrong as soon as it is said; of one that was declared dead it stays true, because nobody begins
     /// to send. Does not wait for somebody who sends just now, which may take until the socket is ended.
-    pub(super) fn owes_nothing(&self) -> bool {
+    pub(super) fn nothing_outstanding(&self) -> bool {
         let outbox = self.sending.outbox.try_lock();
         outbox.is_some_and(|o| o.transmit.is_empty()) && !self.table.has_open(self.index)
     }
@@ -285,7 +285,7 @@ impl Connection {
     fn look_for_room(self: ArcBorrow<'_, Self>, refused: u32) -> bool {
         // Room that became free before `full` was set was not announced to us; what comes after it is, to a
         // work item, which does nothing where it finds the lock taken. Pairs with the barrier in
-        // `room_came()`, and with `clear_full()`.
+        // `write_space()`, and with `clear_full()`.
         smp_mb(Full);
         if !self.socket.has_room(RoomFor::Sending) {
             return false;
@@ -300,7 +300,8 @@ impl Connection {
     }
 
     fn send_failed(self: ArcBorrow<'_, Self>, error: Error) {
-        if !self.table.fate.see().is_end_wanted() && self.is_alive() && self.table.log.allow() {
+        if !self.table.fate.snapshot().is_end_wanted() && self.is_alive() && self.table.log.allow()
+        {
             pr_err!(
                 "nbd{}: connection {}: send failed ({:?}), closing it\n",
                 self.table.device,
@@ -308,32 +309,32 @@ impl Connection {
                 error
             );
         }
-        self.die();
+        self.mark_dead();
     }
 
-    fn transmit_all(&self, outbox: &mut Outbox) -> Result<Stop> {
+    fn transmit_all(&self, outbox: &mut Outbox) -> Result<StopReason> {
         for _ in 0..BUDGET {
             let next = self.stage(outbox);
             if outbox.transmit.is_empty() {
-                return Ok(Stop::Idle);
+                return Ok(StopReason::Idle);
             }
             let sent = match outbox.transmit.send(&self.socket, next) {
                 Ok(sent) => sent,
-                Err(e) if e == EAGAIN => return Ok(Stop::Full { sent_some: false }),
-                Err(e) if e == EINTR || e == ERESTARTSYS => return Ok(Stop::Signal),
+                Err(e) if e == EAGAIN => return Ok(StopReason::Full { sent_some: false }),
+                Err(e) if e == EINTR || e == ERESTARTSYS => return Ok(StopReason::Signal),
                 Err(e) => return Err(e),
             };
             self.traffic.sent(sent.bytes, sent.requests);
             if !sent.all {
-                return Ok(Stop::Full { sent_some: true });
+                return Ok(StopReason::Full { sent_some: true });
             }
         }
-        Ok(Stop::Budget)
+        Ok(StopReason::Budget)
     }
 
     /// Writes the headers of commands that wait, and stages them. Returns whether some are left.
     fn stage(&self, outbox: &mut Outbox) -> Next {
-        if outbox.transmit.has_place()
+        if outbox.transmit.can_stage()
             && self.sending.send_disconnect.load(Acquire)
             && self.sending.send_disconnect.xchg(false, Full)
         {
@@ -341,7 +342,7 @@ impl Connection {
                 .transmit
                 .stage(&proto::RequestHeader::DISCONNECT, None);
         }
-        while outbox.transmit.has_place() {
+        while outbox.transmit.can_stage() {
             if outbox.waiting.is_empty() {
                 outbox.waiting = self.sending.backlog.take();
             }
@@ -369,7 +370,7 @@ impl Connection {
     /// Gives back what was not sent, or not wholly. A reply does not help it: a server that has
     /// answered a write that it has not read has not written it.
     pub(super) fn give_back_unsent(&self) {
-        let outcome = self.table.outcome_of_lost();
+        let outcome = self.table.lost_command_outcome();
         let mut outbox = self.sending.outbox.lock();
         outbox.transmit.give_back(outcome);
         let waiting = core::mem::replace(&mut outbox.waiting, Batch::empty());

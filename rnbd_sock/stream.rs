@@ -117,7 +117,7 @@ impl Transmit {
     }
 
     /// Whether another message can be staged.
-    pub(crate) fn has_place(&self) -> bool {
+    pub(crate) fn can_stage(&self) -> bool {
         self.staged.len() < STAGED
     }
 
@@ -279,7 +279,7 @@ impl Receive {
         if ahead > 0 && payload.left_bytes() > 0 {
             self.start += self.buffer.copy_to(self.start, ahead, payload)?;
         }
-        self.forget_used();
+        self.reset_if_empty();
         Ok(())
     }
 
@@ -291,7 +291,7 @@ impl Receive {
         self.buffer.read(self.start, have)?;
         if there == REPLY_BYTES {
             self.start += REPLY_BYTES;
-            self.forget_used();
+            self.reset_if_empty();
             return Ok(Some(header));
         }
         // What there is of a header goes to the front, so that the rest of it has room.
@@ -302,7 +302,7 @@ impl Receive {
         Ok(None)
     }
 
-    fn forget_used(&mut self) {
+    fn reset_if_empty(&mut self) {
         if self.start == self.end {
             self.start = 0;
             self.end = 0;

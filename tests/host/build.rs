@@ -45,14 +45,14 @@ const SOURCES: &[Source] = &[
     },
 ];
 
-const CLAIM: &str =
-    "pub(crate) fn claim(&self, generation: u32, connection: u16) -> Result<P::Item, Refused> {\n";
+const CLAIM: &str = "pub(crate) fn claim(&self, generation: u32, connection: u16) -> Result<P::Item, ClaimError> {\n";
 
 const COMMANDS: &[Mutant] = &[
     Mutant {
         name: "claim_ignores_the_generation",
         right: CLAIM,
-        wrong: "pub(crate) fn claim(&self, _: u32, connection: u16) -> Result<P::Item, Refused> {
+        wrong:
+            "pub(crate) fn claim(&self, _: u32, connection: u16) -> Result<P::Item, ClaimError> {
             let generation = Word(self.word.load()).generation();",
         model: "ownership::old_reply_after_reuse_of_the_tag",
         complaint: "an old reply was accepted",
@@ -60,7 +60,8 @@ const COMMANDS: &[Mutant] = &[
     Mutant {
         name: "claim_ignores_the_connection",
         right: CLAIM,
-        wrong: "pub(crate) fn claim(&self, generation: u32, _: u16) -> Result<P::Item, Refused> {
+        wrong:
+            "pub(crate) fn claim(&self, generation: u32, _: u16) -> Result<P::Item, ClaimError> {
             let connection = Word(self.word.load()).connection();",
         model: "ownership::reply_and_death_of_another_connection",
         complaint: "another connection's command was claimed",

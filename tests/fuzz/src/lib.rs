@@ -54,7 +54,7 @@ use std::cell::RefCell;
 use stream::{Receive, Transmit};
 
 /// As `rnbd_sock/receiving.rs`: more data than this is left to the work item.
-const ARRIVAL_BYTES: usize = 32 << 10;
+const INLINE_DATA_BYTES: usize = 32 << 10;
 
 /// The connection that is fuzzed, and one that has commands in flight too.
 const OURS: u16 = 0;
@@ -152,7 +152,7 @@ impl Connection {
     /// A tag is used again only when its command is over.
     fn start(&mut self, slot: usize, op: Op, len_bytes: u32, piece_bytes: usize, ours: bool) {
         let busy = self.slots[slot].status().1 || self.model.is_receiving(slot);
-        if busy || !self.transmit.has_place() {
+        if busy || !self.transmit.can_stage() {
             return;
         }
         let connection = if ours { OURS } else { OTHER };
@@ -187,7 +187,7 @@ impl Connection {
             .stage(&wire, Some(Payload::new(Unsent(request))));
     }
 
-    /// As `Connection::receive_here()` of `rnbd_sock/receiving.rs`.
+    /// As `Connection::receive_in_callback()` of `rnbd_sock/receiving.rs`.
     fn arrive(&mut self, limit: usize) {
         let mut piece: Vec<u8> = self
             .socket
@@ -210,14 +210,14 @@ impl Connection {
         loop {
             self.parse()?;
             let data = self.receive.current.as_ref().map_or(0, Payload::left_bytes);
-            if data > ARRIVAL_BYTES || segment.left_bytes() == 0 {
+            if data > INLINE_DATA_BYTES || segment.left_bytes() == 0 {
                 return Ok(());
             }
             self.receive.take_from(segment)?;
         }
     }
 
-    /// As `Connection::receive_all()`.
+    /// As `Connection::receive_up_to()`.
     fn fill(&mut self, limit: usize) {
         self.socket.limit.set(limit);
         while !self.dead {

@@ -10,7 +10,7 @@ use crate::{
     prelude::*,
     pure::cmd::Cookie,
     pure::proto::{self as proto, Command, ServerError},
-    rnbd_translate::{Described, status_of, wire_of},
+    rnbd_translate::{RequestDescription, status_of, wire_of},
     stream::{Receive, Transmit, send_disconnect_on},
 };
 use proptest::prelude::*;
@@ -96,12 +96,12 @@ fn sixty_four_requests_are_staged() {
     let mut sender = Sender::new();
     assert!(sender.transmit.is_empty());
     for _ in 0..64 {
-        assert!(sender.transmit.has_place());
+        assert!(sender.transmit.can_stage());
         sender.stage(Op::Read, 512, 512);
     }
-    assert!(!sender.transmit.has_place());
+    assert!(!sender.transmit.can_stage());
     assert_eq!(sender.send(usize::MAX), (64 * HEADER, 64, true));
-    assert!(sender.transmit.has_place() && sender.transmit.is_empty());
+    assert!(sender.transmit.can_stage() && sender.transmit.is_empty());
     sender.assert_sent();
 }
 
@@ -248,7 +248,7 @@ fn flags_go_with_what_they_are_for() {
 
 #[test]
 fn requests_have_names() {
-    let named = |op, len| Described(&extent(op, len)).to_string();
+    let named = |op, len| RequestDescription(&extent(op, len)).to_string();
     assert_eq!(named(Op::Read, 512), "read of 512 bytes at 1099511627776");
     assert_eq!(named(Op::Flush, 0), "flush");
     assert_eq!(named(Op::Other, 8), "request of 8 bytes at 1099511627776");
@@ -295,7 +295,7 @@ proptest! {
         let mut ended = 0;
         let count = requests.len() as u64;
         for (writes, sectors, piece) in requests {
-            while !sender.transmit.has_place() {
+            while !sender.transmit.can_stage() {
                 ended += sender.send(limits.next().unwrap()).1;
             }
             let op = if writes { Op::Write } else { Op::Read };

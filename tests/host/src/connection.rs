@@ -7,7 +7,7 @@
 
 use crate::{
     blk_mq::{Tag, Unsent, Verdict},
-    parts::{Batches, Commands, Fates, Lists, Parts, Sights},
+    parts::{Batches, Commands, Fates, Lists, Parts, Snapshots},
     sync::{
         atomic::{Acquire, Atomic, Full, Relaxed, Release},
         barrier::smp_mb,
@@ -28,7 +28,7 @@ use std::{
 pub(crate) const ALIVE: u32 = 0;
 const ENDING: u32 = 1;
 const ENDED: u32 = 2;
-const DEAD: u32 = 3;
+const REAPED: u32 = 3;
 
 /// The step of the protocol that is left out or done wrong, to see that the models notice.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -243,7 +243,7 @@ pub(crate) struct Table<P: Parts> {
     pub(crate) fate: P::Fate,
     /// Connections that have not been reaped.
     alive: Mutex<usize>,
-    all_gone: Condvar,
+    all_reaped: Condvar,
     /// How many deaths user space was told of: the test's own.
     pub(crate) told: std::sync::atomic::AtomicUsize,
 }
@@ -256,7 +256,7 @@ impl<P: Parts> Table<P> {
             slots: (0..tags).map(|_| P::Slot::new()).collect(),
             fate: P::Fate::new(),
             alive: Mutex::new(0),
-            all_gone: Condvar::new(),
+            all_reaped: Condvar::new(),
             told: Default::default(),
         })
     }
@@ -269,36 +269,36 @@ impl<P: Parts> Table<P> {
     fn reclaim(&self, connection: u16) {
         for slot in &self.slots {
             if let Some(request) = slot.reclaim(connection) {
-                request.finish(self.outcome_of_lost());
+                request.finish(self.lost_command_outcome());
             }
         }
     }
 
-    pub(crate) fn outcome_of_lost(&self) -> Verdict {
-        match self.fate.see().is_disconnected() {
+    pub(crate) fn lost_command_outcome(&self) -> Verdict {
+        match self.fate.snapshot().is_disconnected() {
             true => Verdict::Fail,
             false => Verdict::Requeue,
         }
     }
 
-    pub(crate) fn connection_born(&self) {
+    pub(crate) fn add_connection(&self) {
         *self.alive.lock().unwrap() += 1;
     }
 
-    fn connection_gone(&self) {
+    fn remove_connection(&self) {
         let mut alive = self.alive.lock().unwrap();
         *alive = alive.saturating_sub(1);
         if *alive > 0 {
             return;
         }
-        self.fate.all_gone();
-        self.all_gone.notify_all();
+        self.fate.finish_disconnect();
+        self.all_reaped.notify_all();
     }
 
-    pub(crate) fn wait_gone(&self) {
+    pub(crate) fn wait_all_reaped(&self) {
         let mut alive = self.alive.lock().unwrap();
         while *alive > 0 {
-            alive = self.all_gone.wait(alive).unwrap();
+            alive = self.all_reaped.wait(alive).unwrap();
         }
     }
 }
@@ -310,7 +310,7 @@ struct Outbox<P: Parts> {
 }
 
 /// How sending stopped.
-enum Stop {
+enum StopReason {
     Idle,
     Full { sent_some: bool },
 }
@@ -409,7 +409,7 @@ impl<P: Parts> Connection<P> {
     /// `refcount_sub_and_test()`, which is no more than a release.
     pub(crate) fn acknowledge(&self) {
         self.socket.used.fetch_sub(1, Ordering::Release);
-        self.room_came();
+        self.write_space();
     }
 
     /// Whether the server has got that use of a tag.
@@ -447,7 +447,7 @@ impl<P: Parts> Connection<P> {
         }
     }
 
-    fn room_came(&self) {
+    fn write_space(&self) {
         if self.table.left_out != LeftOut::BarrierAfterRoom {
             smp_mb(Full);
         }
@@ -485,8 +485,8 @@ impl<P: Parts> Connection<P> {
                 return;
             }
             match self.transmit_all(&mut outbox) {
-                Ok(Stop::Idle) => {}
-                Ok(Stop::Full { sent_some }) => {
+                Ok(StopReason::Idle) => {}
+                Ok(StopReason::Full { sent_some }) => {
                     refused = if sent_some { 0 } else { refused + 1 };
                     if left_out == LeftOut::WaitingBeforeLooking {
                         drop(outbox);
@@ -511,7 +511,7 @@ impl<P: Parts> Connection<P> {
                 // `send_failed()`
                 Err(Ended) => {
                     drop(outbox);
-                    return self.die();
+                    return self.mark_dead();
                 }
             }
             drop(outbox);
@@ -524,7 +524,7 @@ impl<P: Parts> Connection<P> {
         }
     }
 
-    fn owes_nothing(&self) -> bool {
+    fn nothing_outstanding(&self) -> bool {
         let outbox = self.outbox.try_lock();
         outbox.is_ok_and(|o| o.staged.is_empty()) && !self.table.has_open(self.index)
     }
@@ -551,11 +551,11 @@ impl<P: Parts> Connection<P> {
     }
 
     /// As often as it takes: there is less than the driver's budget.
-    fn transmit_all(&self, outbox: &mut Outbox<P>) -> Result<Stop, Ended> {
+    fn transmit_all(&self, outbox: &mut Outbox<P>) -> Result<StopReason, Ended> {
         loop {
             self.stage(outbox);
             if outbox.staged.is_empty() {
-                return Ok(Stop::Idle);
+                return Ok(StopReason::Idle);
             }
             for request in outbox.staged.iter().filter_map(|o| o.request.as_ref()) {
                 request.0.read_pages();
@@ -565,7 +565,7 @@ impl<P: Parts> Connection<P> {
             outbox.staged.drain(..count);
             if !all {
                 let sent_some = count > 0;
-                return Ok(Stop::Full { sent_some });
+                return Ok(StopReason::Full { sent_some });
             }
         }
     }
@@ -598,7 +598,7 @@ impl<P: Parts> Connection<P> {
     }
 
     fn give_back_unsent(&self) {
-        let outcome = self.table.outcome_of_lost();
+        let outcome = self.table.lost_command_outcome();
         let give_back = |request: Unsent| {
             if self.table.left_out != LeftOut::Overruling {
                 request.overrule(outcome);
@@ -621,14 +621,14 @@ impl<P: Parts> Connection<P> {
 
 // `rnbd_sock.rs`.
 impl<P: Parts> Connection<P> {
-    pub(crate) fn die(&self) {
+    pub(crate) fn mark_dead(&self) {
         if self.state.cmpxchg(ALIVE, ENDING, Full).is_err() {
             return;
         }
-        if !self.table.fate.see().is_end_wanted() {
+        if !self.table.fate.snapshot().is_end_wanted() {
             self.table.told.fetch_add(1, Ordering::Relaxed);
         }
-        let ending = match self.owes_nothing() {
+        let ending = match self.nothing_outstanding() {
             true => Ending::Polite,
             false if self.table.left_out == LeftOut::Resetting => Ending::Polite,
             false => Ending::Reset,
@@ -649,15 +649,15 @@ impl<P: Parts> Connection<P> {
     /// The work item: what was queued, or anything that comes in, makes it run.
     pub(crate) fn receive_work(&self) {
         let _receive = self.receive.lock().unwrap();
-        self.receive_much();
-        let ended = self.state.cmpxchg(ENDED, DEAD, Full).is_ok();
+        self.receive_up_to();
+        let ended = self.state.cmpxchg(ENDED, REAPED, Full).is_ok();
         let early = self.table.left_out == LeftOut::EndingBeforeReaping;
-        if ended || early && self.state.cmpxchg(ENDING, DEAD, Full).is_ok() {
+        if ended || early && self.state.cmpxchg(ENDING, REAPED, Full).is_ok() {
             self.reap();
         }
     }
 
-    fn receive_much(&self) {
+    fn receive_up_to(&self) {
         let replies = std::mem::take(&mut self.socket.stream.lock().unwrap().replies);
         for command in replies {
             let slot = &self.table.slots[command.tag.number];
@@ -672,9 +672,9 @@ impl<P: Parts> Connection<P> {
         self.table.reclaim(self.index);
         if self.table.left_out == LeftOut::CountingBeforeTelling {
             self.reaped.complete_all();
-            return self.table.connection_gone();
+            return self.table.remove_connection();
         }
-        self.table.connection_gone();
+        self.table.remove_connection();
         self.reaped.complete_all();
     }
 }

@@ -2,7 +2,7 @@
 //! Whether a session goes on: `pure/fate.rs` by itself, in all interleavings.
 
 use crate::{
-    parts::{Fates, Parts, Sights, models},
+    parts::{Fates, Parts, Snapshots, models},
     sync::atomic::{Acquire, Atomic, Release},
 };
 use loom::thread;
@@ -23,7 +23,7 @@ pub(crate) fn a_connection_comes_back<P: Parts>() {
     // One that fails, and one that comes later.
     for _ in 0..2 {
         loop {
-            let seen = fate.see();
+            let seen = fate.snapshot();
             let found = !seen.is_over() && connection_lives.load(Acquire);
             if found || fate.exhaust(seen) {
                 break;
@@ -31,21 +31,21 @@ pub(crate) fn a_connection_comes_back<P: Parts>() {
         }
     }
     reconnecting.join().unwrap();
-    let over = fate.see().is_over();
+    let over = fate.snapshot().is_over();
     assert!(!over, "it is over although a connection lives");
 }
 
 /// What happens at the same time happens.
 pub(crate) fn nothing_is_overwritten<P: Parts>() {
     let fate = Arc::new(P::Fate::new());
-    assert!(fate.exhaust(fate.see()));
+    assert!(fate.exhaust(fate.snapshot()));
     let user = {
         let fate = fate.clone();
         thread::spawn(move || fate.request_disconnect())
     };
     fate.revive();
     user.join().unwrap();
-    let seen = fate.see();
+    let seen = fate.snapshot();
     let both = seen.is_end_wanted() && !seen.is_over();
     assert!(both, "a change is lost");
 }
@@ -59,12 +59,12 @@ fn it_ends_once<P: Parts>() {
     };
     let news = fate.end();
     assert!(news != other.join().unwrap());
-    assert!(fate.see().is_over());
+    assert!(fate.snapshot().is_over());
     // A request to disconnect that comes then is fulfilled with the last connection, but once.
     fate.request_disconnect();
-    assert!(fate.all_gone());
-    assert!(!fate.all_gone());
-    assert!(fate.see().is_over());
+    assert!(fate.finish_disconnect());
+    assert!(!fate.finish_disconnect());
+    assert!(fate.snapshot().is_over());
 }
 
 models! {

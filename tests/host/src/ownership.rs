@@ -7,7 +7,7 @@
 use crate::{
     blk_mq::{Parked, Tag, Unanswered, Unsent, Verdict},
     parts::{Commands, Parts, models},
-    pure::cmd::{Refused, Slot},
+    pure::cmd::{ClaimError, Slot},
 };
 use loom::thread::{self, JoinHandle};
 use std::sync::Arc;
@@ -107,7 +107,7 @@ fn forgotten_reply<P: Parts>() {
     let shared = Shared::<P::Slot>::new();
     let (transmit, generation) = shared.start(0);
     let receiver = shared.spawn(move |slot| {
-        slot.put_back(slot.claim(generation, 0).expect("a good reply was refused"));
+        slot.unclaim(slot.claim(generation, 0).expect("a good reply was refused"));
         let reclaimed = slot.reclaim(0).expect("a forgotten command is lost");
         reclaimed.finish(Verdict::Requeue);
     });
@@ -228,21 +228,21 @@ fn refusals_say_why() {
         let tag = Tag::new();
         let slot = Slot::new(Parked::empty());
         let why = |generation, connection| slot.claim(generation, connection).err();
-        assert_eq!(why(0, 0), Some(Refused::Claimed), "it was never used");
-        assert_eq!(why(1, 0), Some(Refused::Stale));
+        assert_eq!(why(0, 0), Some(ClaimError::Claimed), "it was never used");
+        assert_eq!(why(1, 0), Some(ClaimError::Stale));
 
         let (transmit, other) = tag.start();
         let generation = slot.start(3, other);
         drop(transmit);
         assert_eq!(slot.status(), (3, true));
-        assert_eq!(why(generation, 2), Some(Refused::OtherConnection));
-        assert_eq!(why(generation - 1, 3), Some(Refused::Stale));
-        assert_eq!(why(generation + 1, 3), Some(Refused::Stale));
+        assert_eq!(why(generation, 2), Some(ClaimError::OtherConnection));
+        assert_eq!(why(generation - 1, 3), Some(ClaimError::Stale));
+        assert_eq!(why(generation + 1, 3), Some(ClaimError::Stale));
         assert!(slot.reclaim(2).is_none());
 
         complete(slot.claim(generation, 3).ok());
         assert_eq!(slot.status(), (3, false));
-        assert_eq!(why(generation, 3), Some(Refused::Claimed));
+        assert_eq!(why(generation, 3), Some(ClaimError::Claimed));
         assert!(slot.reclaim(3).is_none());
         assert_eq!(tag.history(), [Verdict::Complete]);
     });

@@ -14,7 +14,7 @@ pub(crate) trait Commands: Send + Sync + 'static {
     fn start(&self, connection: u16, other: Unanswered) -> u32;
     fn claim(&self, generation: u32, connection: u16) -> Option<Unanswered>;
     fn reclaim(&self, connection: u16) -> Option<Unanswered>;
-    fn put_back(&self, other: Unanswered);
+    fn unclaim(&self, other: Unanswered);
     fn generation(&self) -> u32;
     /// Which connection the command is in flight on, and whether it is still unclaimed.
     fn status(&self) -> (u16, bool);
@@ -22,19 +22,19 @@ pub(crate) trait Commands: Send + Sync + 'static {
 
 /// `Fate` of `pure/fate.rs`, or of a variant of it.
 pub(crate) trait Fates: Send + Sync + 'static {
-    type Seen: Sights;
+    type Snapshot: Snapshots;
     fn new() -> Self;
-    fn see(&self) -> Self::Seen;
+    fn snapshot(&self) -> Self::Snapshot;
     fn request_disconnect(&self);
     fn end(&self) -> bool;
-    fn all_gone(&self) -> bool;
+    fn finish_disconnect(&self) -> bool;
     /// Whether the session is over; nothing where the caller has to look again.
-    fn exhaust(&self, seen: Self::Seen) -> bool;
+    fn exhaust(&self, seen: Self::Snapshot) -> bool;
     fn revive(&self);
 }
 
-/// Its `Seen`.
-pub(crate) trait Sights: Copy {
+/// Its `Snapshot`.
+pub(crate) trait Snapshots: Copy {
     fn is_over(self) -> bool;
     fn is_disconnected(self) -> bool;
     fn is_end_wanted(self) -> bool;
@@ -89,8 +89,8 @@ macro_rules! commands {
                 self.reclaim(connection)
             }
 
-            fn put_back(&self, other: crate::blk_mq::Unanswered) {
-                self.put_back(other)
+            fn unclaim(&self, other: crate::blk_mq::Unanswered) {
+                self.unclaim(other)
             }
 
             fn generation(&self) -> u32 {
@@ -109,14 +109,14 @@ pub(crate) use commands;
 macro_rules! fates {
     ($module:ident) => {
         impl crate::parts::Fates for $module::Fate {
-            type Seen = $module::Seen;
+            type Snapshot = $module::Snapshot;
 
             fn new() -> Self {
                 $module::Fate::new()
             }
 
-            fn see(&self) -> Self::Seen {
-                self.see()
+            fn snapshot(&self) -> Self::Snapshot {
+                self.snapshot()
             }
 
             fn request_disconnect(&self) {
@@ -127,11 +127,11 @@ macro_rules! fates {
                 self.end()
             }
 
-            fn all_gone(&self) -> bool {
-                self.all_gone()
+            fn finish_disconnect(&self) -> bool {
+                self.finish_disconnect()
             }
 
-            fn exhaust(&self, seen: Self::Seen) -> bool {
+            fn exhaust(&self, seen: Self::Snapshot) -> bool {
                 self.exhaust(seen) != $module::Exhausted::Changed
             }
 
@@ -140,7 +140,7 @@ macro_rules! fates {
             }
         }
 
-        impl crate::parts::Sights for $module::Seen {
+        impl crate::parts::Snapshots for $module::Snapshot {
             fn is_over(self) -> bool {
                 self.is_over()
             }

@@ -22,7 +22,7 @@ use std::sync::Arc;
 const ALIVE: usize = 0;
 /// Declared dead, and its socket was ended: one step here, for nothing depends on the time in between.
 const ENDED: usize = 2;
-const DEAD: usize = 3;
+const REAPED: usize = 3;
 
 /// Less than in the driver, so that the last one is among what is tried.
 const ROUNDS: usize = 2;
@@ -115,7 +115,7 @@ impl Connection {
         if !*hooked {
             return;
         }
-        self.if_nobody_receives(|receive| {
+        self.try_receive(|receive| {
             // `receive_in_callback()`
             if !large {
                 self.parse(receive, std::mem::take(&mut *socket));
@@ -140,8 +140,8 @@ impl Connection {
         if !*self.hooked.read().unwrap() {
             return;
         }
-        self.if_nobody_receives(|receive| {
-            let dead = self.state.load(Acquire) == DEAD;
+        self.try_receive(|receive| {
+            let dead = self.state.load(Acquire) == REAPED;
             if !dead || self.left_out == LeftOut::LookingWhetherDead {
                 let got = std::mem::take(&mut *self.socket.lock().unwrap());
                 self.parse(receive, got);
@@ -150,9 +150,9 @@ impl Connection {
         });
     }
 
-    fn if_nobody_receives(&self, receive: impl FnOnce(&mut Receive) -> bool) {
-        if let Some((left, was_wanted)) = self.receive.try_with(receive) {
-            if left || was_wanted && self.left_out != LeftOut::HandingOver {
+    fn try_receive(&self, receive: impl FnOnce(&mut Receive) -> bool) {
+        if let Some((left, contended)) = self.receive.try_with(receive) {
+            if left || contended && self.left_out != LeftOut::HandingOver {
                 self.work.queue();
             }
         }
@@ -171,7 +171,7 @@ impl Connection {
     /// Returns whether it was the last run.
     fn receive_work(&self) -> bool {
         for _ in 0..ROUNDS {
-            if self.state.load(Acquire) == DEAD {
+            if self.state.load(Acquire) == REAPED {
                 return true;
             }
             match self
@@ -179,7 +179,7 @@ impl Connection {
                 .try_with(|receive| self.receive_or_reap(receive))
             {
                 Some((_, true)) if self.left_out != LeftOut::LookingAgain => {}
-                _ => return self.state.load(Acquire) == DEAD,
+                _ => return self.state.load(Acquire) == REAPED,
             }
         }
         self.work.queue();
@@ -194,7 +194,7 @@ impl Connection {
             }
             self.parse(receive, got);
         }
-        let ended = self.state.compare_exchange(ENDED, DEAD, SeqCst, Relaxed);
+        let ended = self.state.compare_exchange(ENDED, REAPED, SeqCst, Relaxed);
         if ended.is_ok() {
             if self.left_out != LeftOut::StoppingCallbacks {
                 *self.hooked.write().unwrap() = false;
@@ -203,7 +203,7 @@ impl Connection {
         }
     }
 
-    fn die(&self) {
+    fn mark_dead(&self) {
         if self
             .state
             .compare_exchange(ALIVE, ENDED, SeqCst, Relaxed)
@@ -242,7 +242,7 @@ fn everything_is_understood(second: fn(&Connection), left_out: LeftOut) {
     connection.arrives(true);
     second(&connection);
     connection.wait_understood(2);
-    connection.die();
+    connection.mark_dead();
     worker.join().unwrap();
 }
 
@@ -266,7 +266,7 @@ fn dies_while(arrives: fn(&Connection), left_out: LeftOut) {
     let worker = work(&connection);
     let dying = {
         let connection = connection.clone();
-        thread::spawn(move || connection.die())
+        thread::spawn(move || connection.mark_dead())
     };
     arrives(&connection);
     dying.join().unwrap();

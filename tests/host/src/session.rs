@@ -8,7 +8,7 @@
 use crate::{
     blk_mq::{Unanswered, Unsent, Verdict},
     connection::{Conditions, Connection, LeftOut, Table},
-    parts::{Commands, Fates, Module, Parts, Sights, explore, models},
+    parts::{Commands, Fates, Module, Parts, Snapshots, explore, models},
     sync::atomic::{Acquire, Atomic, Full},
 };
 use loom::{
@@ -36,7 +36,7 @@ struct Session<P: Parts> {
     /// Which are in its places, for everybody else.
     connections: Mutex<Vec<usize>>,
     /// Requests wait for a connection to come back, for as long as it takes.
-    is_patient: bool,
+    may_wait: bool,
     /// A server answers what it has not got.
     has_liar: bool,
     /// The queues run again: by who reconnects, or since it is time to look again.
@@ -51,7 +51,7 @@ struct Setup {
     /// The indexes of the connections, and how they are. The first ones are in the places.
     connections: [(u16, Conditions); 2],
     places: usize,
-    is_patient: bool,
+    may_wait: bool,
     has_liar: bool,
 }
 
@@ -73,7 +73,7 @@ const TWO_GOOD: Setup = Setup {
     tags: 1,
     connections: [(0, GOOD), (1, GOOD)],
     places: 2,
-    is_patient: false,
+    may_wait: false,
     has_liar: false,
 };
 const ONE_AFTER_THE_OTHER: Setup = Setup {
@@ -88,7 +88,7 @@ impl<P: Parts> Session<P> {
         let connect = |(index, conditions)| Connection::new(index, &table, conditions);
         let all = setup.connections.map(connect).into();
         for _ in 0..setup.places {
-            table.connection_born();
+            table.add_connection();
         }
         Arc::new(Session {
             all,
@@ -96,7 +96,7 @@ impl<P: Parts> Session<P> {
             slots: (0..setup.places).map(|i| Atomic::new(i as u64)).collect(),
             dispatching: RwLock::new(()),
             connections: Mutex::new((0..setup.places).collect()),
-            is_patient: setup.is_patient,
+            may_wait: setup.may_wait,
             has_liar: setup.has_liar,
             runs: Mutex::new(0),
             run: Condvar::new(),
@@ -152,7 +152,7 @@ impl<P: Parts> Session<P> {
                 return;
             };
             other = ours;
-            match self.pick(self.table.fate.see()) {
+            match self.pick(self.table.fate.snapshot()) {
                 Some(next) => connection = next,
                 None => {
                     other.finish(Verdict::Requeue);
@@ -168,7 +168,7 @@ impl<P: Parts> Session<P> {
 
     fn pick_or_refuse(&self) -> Result<&Connection<P>, Status> {
         loop {
-            let fate = self.table.fate.see();
+            let fate = self.table.fate.snapshot();
             if let Some(connection) = self.pick(fate) {
                 return Ok(connection);
             }
@@ -178,7 +178,7 @@ impl<P: Parts> Session<P> {
         }
     }
 
-    fn pick(&self, fate: <P::Fate as Fates>::Seen) -> Option<&Connection<P>> {
+    fn pick(&self, fate: <P::Fate as Fates>::Snapshot) -> Option<&Connection<P>> {
         if fate.is_over() {
             return None;
         }
@@ -190,8 +190,8 @@ impl<P: Parts> Session<P> {
             })
     }
 
-    fn wait_or_fail(&self, fate: <P::Fate as Fates>::Seen) -> Option<Status> {
-        let waits = !fate.is_disconnected() && self.is_patient;
+    fn wait_or_fail(&self, fate: <P::Fate as Fates>::Snapshot) -> Option<Status> {
+        let waits = !fate.is_disconnected() && self.may_wait;
         if waits {
             return Some(Status::DevResource);
         }
@@ -201,9 +201,9 @@ impl<P: Parts> Session<P> {
     fn end(&self) {
         self.table.fate.end();
         for index in &*self.connections.lock().unwrap() {
-            self.all[*index].die();
+            self.all[*index].mark_dead();
         }
-        self.table.wait_gone();
+        self.table.wait_all_reaped();
     }
 
     /// Puts the second connection in the place of the first, which was declared dead.
@@ -214,7 +214,7 @@ impl<P: Parts> Session<P> {
         if left_out != LeftOut::WaitingForReaped {
             self.all[old].wait_reaped();
         }
-        self.table.connection_born();
+        self.table.add_connection();
         connections[0] = new;
         if left_out == LeftOut::ReplacingBeforeReviving {
             self.table.fate.revive();
@@ -277,10 +277,10 @@ impl<P: Parts> Session<P> {
     }
 
     /// What was sent over a connection leaves and is answered; it dies; what is left leaves later.
-    fn die(&self, connection: usize) {
+    fn mark_dead(&self, connection: usize) {
         let connection = &self.all[connection];
         connection.leave();
-        connection.die();
+        connection.mark_dead();
         connection.leave();
     }
 }
@@ -288,7 +288,7 @@ impl<P: Parts> Session<P> {
 /// One connection dies: whenever that is, the other one sees the command through.
 pub(crate) fn the_other_connection_takes_over<P: Parts>() {
     let session = Session::<P>::new(TWO_GOOD);
-    let dying = session.spawn(|s| s.die(0));
+    let dying = session.spawn(|s| s.mark_dead(0));
     assert_eq!(session.run_request(0, Some(1)), Verdict::Complete);
     dying.join().unwrap();
 }
@@ -302,7 +302,7 @@ fn nothing_leaves_late_without<P: Parts>(left_out: LeftOut) {
         ..TWO_GOOD
     });
     let dying = session.spawn(|s| {
-        s.all[0].die();
+        s.all[0].mark_dead();
         s.all[0].leave();
     });
     let working = session.spawn(|s| {
@@ -322,11 +322,11 @@ fn nothing_leaves_late<P: Parts>() {
 /// number, sees the command through.
 pub(crate) fn the_connection_comes_back<P: Parts>() {
     let session = Session::<P>::new(Setup {
-        is_patient: true,
+        may_wait: true,
         ..ONE_AFTER_THE_OTHER
     });
     let dying = session.spawn(|s| {
-        s.die(0);
+        s.mark_dead(0);
         s.reconnect();
     });
     assert_eq!(
@@ -344,7 +344,7 @@ fn nobody_waits_for_the_connection_without<P: Parts>(left_out: LeftOut) {
         ..ONE_AFTER_THE_OTHER
     });
     let dying = session.spawn(|s| {
-        s.die(0);
+        s.mark_dead(0);
         s.reconnect();
     });
     session.run_request(0, Some(1));
@@ -367,13 +367,13 @@ pub(crate) fn nobody_waits_for_the_connection<P: Parts>() {
 fn cleared_away_meanwhile_without<P: Parts>(left_out: LeftOut) {
     let session = Session::<P>::new(Setup {
         left_out,
-        is_patient: true,
+        may_wait: true,
         connections: [(0, CLEARED_AWAY_BY_ANOTHER), (0, GOOD)],
         ..ONE_AFTER_THE_OTHER
     });
     let working = session.spawn(clear_away_the_first);
     let reconnecting = session.spawn(|s| {
-        s.all[0].die();
+        s.all[0].mark_dead();
         s.reconnect();
     });
     assert_eq!(session.run_request(0, Some(1)), Verdict::Complete);
@@ -398,20 +398,20 @@ fn clear_away_the_first<P: Parts>(session: &Session<P>) {
 fn connected_anew_without<P: Parts>(left_out: LeftOut) {
     let session = Session::<P>::new(Setup {
         left_out,
-        is_patient: true,
+        may_wait: true,
         connections: [(0, CLEARED_AWAY_BY_ANOTHER), (0, GOOD)],
         ..ONE_AFTER_THE_OTHER
     });
     let working = session.spawn(clear_away_the_first);
     let reconnecting = session.spawn(|s| {
         s.table.fate.request_disconnect();
-        s.all[0].die();
+        s.all[0].mark_dead();
         s.reconnect();
     });
     session.run_request(0, Some(1));
     reconnecting.join().unwrap();
     working.join().unwrap();
-    let fate = session.table.fate.see();
+    let fate = session.table.fate.snapshot();
     assert!(!fate.is_disconnected(), "it does not know that it goes on");
     assert_eq!(session.run_request(0, Some(1)), Verdict::Complete);
 }
@@ -423,7 +423,7 @@ pub(crate) fn connected_anew<P: Parts>() {
 /// Both die: the command is answered before that, or it fails. It does not get lost.
 pub(crate) fn both_connections_die<P: Parts>() {
     let session = Session::<P>::new(TWO_GOOD);
-    let dying = [0, 1].map(|index| session.spawn(move |s| s.die(index)));
+    let dying = [0, 1].map(|index| session.spawn(move |s| s.mark_dead(index)));
     let verdict = session.run_request(0, None);
     assert!(matches!(verdict, Verdict::Complete | Verdict::Fail));
     for connection in dying {
@@ -443,7 +443,7 @@ fn left_to_a_sender<P: Parts>() {
     });
     let other = session.spawn(|s| assert_eq!(s.run_request(1, None), Verdict::Fail));
     let dying = session.spawn(|s| {
-        s.all[0].die();
+        s.all[0].mark_dead();
         s.all[0].leave();
     });
     assert_eq!(session.run_request(0, None), Verdict::Fail);
@@ -455,7 +455,7 @@ fn left_to_a_sender<P: Parts>() {
 /// what comes later fails.
 pub(crate) fn the_session_ends<P: Parts>() {
     let session = Session::<P>::new(Setup {
-        is_patient: true,
+        may_wait: true,
         ..TWO_GOOD
     });
     let ending = session.spawn(|s| {
@@ -473,12 +473,12 @@ pub(crate) fn the_session_ends<P: Parts>() {
 /// The user asks for the disconnect, and the server closes the connection: nobody waits for another.
 pub(crate) fn the_user_disconnects<P: Parts>() {
     let session = Session::<P>::new(Setup {
-        is_patient: true,
+        may_wait: true,
         ..ONE_AFTER_THE_OTHER
     });
     let ending = session.spawn(|s| {
         s.table.fate.request_disconnect();
-        s.die(0);
+        s.mark_dead(0);
         s.run_queues();
     });
     let verdict = session.run_request(0, None);
@@ -498,7 +498,7 @@ fn answered_before_it_was_sent_without<P: Parts>(left_out: LeftOut) {
         if let Some(request) = s.table.slots[0].claim(1, 0) {
             request.finish(Verdict::Complete);
         }
-        s.all[0].die();
+        s.all[0].mark_dead();
     });
     assert_eq!(session.run_request(0, Some(1)), Verdict::Complete);
     dying.join().unwrap();
