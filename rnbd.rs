@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: GPL-2.0
-//! A network block device client, loaded in place of `nbd.ko`.
+//! A network block device client that is loaded in place of `nbd.ko`.
 //!
-//! The crate root: what is registered, in which order, and undone in reverse. `Documentation/design.rst`
-//! tells how the parts fit together.
+//! This file is the crate root: it registers everything when the module is loaded, and unregisters
+//! it in reverse order. `Documentation/design.rst` describes how the parts fit together.
 
 #![deny(unsafe_code)]
 
-// First, for the macro in it.
+// This comes first because it defines a macro that `kapi` uses.
 #[macro_use]
 mod rnbd_params;
 
@@ -46,8 +46,10 @@ use rnbd_netlink::{
 use rnbd_registry::Registry;
 use rnbd_shared::Shared;
 
-/// Everything that the module holds, in the order in which it goes: first nobody can ask for anything
-/// any more, then the devices go, then what they work with.
+/// Everything that the module holds, in the order in which it is dropped.
+///
+/// The netlink family is unregistered first, so that no new requests from user space arrive. Then
+/// the devices are removed, and then the resources that they use are released.
 struct Rnbd {
     _netlink: Registration<Netlink>,
     _devices: AllDevices,
@@ -57,7 +59,7 @@ struct Rnbd {
     _major: Major,
 }
 
-/// Removes the devices when it goes.
+/// Removes all devices when it is dropped.
 struct AllDevices(Arc<Registry>);
 
 impl Drop for AllDevices {
@@ -67,7 +69,14 @@ impl Drop for AllDevices {
 }
 
 impl kernel::Module for Rnbd {
-    /// `nbd_init()`
+    /// Registers everything (`nbd_init()`).
+    ///
+    /// # Errors
+    ///
+    /// - `EINVAL`: a module parameter is out of range.
+    /// - `EIO`: the major number is in use, most likely by nbd.ko.
+    /// - `EEXIST`: another generic netlink family has the name "nbd".
+    /// - `ENOMEM`.
     fn init(_module: &'static ThisModule) -> Result<Self> {
         let layout = rnbd_params::layout()?;
         let count = rnbd_params::device_count(layout)?;
@@ -94,8 +103,8 @@ impl kernel::Module for Rnbd {
         };
         let netlink = Registration::new(netlink, group)?;
         for index in 0..count {
-            // As nbd.c: the module loads with the devices that could be made. One may be there already:
-            // netlink can be used by now.
+            // As in nbd.c, the module is loaded even if some of the devices could not be added. A
+            // device may exist already, because user space can use the netlink family by now.
             if let Err(e) = registry.find_or_add(Some(index), None) {
                 pr_err!("cannot make nbd{index} ({e:?})\n");
             }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
-//! One `/dev/nbdN`: its disk, its locks, and what the data path sees of it. What user space does with it is
-//! in `rnbd_dev/`.
+//! One `/dev/nbdN` (`struct nbd_device`): its disk, its locks, and its blk-mq operations.
+//!
+//! The operations that user space requests are in `rnbd_dev/`.
 
 #![forbid(unsafe_code)]
 
@@ -54,92 +55,110 @@ use kernel::{
     }, //
 };
 
-/// `NBD_MAJOR`.
+/// The major number of the devices (`NBD_MAJOR`).
 pub(crate) const MAJOR: u32 = 43;
-/// Tags of one hardware queue, as nbd.c has it.
+/// The number of tags of a hardware queue, which is that of nbd.c.
 pub(crate) const QUEUE_DEPTH: u32 = 128;
-/// How long a request may take before there is a word in the log, where no timeout is set.
+/// The time in seconds after which a request is logged as possibly stuck if no timeout is set.
 pub(crate) const DEFAULT_TIMEOUT_SECONDS: u32 = 30;
 
-/// What the module's parameters say about every device.
+/// What the module parameters determine for every device.
 #[derive(Clone, Copy)]
 pub(crate) struct Layout {
-    /// Minors of a device are its index shifted by this.
+    /// The device's index is shifted by this to get its first minor number.
     pub(crate) part_shift: u32,
-    /// Hardware queues that a device is made with.
+    /// The number of hardware queues that a device is created with.
     pub(crate) hw_queues: u32,
-    /// After how long a connection that owes replies may be replaced, in jiffies; 0: never.
+    /// The time in jiffies for which a connection must have owed replies, and been silent, before
+    /// it may be replaced; 0 means never.
     pub(crate) stuck_jiffies: usize,
 }
 
-/// Where devices go that are no longer wanted.
+/// Removes devices that are no longer in use. The registry implements it.
 pub(crate) trait Remover: Send + Sync {
-    /// Some device is dying: has it removed, soon. The caller may hold the device's locks.
+    /// Schedules the removal of all devices that are marked as dying.
+    ///
+    /// # Context
+    ///
+    /// Any task context. The caller may hold the device's locks.
     fn remove_later(self: Arc<Self>);
 }
 
-/// What the configuration lock protects.
+/// The data that the configuration lock protects.
 pub(crate) struct State {
-    /// From the first open, or the connect, to the last close, or the disconnect.
+    /// The configuration. It exists from the first open, or the netlink connect, to the last put.
     pub(crate) config: Option<KBox<Config>>,
-    /// How long a request may take, in jiffies; 0: for ever (`tag_set.timeout`).
+    /// The request timeout in jiffies; 0 means that requests do not time out (`tag_set.timeout`).
     pub(crate) timeout_jiffies: u32,
-    /// Somebody starts the device and has let go of the lock meanwhile. Nobody else changes the
-    /// configuration before that is over ([`Device::lock()`]); nor does it go, since who starts the
-    /// device uses it.
+    /// A task is starting the device and has dropped the lock meanwhile.
+    ///
+    /// [`Device::lock()`] waits until this is cleared, so nobody else changes the configuration. The
+    /// configuration cannot be freed either, because the task that starts the device holds a
+    /// reference to it.
     starting: bool,
 }
 
-/// What whoever looks for a device asks of it. Not part of [`State`], whose lock may be held for seconds,
-/// while this one is held for a few instructions only.
+/// What the registry and the netlink front end need to know to pick a device.
+///
+/// It is not part of [`State`]: that lock may be held for seconds, while this spin lock is held for
+/// a few instructions only.
 #[derive(Default)]
 pub(crate) struct Usage {
-    /// There is a configuration, or what it has set up is still being undone.
+    /// The device has a configuration, or the teardown of the last one has not finished.
     in_use: bool,
-    /// The device is removed when it is no longer used (`NBD_DESTROY_ON_DISCONNECT`).
+    /// The device is removed after the last put of its configuration (`NBD_DESTROY_ON_DISCONNECT`).
     pub(crate) destroy_on_disconnect: bool,
-    /// Somebody asked for a disconnect since the device was made (`NBD_DISCONNECT_REQUESTED`).
+    /// A disconnect was requested since the device was added (`NBD_DISCONNECT_REQUESTED`).
     pub(crate) disconnect_requested: bool,
-    /// It is to be removed: nobody may use it again.
+    /// The device is to be removed, and must not be opened or connected again.
     dying: bool,
-    /// Somebody removes it.
+    /// A work item has begun to remove the device.
     removal_started: bool,
 }
 
-/// See the module's documentation: the disk, and with it the driver's part.
+/// A disk together with the driver's data for it.
 pub(crate) type Device = GenDisk<Nbd>;
 
-/// The driver's part of a disk (`struct nbd_device`).
+/// The driver's data for a disk (`struct nbd_device`).
 #[pin_data]
 pub(crate) struct Nbd {
     pub(crate) index: u32,
     partitions: bool,
-    /// As in [`Layout`].
+    /// See [`Layout::stuck_jiffies`].
     pub(crate) stuck_jiffies: usize,
     remover: Arc<dyn Remover>,
-    /// Where debugfs shows the devices.
+    /// The directory of the driver in debugfs.
     pub(crate) debugfs: Dir,
-    /// The process that started the session, as sysfs shows it; 0 while there is none.
+    /// The PID of the task that started the session, as sysfs shows it; 0 if there is no session.
     pub(crate) pid: Atomic<i32>,
-    /// What the user calls the image, as sysfs shows it.
+    /// The identifier of the backend, as sysfs shows it (`NBD_ATTR_BACKEND_IDENTIFIER`).
     #[pin]
     pub(crate) backend: Mutex<Option<CString>>,
-    /// The session, for the data path.
+    /// The session, as the blk-mq operations read it.
     pub(crate) session: Published<Session>,
-    /// nbd.c's `config_lock`.
+    /// The configuration and the lock that protects it (nbd.c's `config_lock`).
     #[pin]
     state: Mutex<State>,
-    /// Notified when [`State::starting`] is cleared.
+    /// Waited on until [`State::starting`] is cleared.
     #[pin]
     starting_wait: CondVar,
-    /// Taken with or without `state`.
+    /// Nests inside `state`.
     #[pin]
     pub(crate) usage: SpinLock<Usage>,
-    /// What all devices share. It goes last: the module may be unloaded when the last user of it has gone.
+    /// The resources that all devices share. It is the last field, so that it is dropped last: the
+    /// module may be unloaded once the last reference to the workqueues is gone.
     pub(crate) shared: Shared,
 }
 
-/// Makes `/dev/nbd{index}` (`nbd_dev_add()`). May sleep.
+/// Adds `/dev/nbd{index}` (`nbd_dev_add()`).
+///
+/// # Errors
+///
+/// `ENOMEM`, and those of `add_disk()`.
+///
+/// # Context
+///
+/// May sleep.
 pub(crate) fn add(
     index: u32,
     layout: Layout,
@@ -148,7 +167,7 @@ pub(crate) fn add(
     remover: Arc<dyn Remover>,
 ) -> Result<Disk<Nbd>> {
     let tags = Arc::pin_init(TagSet::new(layout.hw_queues, QUEUE_DEPTH), GFP_KERNEL)?;
-    // The limits are nbd.c's.
+    // These are nbd.c's limits.
     let limits = FixedLimits {
         max_hw_sectors: 65536,
         max_segments: u16::MAX,
@@ -184,11 +203,11 @@ pub(crate) fn add(
 }
 
 impl State {
-    /// The configuration.
+    /// Returns the configuration.
     ///
     /// # Errors
     ///
-    /// `ENODEV` where there is none.
+    /// `ENODEV`: the device has no configuration.
     pub(crate) fn config_mut(&mut self) -> Result<&mut Config> {
         Ok(self.config.as_mut().ok_or(ENODEV)?)
     }
@@ -217,36 +236,39 @@ impl Operations for Nbd {
 }
 
 impl Device {
-    /// The next open reads the partition table, where there can be partitions.
+    /// Makes the next open read the partition table, if the device can have partitions.
     pub(crate) fn scan_partitions_later(&self) {
         if self.partitions {
             self.disk.need_partition_scan();
         }
     }
 
-    /// Whether nobody uses it and it is not about to go.
+    /// Returns whether the device is neither in use nor about to be removed.
     pub(crate) fn is_unused(&self) -> bool {
         let usage = self.usage.lock();
         !usage.in_use && !usage.destroy_on_disconnect && !usage.dying
     }
 
-    /// Whether somebody uses it, as the status says.
+    /// Returns whether the device is in use. This is what `NBD_CMD_STATUS` reports.
     pub(crate) fn is_in_use(&self) -> bool {
         self.usage.lock().in_use
     }
 
-    /// Whether it is to be removed: now, or when it is closed after the disconnect that was asked for.
+    /// Returns whether the device is being removed, or will be after the disconnect that was
+    /// requested.
     pub(crate) fn is_going_down(&self) -> bool {
         let usage = self.usage.lock();
         usage.dying || (usage.destroy_on_disconnect && usage.disconnect_requested)
     }
 
-    /// Whether it is being removed.
+    /// Returns whether the device is being removed.
     pub(crate) fn is_dying(&self) -> bool {
         self.usage.lock().dying
     }
 
-    /// Whether the device is to be removed, by whoever is told so, which is one caller only.
+    /// Claims the removal of a dying device.
+    ///
+    /// Returns true to one caller only, which must then remove the device.
     pub(crate) fn begin_removal(&self) -> bool {
         let mut usage = self.usage.lock();
         let begin = usage.dying && !usage.removal_started;
@@ -254,7 +276,11 @@ impl Device {
         begin
     }
 
-    /// Takes the configuration lock, when nobody starts the device. May sleep, but waits for no server.
+    /// Takes the configuration lock, after waiting for a start that is in progress.
+    ///
+    /// # Context
+    ///
+    /// May sleep. It never waits for a server.
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         let mut state = self.state.lock();
         while state.starting {
@@ -263,9 +289,14 @@ impl Device {
         state
     }
 
-    /// Has the block layer make `count` hardware queues. The configuration lock is not held meanwhile:
-    /// the block layer takes locks that are held where ours is taken. But who takes it by
-    /// [`Self::lock()`] waits until this is over.
+    /// Sets the number of hardware queues to at most `count` (`blk_mq_update_nr_hw_queues()`).
+    ///
+    /// The configuration lock is dropped meanwhile, because the block layer takes locks inside
+    /// which the configuration lock is taken. [`State::starting`] makes [`Self::lock()`] wait.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn set_hw_queues<'a>(
         &'a self,
         mut state: MutexGuard<'a, State>,
@@ -280,8 +311,15 @@ impl Device {
         state
     }
 
-    /// Runs `f` with the configuration, which is there while the device is open or connected, when nobody
-    /// starts the device.
+    /// Calls `f` with the configuration, under the configuration lock.
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` if the device has no configuration, and those of `f`.
+    ///
+    /// # Context
+    ///
+    /// May sleep, like [`Self::lock()`].
     pub(crate) fn with_config<R>(&self, f: impl FnOnce(&mut Config) -> Result<R>) -> Result<R> {
         f(self.lock().config_mut()?)
     }

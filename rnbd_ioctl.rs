@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Front end 1: `/dev/nbdN` itself (`nbd_fops`), with the ioctls of `include/uapi/linux/nbd.h`.
+//! The block device operations of `/dev/nbdN` (`nbd_fops`), with the ioctls of nbd.
+//!
+//! This is one of the two front ends; the other one is `rnbd_netlink.rs`.
+//!
+//! C header: [`include/uapi/linux/nbd.h`](srctree/include/uapi/linux/nbd.h)
 
 #![forbid(unsafe_code)]
 
@@ -57,12 +61,18 @@ impl BlockDevice for Nbd {
     }
 }
 
-/// `nbd_ioctl()`: carries out an ioctl, native or compat: the argument is a number, never a pointer. May sleep.
+/// Handles an ioctl, native or compat (`nbd_ioctl()`). The argument is a number, never a pointer.
 ///
 /// # Errors
 ///
-/// `EPERM` without `CAP_SYS_ADMIN`; `EINVAL` for an ioctl of another kind, and on a device that netlink
-/// has connected; `ENOTTY` for one of ours that does not exist; or that of the call.
+/// - `EPERM`: the caller does not have `CAP_SYS_ADMIN`.
+/// - `EINVAL`: the ioctl is not one of nbd, or the device was configured by netlink.
+/// - `ENOTTY`: nbd does not have this ioctl.
+/// - Those of the operation.
+///
+/// # Context
+///
+/// May sleep.
 fn ioctl(device: &Device, cmd: u32, arg: usize) -> Result<usize> {
     if !task::may_administer() {
         return Err(EPERM);
@@ -88,8 +98,8 @@ fn ioctl(device: &Device, cmd: u32, arg: usize) -> Result<usize> {
         NBD_SET_TIMEOUT => device.set_timeout_seconds(arg),
         NBD_SET_FLAGS => device.set_flags(arg),
         NBD_DO_IT => device.run(),
-        // For compatibility only: the queue is cleared with the session, and there is no list of
-        // requests to print.
+        // These are accepted for compatibility only. The end of a session clears the queue, and
+        // there is no list of requests to print.
         NBD_CLEAR_QUE | NBD_PRINT_DEBUG => Ok(()),
         _ => Err(ENOTTY),
     }

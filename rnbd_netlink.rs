@@ -1,5 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Front end 2: the generic netlink family "nbd" (`include/uapi/linux/nbd-netlink.h`).
+//! The generic netlink family "nbd".
+//!
+//! This is one of the two front ends; the other one is `rnbd_ioctl.rs`.
+//!
+//! C header: [`include/uapi/linux/nbd-netlink.h`](srctree/include/uapi/linux/nbd-netlink.h)
 
 #![forbid(unsafe_code)]
 
@@ -54,7 +58,7 @@ const DEVICE_ITEM: u16 = 1;
 const DEVICE_INDEX: u16 = 1;
 const DEVICE_CONNECTED: u16 = 2;
 
-/// See the module's documentation.
+/// The commands of the family.
 pub(crate) struct Netlink {
     pub(crate) registry: Arc<Registry>,
 }
@@ -62,7 +66,7 @@ pub(crate) struct Netlink {
 impl Commands for Netlink {
     const NAME: &'static CStr = c"nbd";
     const VERSION: u32 = 1;
-    /// `nbd_attr_policy`
+    /// See `nbd_attr_policy`.
     const POLICY: &'static [Policy] = &[
         Policy::ANY,
         Policy::U32,
@@ -90,7 +94,15 @@ impl Commands for Netlink {
 }
 
 impl Netlink {
-    /// `nbd_genl_connect()`
+    /// Connects a device (`nbd_genl_connect()`).
+    ///
+    /// # Errors
+    ///
+    /// - `EPERM`: the sender does not have `CAP_SYS_ADMIN`.
+    /// - `EINVAL`: an attribute is missing or not valid, or the device is going down.
+    /// - `EBUSY`: the device or a socket is in use.
+    /// - `ENOSPC`: no index is left.
+    /// - Those of adding a device and of [`Device::connect()`].
     fn connect(&self, info: &Info<'_>) -> Result {
         check_capable(info)?;
         let wanted = info.attr(ATTR_INDEX).and_then(|a| a.u32());
@@ -111,18 +123,24 @@ impl Netlink {
             if connected {
                 break device;
             }
-            // Somebody was quicker. There are others, where none was named.
+            // Another task was faster. Another device will do, unless the message names this one.
             if wanted.is_some() {
                 refuse_if_going_down(info, &device)?;
                 info.complain(Some(ATTR_INDEX), c"the device is in use");
                 return Err(EBUSY);
             }
         };
-        // As nbd.c: the device is connected even where the answer is lost.
+        // As in nbd.c, the device is connected even if the reply is lost.
         let _ = info.reply(CMD_CONNECT, ATTR_INDEX, &device.index.to_ne_bytes());
         Ok(())
     }
 
+    /// Finds or adds the device `wanted`, or an unused one if the message names none.
+    ///
+    /// # Errors
+    ///
+    /// - `EINVAL`: the device is going down.
+    /// - Those of [`Registry::find_or_add()`].
     fn find_or_add(
         &self,
         info: &Info<'_>,
@@ -143,21 +161,35 @@ impl Netlink {
         Ok(device)
     }
 
-    /// `nbd_genl_disconnect()`
+    /// Disconnects a device (`nbd_genl_disconnect()`).
+    ///
+    /// # Errors
+    ///
+    /// - `EPERM`: the sender does not have `CAP_SYS_ADMIN`.
+    /// - Those of [`Self::device()`].
     fn disconnect(&self, info: &Info<'_>) -> Result {
         check_capable(info)?;
         self.device(info)?.disconnect_and_put();
         Ok(())
     }
 
-    /// `nbd_genl_reconfigure()`
+    /// Changes a device or replaces its dead connections (`nbd_genl_reconfigure()`).
+    ///
+    /// # Errors
+    ///
+    /// - `EPERM`: the sender does not have `CAP_SYS_ADMIN`.
+    /// - Those of [`Self::device()`] and of [`Device::reconfigure()`].
     fn reconfigure(&self, info: &Info<'_>) -> Result {
         check_capable(info)?;
         let setup = parse_setup(info)?;
         self.device(info)?.reconfigure(&setup)
     }
 
-    /// The device that a message names.
+    /// Returns the device that a message names.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL`: the message names no device, or there is no such device, or it is being removed.
     fn device(&self, info: &Info<'_>) -> Result<Arc<Disk<Nbd>>> {
         let index = info.require(ATTR_INDEX, c"the index of a device is needed")?;
         let index = index.u32().ok_or(EINVAL)?;
@@ -172,10 +204,14 @@ impl Netlink {
         Ok(device)
     }
 
-    /// `nbd_genl_status()`
+    /// Reports whether a device, or each device, is in use (`nbd_genl_status()`).
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`, and those of sending the reply.
     fn status(&self, info: &Info<'_>) -> Result {
         let wanted = info.attr(ATTR_INDEX).and_then(|a| a.u32());
-        // What nbd.c takes for all of them.
+        // nbd.c takes this value for "all devices".
         let wanted = wanted.filter(|index| *index != u32::MAX);
         let mut list = KVec::new();
         self.registry.for_each(|device| {
@@ -188,6 +224,11 @@ impl Netlink {
     }
 }
 
+/// Checks that the sender may administer the system (`netlink_capable()`).
+///
+/// # Errors
+///
+/// `EPERM`: the sender does not have `CAP_SYS_ADMIN`.
 fn check_capable(info: &Info<'_>) -> Result {
     if !info.may_administer() {
         return Err(EPERM);
@@ -195,7 +236,11 @@ fn check_capable(info: &Info<'_>) -> Result {
     Ok(())
 }
 
-/// Refuses a device that is going, or will be when it is no longer used.
+/// Checks that a device is neither being removed nor about to be after a disconnect.
+///
+/// # Errors
+///
+/// `EINVAL`: the device is going down.
 fn refuse_if_going_down(info: &Info<'_>, device: &Device) -> Result {
     if device.is_going_down() {
         info.complain(Some(ATTR_INDEX), c"the device is being removed");
@@ -204,6 +249,7 @@ fn refuse_if_going_down(info: &Info<'_>, device: &Device) -> Result {
     Ok(())
 }
 
+/// Appends a device's status to a reply (`populate_nbd_status()`).
 fn put_status(list: &mut KVec<u8>, device: &Device) -> Result {
     let mut item = KVec::new();
     attr::put(&mut item, DEVICE_INDEX, &device.index.to_ne_bytes())?;
@@ -212,7 +258,12 @@ fn put_status(list: &mut KVec<u8>, device: &Device) -> Result {
     attr::put(list, DEVICE_ITEM, &item)
 }
 
-/// What a message asks for.
+/// Parses the attributes of a connect or reconfigure message.
+///
+/// # Errors
+///
+/// - `EINVAL`: an attribute is not valid.
+/// - `ENOMEM`.
 fn parse_setup<'a>(info: &Info<'a>) -> Result<Setup<'a>> {
     let number = |kind| info.attr(kind).and_then(|a: Attr<'a>| a.u64());
     Ok(Setup {
@@ -227,7 +278,12 @@ fn parse_setup<'a>(info: &Info<'a>) -> Result<Setup<'a>> {
     })
 }
 
-/// The file descriptors of the sockets (`nbd_genl_foreach_sock()`).
+/// Parses the file descriptors of the sockets (`nbd_genl_foreach_sock()`).
+///
+/// # Errors
+///
+/// - `EINVAL`: an attribute is not valid.
+/// - `ENOMEM`.
 fn sockets(info: &Info<'_>) -> Result<KVec<u32>> {
     let mut fds = KVec::new();
     let Some(list) = info.attr(ATTR_SOCKETS) else {
@@ -238,7 +294,7 @@ fn sockets(info: &Info<'_>) -> Result<KVec<u32>> {
             info.complain(Some(ATTR_SOCKETS), c"sockets must be in a SOCK_ITEM");
             return Err(EINVAL);
         }
-        // Of several, the last counts (`nla_parse_nested_deprecated()`).
+        // The last of several counts, as in `nla_parse_nested_deprecated()`.
         let mut last = None;
         for (kind, value) in item {
             if kind == SOCK_FD {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The module's parameters.
+//! The module parameters.
 
 #![forbid(unsafe_code)]
 
@@ -18,39 +18,41 @@ use crate::{
 };
 use kernel::prelude::*;
 
-/// `DISK_MAX_PARTS`
+/// See `DISK_MAX_PARTS`.
 const DISK_MAX_PARTS: u64 = 256;
 
-/// Has `kapi/param.rs` define the parameters.
+/// Lists the parameters for `kapi/param.rs`, which defines them.
 macro_rules! parameters {
     ($define:ident) => {
         $define! {
-            /// How many devices there are from the start.
+            /// The number of devices that are added when the module is loaded.
             NBDS_MAX = nbds_max: 16, "number of network block devices to initialize (default: 16)";
-            /// How many partitions a device can have. What is read is what it was rounded up to.
+            /// The maximum number of partitions of a device. Reading it returns the value after
+            /// rounding up.
             MAX_PART = max_part: 16, "number of partitions per device (default: 16)";
-            /// How many hardware queues a device is made with.
+            /// The number of hardware queues that a device is created with.
             PRE_DEFINED_CONNECTIONS = pre_defined_connections: 1,
                 "number of connections for devices pre-created at module load (default: 1)";
-            /// After how many seconds a connection that owes replies may be replaced.
+            /// The time in seconds after which a silent connection that owes replies may be
+            /// replaced.
             REPLACE_STUCK = replace_stuck: 0,
                 "seconds after which RECONFIGURE replaces a connection that is silent and owes replies (default: 0, never)";
         }
     };
 }
 
-/// How the devices look that the parameters ask for.
+/// Returns the layout of the devices that the parameters ask for.
 ///
 /// # Errors
 ///
-/// `EINVAL` where a parameter is out of range.
+/// `EINVAL`: a parameter is out of range.
 pub(crate) fn layout() -> Result<Layout> {
     let max_part = MAX_PART.get();
     if max_part < 0 {
         pr_err!("max_part must be >= 0\n");
         return Err(EINVAL);
     }
-    // fls()
+    // This is `fls()`.
     let part_shift = i32::BITS - max_part.leading_zeros();
     MAX_PART.set(((1u64 << part_shift) - 1) as i32);
     if 1u64 << part_shift > DISK_MAX_PARTS {
@@ -72,11 +74,11 @@ pub(crate) fn layout() -> Result<Layout> {
     })
 }
 
-/// How many devices there are from the start.
+/// Returns the number of devices that are added when the module is loaded.
 ///
 /// # Errors
 ///
-/// `EINVAL` where there cannot be so many.
+/// `EINVAL`: there are not as many minor numbers.
 pub(crate) fn device_count(layout: Layout) -> Result<u32> {
     let count = NBDS_MAX.get() as u32;
     if count > Registry::index_limit(layout) {

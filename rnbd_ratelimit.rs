@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! A limit for messages, so that a bad server cannot fill the log.
+//! A rate limit for messages that a server can cause.
 
 #![forbid(unsafe_code)]
 
@@ -9,8 +9,10 @@ use kernel::sync::atomic::{
     Relaxed, //
 };
 
-/// Lets a burst of messages through, then only some: as the kernel's default rate limit, ten in five
-/// seconds. Exact only where one task asks.
+/// A rate limit with the kernel's defaults: ten messages in five seconds.
+///
+/// It is not exact when several tasks use it concurrently. C header:
+/// [`include/linux/ratelimit.h`](srctree/include/linux/ratelimit.h)
 pub(crate) struct Ratelimit {
     begin: Atomic<usize>,
     printed: Atomic<u32>,
@@ -20,7 +22,7 @@ impl Ratelimit {
     const BURST: u32 = 10;
     const INTERVAL_SECONDS: usize = 5;
 
-    /// Nothing was printed yet.
+    /// Returns a rate limit that has let no message through yet.
     pub(crate) fn new() -> Self {
         Ratelimit {
             begin: Atomic::new(0),
@@ -28,7 +30,7 @@ impl Ratelimit {
         }
     }
 
-    /// Whether the next message may be printed.
+    /// Returns whether the next message may be printed (`__ratelimit()`).
     pub(crate) fn allow(&self) -> bool {
         let now = task::jiffies();
         let interval = Self::INTERVAL_SECONDS * task::HZ as usize;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! All devices: which there are, and how they come and go (nbd.c's `nbd_index_idr`).
+//! The registry of all devices: looks them up, adds and removes them (nbd.c's `nbd_index_idr`).
 
 #![forbid(unsafe_code)]
 
@@ -38,25 +38,29 @@ use kernel::{
     }, //
 };
 
-/// `MINORBITS`
+/// See `MINORBITS`.
 const MINOR_BITS: u32 = 20;
 
 /// The devices, by index.
 type Devices = RBTree<u32, Arc<Disk<Nbd>>>;
 
-/// See the module's documentation.
+/// The devices of the module.
 #[pin_data]
 pub(crate) struct Registry {
     layout: Layout,
-    /// `/sys/kernel/debug/nbd`
+    /// The directory `/sys/kernel/debug/nbd`.
     debugfs: Dir,
-    /// Held while a device is looked up, added or removed, and never while anybody waits for a device:
-    /// who has looked one up has a reference to it. Not taken by who holds a lock of a device.
+    /// The devices (nbd.c's `nbd_index_mutex`).
+    ///
+    /// The lock is held while a device is looked up, added or removed, but never while a task waits
+    /// for a device: the caller of a lookup gets a reference instead. It nests outside the locks of
+    /// a device.
     #[pin]
     devices: Mutex<Devices>,
     #[pin]
     sweep: Work<Registry>,
-    /// It goes last: the module may be unloaded when the last user of it has gone.
+    /// The resources that all devices share. It is the last field, so that it is dropped last: the
+    /// module may be unloaded once the last reference to the workqueues is gone.
     shared: Shared,
 }
 
@@ -67,8 +71,10 @@ impl_has_work! {
 impl WorkItem for Registry {
     type Pointer = Arc<Registry>;
 
-    /// Removes the devices that were to go on disconnect. Each by a work item of its own: removing a
-    /// disk means waiting, and they need not wait for one another.
+    /// Removes the devices that are marked as dying.
+    ///
+    /// Each is removed by a work item of its own, since removing a disk waits for its users, and
+    /// one device must not delay another.
     fn run(this: Arc<Registry>) {
         loop {
             let dying = this.with(|devices| {
@@ -88,7 +94,7 @@ impl WorkItem for Registry {
     }
 }
 
-/// A device that is being removed.
+/// A device that is being removed (`nbd_dev_remove_work()`).
 #[pin_data]
 struct Removal {
     registry: Arc<Registry>,
@@ -126,14 +132,22 @@ impl WorkItem for Removal {
 
 impl Remover for Registry {
     fn remove_later(self: Arc<Self>) {
-        // Where it is queued already it will see this one too.
+        // If the work item is queued already, it will find this device as well.
         let slow = self.shared.slow.clone();
         let _ = slow.enqueue(self);
     }
 }
 
 impl Registry {
-    /// No device yet. May sleep.
+    /// Returns a registry without devices.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn new(layout: Layout, shared: Shared) -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Registry {
@@ -147,28 +161,35 @@ impl Registry {
         )
     }
 
-    /// The highest index that a device can have, plus one.
+    /// Returns the number of indices that devices can have.
     pub(crate) fn index_limit(layout: Layout) -> u32 {
         1 << (MINOR_BITS - layout.part_shift)
     }
 
-    /// As [`Self::index_limit()`].
+    /// Returns the number of indices that devices can have; see [`Self::index_limit()`].
     pub(crate) fn limit(&self) -> u32 {
         Self::index_limit(self.layout)
     }
 
-    /// The device `index`.
+    /// Returns the device with this index.
     pub(crate) fn find(&self, index: u32) -> Option<Arc<Disk<Nbd>>> {
         self.with(|devices| devices.get(&index).cloned())
     }
 
-    /// The device `wanted`, or, where none is named, the lowest one that nobody uses. Makes it where there
-    /// is none (`nbd_dev_add()`), with so many hardware queues where a number is given. By the time that
-    /// the caller has it, somebody may use it, or it may be about to go. May sleep.
+    /// Returns the device `wanted`, or the first unused one, and adds it if it does not exist
+    /// (`nbd_dev_add()`).
+    ///
+    /// A device that is added gets `hw_queues` hardware queues if a number is given. When this
+    /// returns, another task may be using the device, or it may be about to be removed.
     ///
     /// # Errors
     ///
-    /// `ENOSPC` where no index is left, `ENOMEM`, and those of adding a disk.
+    /// - `ENOSPC`: no index is left.
+    /// - `ENOMEM`, and those of adding a disk.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn find_or_add(
         self: &Arc<Self>,
         wanted: Option<u32>,
@@ -186,6 +207,7 @@ impl Registry {
         })
     }
 
+    /// Adds a device.
     fn add(
         self: &Arc<Self>,
         devices: &mut Devices,
@@ -194,7 +216,7 @@ impl Registry {
     ) -> Result<Arc<Disk<Nbd>>> {
         let mut layout = self.layout;
         layout.hw_queues = hw_queues.unwrap_or(layout.hw_queues);
-        // A disk that is there can be in use already, so nothing may fail after it was added.
+        // A disk can be opened as soon as it was added, so nothing may fail after that.
         let node = RBTreeNodeReservation::new(GFP_KERNEL)?;
         let place = UniqueArc::new_uninit(GFP_KERNEL)?;
         let (debugfs, shared) = (self.debugfs.clone(), self.shared.clone());
@@ -204,35 +226,54 @@ impl Registry {
         Ok(device)
     }
 
-    /// Calls `f` for each device, in the order of their indices, until it fails. `f` must not wait for
-    /// anybody. May sleep.
+    /// Calls `f` for each device in the order of their indices, until it fails.
+    ///
+    /// # Errors
+    ///
+    /// Those of `f`.
+    ///
+    /// # Context
+    ///
+    /// May sleep. `f` must not wait for a device or a server.
     pub(crate) fn for_each(&self, mut f: impl FnMut(&Device) -> Result) -> Result {
         self.with(|devices| devices.values().try_for_each(|device| f(device)))
     }
 
-    /// Runs `f` with all devices; none comes or goes meanwhile. No allocation in `f` waits for I/O, which
-    /// might be I/O to one of them: everybody who uses netlink would wait for its server.
+    /// Calls `f` with all devices, under the lock.
+    ///
+    /// Allocations in `f` do not start I/O. It might be I/O to one of the devices, and everybody
+    /// who uses netlink would wait for its server.
     fn with<R>(&self, f: impl FnOnce(&mut Devices) -> R) -> R {
         let mut devices = self.devices.lock();
         task::memalloc_noio(|| f(&mut devices))
     }
 
-    /// Removes a device. Nobody gets its index before it is gone from sight. Who has looked it up keeps
-    /// the rest of it for a moment longer, and finds that it is dying. May sleep.
+    /// Removes a device (`nbd_dev_remove()`).
+    ///
+    /// Its index is not used again before the disk is gone. Tasks that have looked the device up
+    /// keep a reference, and find that it is dying.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     fn remove(&self, index: u32, device: &Disk<Nbd>) {
         device.remove();
         let node = self.with(|devices| devices.remove(&index));
         drop(node);
     }
 
-    /// Removes all devices, but for those that are being removed already. May sleep.
+    /// Removes all devices, except for those that are being removed already.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn clear(&self) {
         let all = self.with(|devices| core::mem::replace(devices, RBTree::new()));
         drop(all);
     }
 }
 
-/// The lowest index that is free, or whose device nobody uses (`nbd_find_get_unused()`).
+/// Returns the lowest index that is free or belongs to an unused device (`nbd_find_get_unused()`).
 fn first_unused(devices: &Devices) -> u32 {
     let unused = devices.iter().find(|(_, device)| device.is_unused());
     if let Some((index, _)) = unused {

@@ -1,24 +1,28 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The module's resources that all devices share.
+//! The resources of the module that all devices share.
 
 #![forbid(unsafe_code)]
 
 use crate::kapi::wq::Queue;
 use kernel::sync::Arc;
 
-/// What user space is told without asking.
+/// Notifies user space. `rnbd_netlink/events.rs` implements it.
 pub(crate) trait Events: Send + Sync {
-    /// A connection of `device` has died, and the user did not ask for it. May sleep.
+    /// Reports that a connection of `device` has died although the user did not ask for it.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     fn link_dead(&self, device: u32);
 }
 
-/// See the module's documentation.
+/// References to the shared resources.
 #[derive(Clone)]
 pub(crate) struct Shared {
-    /// For sending, receiving and clearing away connections: gets on without memory.
+    /// The workqueue for sending, receiving and reaping connections. It has `WQ_MEM_RECLAIM`.
     pub(crate) io: Arc<Queue>,
-    /// For work that may wait for anything, such as removing a disk.
+    /// The workqueue for work that may wait for memory or I/O, such as removing a disk.
     pub(crate) slow: Arc<Queue>,
-    /// Where user space is told of what happens.
+    /// Notifies user space.
     pub(crate) events: Arc<dyn Events>,
 }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What user space has set up for a device (`struct nbd_config`).
+//! What user space has configured for a device (`struct nbd_config`).
 
 #![forbid(unsafe_code)]
 
@@ -25,33 +25,35 @@ use kernel::{
     sync::Arc, //
 };
 
-/// The block size until one is set (`NBD_DEF_BLKSIZE_BITS`).
+/// The block size in bytes until one is set (`NBD_DEF_BLKSIZE_BITS`).
 pub(super) const DEFAULT_BLOCK_BYTES: u32 = 1024;
 
-/// What user space has set up, from the first open to the last close (`struct nbd_config`).
+/// The configuration of a device, from the first open to the last put (`struct nbd_config`).
 pub(crate) struct Config {
-    /// Opens, and the connection that netlink made.
+    /// The reference count: one for each open, and one for netlink while it has connected the
+    /// device (`config_refs`).
     pub(super) references: u32,
-    /// `NBD_FLAG_*`.
+    /// The server's transmission flags (`NBD_FLAG_*`).
     pub(super) flags: u32,
     pub(super) size_bytes: u64,
     pub(super) block_bytes: u32,
     pub(super) sockets: KVec<Socket>,
-    /// The task that hands over sockets: no other may.
+    /// The task that passes sockets by ioctl. No other task may add sockets (`task_setup`).
     pub(super) setup_by: Option<TaskId>,
-    /// The device was started; it is not started again before the last close.
+    /// The device was started. It is not started again before the last put.
     pub(super) started: bool,
-    /// The session, from its start to the last close.
+    /// The session. It exists from its start to the last put.
     pub(super) session: Option<Arc<Session>>,
     pub(super) disconnect_requested: bool,
-    /// Set up by netlink: ioctls may only end it (`NBD_RT_BOUND`).
+    /// The device was configured by netlink: of the ioctls, only those that disconnect are allowed
+    /// (`NBD_RT_BOUND`).
     pub(super) bound: bool,
     /// Netlink holds a reference (`NBD_RT_HAS_CONFIG_REF`).
     pub(super) held_by_netlink: bool,
-    /// The last close disconnects (`NBD_RT_DISCONNECT_ON_CLOSE`).
+    /// The last close disconnects the device (`NBD_RT_DISCONNECT_ON_CLOSE`).
     pub(super) disconnect_on_close: bool,
     pub(super) has_backend_file: bool,
-    /// What debugfs shows of the session, and the files there.
+    /// The data that the debugfs files show, and the files.
     pub(super) debugfs_data: Option<Arc<FileData>>,
     pub(super) debugfs_files: Option<Files>,
     pub(super) dead_timeout_jiffies: u64,
@@ -59,11 +61,11 @@ pub(crate) struct Config {
 }
 
 impl Config {
-    /// Nothing is set up. Whoever makes it has the one reference.
+    /// Returns an empty configuration with one reference, which belongs to the caller.
     ///
     /// # Errors
     ///
-    /// `ENODEV` where the module is about to go.
+    /// `ENODEV`: the module is being unloaded.
     pub(super) fn new() -> Result<Self> {
         Ok(Config {
             references: 1,
@@ -86,7 +88,8 @@ impl Config {
         })
     }
 
-    /// nbd.c's `nbd_disconnected()`
+    /// Returns whether the session was disconnected or has run out of connections
+    /// (`nbd_disconnected()`).
     pub(crate) fn is_disconnected(&self) -> bool {
         let ended = |s: &Arc<Session>| s.table().fate.snapshot().is_disconnected();
         self.session
@@ -94,18 +97,25 @@ impl Config {
             .map_or(self.disconnect_requested, ended)
     }
 
-    /// Removes the files in debugfs. Waits for their readers.
+    /// Removes the debugfs files (`nbd_dev_dbg_close()`).
+    ///
+    /// # Context
+    ///
+    /// Waits for tasks that are reading the files.
     pub(super) fn remove_debugfs(&mut self) {
         self.debugfs_files = None;
     }
 
-    /// The sockets, where no session has taken them over. One that another device uses is not ours.
+    /// Returns the sockets that no session uses. It skips those that another device has hooked.
     pub(super) fn idle_sockets(&self) -> impl Iterator<Item = &Socket> {
         let idle = self.session.is_none();
         self.sockets.iter().filter(move |s| idle && !s.is_hooked())
     }
 
-    /// Ends the session, or the connections of sockets that none has taken over (`sock_shutdown()`).
+    /// Ends the session, or shuts the sockets down if there is no session (`sock_shutdown()`).
+    ///
+    /// # Context
+    ///
     /// May sleep.
     pub(super) fn end(&self) {
         if let Some(session) = &self.session {
@@ -116,7 +126,7 @@ impl Config {
         }
     }
 
-    /// Whether it was set up by netlink.
+    /// Returns whether the device was configured by netlink.
     pub(crate) fn is_bound(&self) -> bool {
         self.bound
     }

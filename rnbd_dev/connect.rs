@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What netlink asks of a device, each in one step.
+//! The netlink requests to connect and to reconfigure a device. Each is one step under the
+//! configuration lock.
 
 #![forbid(unsafe_code)]
 
@@ -18,12 +19,12 @@ use kernel::{
     str::CString, //
 };
 
-/// `NBD_CFLAG_DESTROY_ON_DISCONNECT`
+/// See `NBD_CFLAG_DESTROY_ON_DISCONNECT`.
 const CFLAG_DESTROY_ON_DISCONNECT: u64 = 1 << 0;
-/// `NBD_CFLAG_DISCONNECT_ON_CLOSE`
+/// See `NBD_CFLAG_DISCONNECT_ON_CLOSE`.
 const CFLAG_DISCONNECT_ON_CLOSE: u64 = 1 << 1;
 
-/// What netlink asks for: absent things stay as they are.
+/// The attributes of a netlink request. A setting whose attribute is absent stays as it is.
 #[derive(Default)]
 pub(crate) struct Setup<'a> {
     pub(crate) size_bytes: Option<u64>,
@@ -37,12 +38,24 @@ pub(crate) struct Setup<'a> {
 }
 
 impl Device {
-    /// Sets it up and starts it (`nbd_genl_connect()`). Returns whether it did: it does not where somebody
-    /// uses the device, or it is about to be removed. May sleep.
+    /// Configures and starts the device (`nbd_genl_connect()`).
+    ///
+    /// Returns false if the device is in use or about to be removed.
     ///
     /// # Errors
     ///
-    /// Those of the steps; `EBUSY` where a socket is in use elsewhere.
+    /// - `EINVAL`: there is no socket, or several that the server's flags do not allow, or one that
+    ///   is neither TCP nor a UNIX stream socket, or a size or limits that the block layer does not
+    ///   accept.
+    /// - `EBADF`, `ENOTSOCK`: a file descriptor is not that of a socket.
+    /// - `ENOTCONN`: a socket is not connected, and never was.
+    /// - `EBUSY`: a socket is in use by another device or by another part of the kernel.
+    /// - `ENODEV`: the module is being unloaded.
+    /// - `ENOMEM`, and those of creating a sysfs file.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn connect(&self, setup: &Setup<'_>) -> Result<bool> {
         let mut state = self.lock();
         if state.config.is_some() {
@@ -53,14 +66,18 @@ impl Device {
             Err(e) if e == ENXIO => return Ok(false),
             Err(e) => return Err(e),
         }
-        // The lock is held from here until the device has started: in between it would look as if it were
-        // connected, and as if it could be disconnected.
+        // The lock is held until the device has started. In between the device would look
+        // connected, and could be disconnected.
         let set_up = self.set_up(&mut state, setup);
         let started = set_up.and_then(|()| self.start(state));
         started.map(|_| true).inspect_err(|_| self.put_config())
     }
 
-    /// All that comes before the start.
+    /// Configures the device, up to the start.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::connect()`] except for the ones that starting a session adds.
     fn set_up(&self, state: &mut State, setup: &Setup<'_>) -> Result {
         self.apply(state, setup)?;
         let config = state.config_mut()?;
@@ -80,7 +97,13 @@ impl Device {
         Ok(())
     }
 
-    /// What connect and reconfigure have in common.
+    /// Applies the settings that connect and reconfigure have in common.
+    ///
+    /// # Errors
+    ///
+    /// - `EINVAL`: the size or the block size is not valid.
+    /// - `EBUSY`: see [`Self::set_size()`].
+    /// - `ENODEV`: the device has no configuration.
     fn apply(&self, state: &mut State, setup: &Setup<'_>) -> Result {
         let config = state.config.as_mut().ok_or(ENODEV)?;
         let size_bytes = setup.size_bytes.unwrap_or(config.size_bytes);
@@ -108,16 +131,28 @@ impl Device {
         Ok(())
     }
 
-    /// Changes a device that netlink has connected, and puts sockets in the place of dead connections
-    /// (`nbd_genl_reconfigure()`). May sleep.
+    /// Changes a device that was connected by netlink, and replaces dead connections
+    /// (`nbd_genl_reconfigure()`).
+    ///
+    /// If the device allows it, a stuck connection is replaced when no connection is dead.
     ///
     /// # Errors
     ///
-    /// `EINVAL` where it is not connected by netlink or the image is another one, and those of the
-    /// steps.
+    /// - `EINVAL`: the device was not connected by netlink, the backend identifier differs, or one
+    ///   of the new settings or sockets is not valid.
+    /// - `EBADF`, `ENOTSOCK`: a file descriptor is not that of a socket.
+    /// - `ENOTCONN`: a socket is not connected.
+    /// - `EBUSY`: a socket is in use, or the block size cannot be changed now (see
+    ///   [`Self::set_size()`]).
+    /// - `ENODEV`: the module is being unloaded.
+    /// - `ENOMEM`.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn reconfigure(&self, setup: &Setup<'_>) -> Result {
         let mut state = self.lock();
-        // What an allocation would have written out to make room may wait for this very device.
+        // An allocation must not wait for writeback, which may be waiting for this very device.
         task::memalloc_noio(|| self.reconfigure_locked(&mut state, setup))
     }
 
@@ -146,7 +181,7 @@ impl Device {
     }
 }
 
-/// A copy of `bytes`, whatever they are, up to the first zero (`nla_strdup()`, as C reads what that makes).
+/// Copies `bytes` up to the first NUL byte, without checking their encoding (`nla_strdup()`).
 fn c_string(bytes: &[u8]) -> Result<CString> {
     let text = bytes.split(|byte| *byte == 0).next().unwrap_or(&[]);
     let mut terminated = KVec::with_capacity(text.len() + 1, GFP_KERNEL)?;

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What an administrator can read of a running session in `/sys/kernel/debug/nbd/nbdN/`: nbd.c's files
-//! `tasks`, `size_bytes`, `timeout`, `blocksize_bits` and `flags`, and `connections`.
+//! The files of a running session in `/sys/kernel/debug/nbd/nbdN/` (`nbd_dev_dbg_init()`).
+//!
+//! These are nbd.c's files `tasks`, `size_bytes`, `timeout`, `blocksize_bits` and `flags`, and in
+//! addition `connections`.
 
 #![forbid(unsafe_code)]
 
@@ -26,7 +28,9 @@ use kernel::{
     },
 };
 
-/// What the files show. Reading one takes no lock that is held while they are removed.
+/// The data that the files show.
+///
+/// Reading a file takes no lock that the task which removes the files holds.
 pub(super) struct FileData {
     pub(super) pid: i32,
     pub(super) session: Arc<Session>,
@@ -35,10 +39,18 @@ pub(super) struct FileData {
     pub(super) block_bytes: Atomic<u32>,
 }
 
-/// The files of a session. Dropping this removes them, and waits for their readers.
+/// The files of a session. Dropping it removes them, and waits for tasks that are reading them.
 pub(super) type Files = Pin<KBox<Scope<Arc<FileData>>>>;
 
-/// Makes the files of `nbd{index}` in `root`. May sleep.
+/// Creates the files of `nbd{index}` in the directory `root`.
+///
+/// # Errors
+///
+/// `ENOMEM`.
+///
+/// # Context
+///
+/// May sleep.
 pub(super) fn add_files(root: &Dir, index: u32, data: Arc<FileData>) -> Result<Files> {
     let name = kernel::str::CString::try_from_fmt(fmt!("nbd{index}"))?;
     KBox::pin_init(
@@ -66,7 +78,7 @@ pub(super) fn add_files(root: &Dir, index: u32, data: Arc<FileData>) -> Result<F
     )
 }
 
-/// `nbd_dbg_flags_show()`, and the flag that it forgets.
+/// Writes the flags (`nbd_dbg_flags_show()`), and `NBD_FLAG_CAN_MULTI_CONN`, which nbd.c omits.
 fn write_flags(flags: u32, f: &mut fmt::Formatter<'_>) -> fmt::Result {
     write!(f, "Hex: 0x{flags:08x}\n\nKnown flags:\n")?;
     for (flag, name) in [

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! From the first open, or the connect, to the last close, or the disconnect; and the session in between.
+//! The lifetime of a device's configuration and of its session: open, close, start and disconnect.
 
 #![forbid(unsafe_code)]
 
@@ -44,11 +44,15 @@ use kernel::{
 };
 
 impl Device {
-    /// Somebody opens the device (`nbd_open()`). May sleep.
+    /// Opens the device (`nbd_open()`).
     ///
     /// # Errors
     ///
     /// Those of [`Self::new_config()`].
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn open(&self) -> Result {
         let mut state = self.state.lock();
         if state.config.as_ref().is_none_or(|c| c.is_disconnected()) {
@@ -63,7 +67,11 @@ impl Device {
         Ok(())
     }
 
-    /// Somebody has closed the device, and `openers` are left (`nbd_release()`). May sleep.
+    /// Closes the device, which `openers` other openers still have open (`nbd_release()`).
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn close(&self, openers: u32) {
         let disconnect = openers == 0
             && self
@@ -75,12 +83,14 @@ impl Device {
         self.put_config();
     }
 
-    /// Makes a configuration, with one reference (`nbd_alloc_and_init_config()`). There is none.
+    /// Creates a configuration with one reference (`nbd_alloc_and_init_config()`). The device must
+    /// not have one.
     ///
     /// # Errors
     ///
-    /// `ENXIO` where the device is about to be removed, `ENODEV` where the module is about to go,
-    /// `ENOMEM`.
+    /// - `ENXIO`: the device is about to be removed.
+    /// - `ENODEV`: the module is being unloaded.
+    /// - `ENOMEM`.
     pub(super) fn new_config<'a>(&self, state: &'a mut State) -> Result<&'a mut Config> {
         let config = KBox::new(Config::new()?, GFP_KERNEL)?;
         let mut usage = self.usage.lock();
@@ -91,8 +101,14 @@ impl Device {
         Ok(state.config.insert(config))
     }
 
-    /// Lets go of the configuration (`nbd_config_put()`). The last one ends the session, and the device
-    /// where it is not wanted any more. May sleep.
+    /// Puts a reference to the configuration (`nbd_config_put()`).
+    ///
+    /// The last put ends the session, frees the configuration, and schedules the removal of the
+    /// device if it is to be destroyed on disconnect.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(super) fn put_config(&self) {
         let mut state = self.state.lock();
         let last = state.config.as_mut().is_some_and(|config| {
@@ -111,7 +127,10 @@ impl Device {
         }
     }
 
-    /// Nobody uses the device any more. Has it removed where it was to go. The configuration lock is held.
+    /// Marks the device as unused, and schedules its removal if it is to be destroyed on
+    /// disconnect.
+    ///
+    /// The caller holds the configuration lock.
     fn mark_unused(&self) {
         let mut usage = self.usage.lock();
         usage.in_use = false;
@@ -123,12 +142,13 @@ impl Device {
         }
     }
 
-    /// Undoes what was set up. The lock is held.
+    /// Undoes what was configured, as in `nbd_config_put()`. The caller holds the configuration
+    /// lock.
     fn tear_down(&self, config: &mut Config) {
         config.remove_debugfs();
         config.end();
         if config.session.is_some() {
-            // Nothing is in flight any more, and what comes in is refused.
+            // Nothing is in flight, and requests that arrive from now on are failed.
             let gone = self.session.retract(&self.disk.freeze());
             drop(gone);
         }
@@ -144,21 +164,25 @@ impl Device {
         if config.has_backend_file {
             self.remove_file(File::Backend);
         }
-        // Also where the file could not be made: the next image is another one.
+        // This is reset even if the sysfs file was not created: the next backend is another one.
         *self.backend.lock() = None;
     }
 }
 
-// The session.
+// Sessions.
 
 impl Device {
-    /// Runs a session until its last connection has gone, or a signal comes (`NBD_DO_IT`,
+    /// Runs a session until its last connection was reaped, or a signal arrives (`NBD_DO_IT`,
     /// `nbd_start_device_ioctl()`).
     ///
     /// # Errors
     ///
-    /// `EBUSY` where the device was started already or a socket is in use elsewhere, `EINVAL` without a
-    /// socket or with several that the server does not allow, `ERESTARTSYS` after a signal.
+    /// - Those of [`Self::start()`].
+    /// - `ERESTARTSYS`: a signal has interrupted the wait.
+    ///
+    /// # Context
+    ///
+    /// May sleep, for as long as the session lasts.
     pub(crate) fn run(&self) -> Result {
         let session = self.start(self.lock())?;
         self.scan_partitions_later();
@@ -176,21 +200,40 @@ impl Device {
         Ok(())
     }
 
-    /// `nbd_start_device()`
+    /// Starts the device: takes over the sockets and publishes a session (`nbd_start_device()`).
+    ///
+    /// # Errors
+    ///
+    /// - `EBUSY`: the device was started already, or a socket is in use by another device or by
+    ///   another part of the kernel.
+    /// - `EINVAL`: there is no socket, or several that the server's flags do not allow, or the
+    ///   block layer does not accept the limits.
+    /// - `ENOTCONN`: a socket is not connected, and never was.
+    /// - `ENODEV`: the device has no configuration, or the module is being unloaded.
+    /// - `ENOMEM`, and those of [`Self::set_size()`] and of creating a sysfs file.
+    ///
+    /// # Context
+    ///
+    /// May sleep. It drops the configuration lock while it changes the number of hardware queues.
     pub(super) fn start(&self, mut state: MutexGuard<'_, State>) -> Result<Arc<Session>> {
         let sockets = self.check_startable(state.config_mut()?)?;
         let mut state = self.set_hw_queues(state, sockets as u32);
         let timeout_jiffies = state.timeout_jiffies;
         let config = state.config_mut()?;
         let session = self.start_locked(config, timeout_jiffies)?;
-        // They are the session's now, which lets go of those that are replaced.
+        // The session has its own references to the sockets, and drops those of connections that
+        // are replaced.
         config.sockets = KVec::new();
-        // Whoever ends it next lets go of this, too.
+        // Netlink's reference is put by whoever disconnects the device.
         config.held_by_netlink = config.bound;
         Ok(session)
     }
 
-    /// With how many sockets the device can be started.
+    /// Checks that the device can be started, and returns the number of its sockets.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` and `EINVAL`; see [`Self::start()`].
     fn check_startable(&self, config: &Config) -> Result<usize> {
         if config.started {
             return Err(EBUSY);
@@ -227,7 +270,13 @@ impl Device {
         Ok(session)
     }
 
-    /// Publishes a session, and shows it to user space.
+    /// Makes a session visible, to user space and to the blk-mq operations.
+    ///
+    /// # Errors
+    ///
+    /// - `ENOMEM`, and those of creating a sysfs file.
+    /// - `EBUSY`: a session is published already.
+    /// - Those of [`Self::set_size()`].
     fn publish_session(&self, config: &mut Config, session: &Arc<Session>) -> Result {
         self.add_file(File::Pid).inspect_err(|_| {
             pr_err!("nbd{}: cannot make the file pid\n", self.index);
@@ -248,7 +297,7 @@ impl Device {
             },
             GFP_KERNEL,
         )?;
-        // As nbd.c: without these files the device works all the same.
+        // As in nbd.c, the device works even without these files.
         config.debugfs_files = debugfs::add_files(&self.debugfs, self.index, data.clone()).ok();
         config.debugfs_data = Some(data);
         self.disk
@@ -257,7 +306,15 @@ impl Device {
         self.set_size(config, config.size_bytes, config.block_bytes)
     }
 
-    /// Asks the servers to end the session. May sleep.
+    /// Sends a disconnect on all connections (`NBD_DISCONNECT`).
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV`: the device has no configuration.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn disconnect(&self) -> Result {
         self.with_config(|config| {
             self.send_disconnect(config);
@@ -265,7 +322,8 @@ impl Device {
         })
     }
 
-    /// `nbd_disconnect()`
+    /// Sends a disconnect on all connections, or on the sockets if there is no session
+    /// (`nbd_disconnect()`).
     fn send_disconnect(&self, config: &mut Config) {
         pr_info!("nbd{}: NBD_DISCONNECT\n", self.index);
         self.usage.lock().disconnect_requested = true;
@@ -281,10 +339,15 @@ impl Device {
         }
     }
 
-    /// Disconnects, waits until nothing of the session runs, and lets go of what netlink holds
-    /// (`nbd_disconnect_and_put()`). May sleep.
+    /// Disconnects the device, waits until all connections are reaped, and puts netlink's reference
+    /// (`nbd_disconnect_and_put()`).
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn disconnect_and_put(&self) {
-        // In one step: what comes afterwards is another session. It can only fail where there is none.
+        // This is one step under the lock, since a device that is configured later must not be
+        // disconnected. It fails only if there is no configuration.
         let put = self.with_config(|config| {
             self.send_disconnect(config);
             config.end();
@@ -297,14 +360,23 @@ impl Device {
         }
     }
 
-    /// Ends the session at once, and forgets the sockets (`nbd_clear_sock_ioctl()`). May sleep.
+    /// Ends the session at once and drops the sockets (`NBD_CLEAR_SOCK`, `nbd_clear_sock_ioctl()`).
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV`: the device has no configuration.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn clear_sockets(&self) -> Result {
         let put = self.with_config(|config| {
             config.end();
             config.sockets = KVec::new();
             config.setup_by = None;
             self.disk.force_media_change();
-            // Under the lock: who returns from NBD_DO_IT has not closed the device yet, and counts.
+            // This happens under the lock: a task that returns from `NBD_DO_IT` still has the
+            // device open, and is counted as an opener.
             self.reset_size();
             Ok(core::mem::take(&mut config.held_by_netlink))
         })?;
@@ -314,7 +386,7 @@ impl Device {
         Ok(())
     }
 
-    /// `nbd_bdev_reset()`
+    /// Sets the size to 0 if at most one opener is left (`nbd_bdev_reset()`).
     fn reset_size(&self) {
         if self.disk.openers() <= 1 {
             self.disk.set_capacity(Sectors(0));

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What either front end sets up: sockets, sizes, flags, timeouts.
+//! The settings that both front ends share: sockets, sizes, flags and timeouts.
 
 #![forbid(unsafe_code)]
 
@@ -39,17 +39,21 @@ use kernel::{
     sync::atomic::Relaxed, //
 };
 
-/// The longest that a timer can be set for (`MAX_JIFFY_OFFSET`, as far as 32 bits hold it).
+/// The longest timeout in jiffies: `MAX_JIFFY_OFFSET`, limited to what 32 bits can hold.
 const MAX_JIFFIES: u32 = u32::MAX / 4;
 
 impl Device {
-    /// Adds a socket to the ones that the device will use (`nbd_add_socket()`).
+    /// Adds a socket to those that the device will use (`nbd_add_socket()`).
     ///
     /// # Errors
     ///
-    /// `EINVAL` for something that is no TCP or UNIX stream socket, `ENOTCONN` for one that is no
-    /// connection and was none, `EBADF`, `ENOTSOCK`, `EBUSY` where the device was started or another task
-    /// sets it up, `ENOMEM`.
+    /// - `EINVAL`: the file descriptor is out of range, or its socket is neither TCP nor a UNIX
+    ///   stream socket.
+    /// - `EBADF`, `ENOTSOCK`: the file descriptor is not that of a socket.
+    /// - `ENOTCONN`: the socket is not connected, and never was.
+    /// - `EBUSY`: the device was started already, or another task is configuring it.
+    /// - `ENODEV`: the device has no configuration.
+    /// - `ENOMEM`.
     pub(crate) fn add_socket(&self, fd: usize) -> Result {
         let fd = i32::try_from(fd).map_err(|_| EINVAL)?;
         self.with_config(|config| {
@@ -70,6 +74,11 @@ impl Device {
         })
     }
 
+    /// Returns the socket of a file descriptor (`nbd_get_socket()`), and logs why it is not usable.
+    ///
+    /// # Errors
+    ///
+    /// `EBADF`, `ENOTSOCK`, `EINVAL` and `ENOTCONN`; see [`Self::add_socket()`].
     pub(super) fn socket_from_fd(&self, fd: i32) -> Result<Socket> {
         Socket::from_fd(fd).map_err(|e| match e {
             BadSocket::Fd(errno) => errno,
@@ -87,12 +96,20 @@ impl Device {
         })
     }
 
-    /// Sets the size, in bytes.
+    /// Sets the size in bytes (`NBD_SET_SIZE`).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::set_size()`], and `ENODEV` if the device has no configuration.
     pub(crate) fn set_size_bytes(&self, size_bytes: usize) -> Result {
         self.with_config(|config| self.set_size(config, size_bytes as u64, config.block_bytes))
     }
 
-    /// Sets the size, in blocks of the size that was set.
+    /// Sets the size in units of the block size (`NBD_SET_SIZE_BLOCKS`).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::set_size()`], and `ENODEV` if the device has no configuration.
     pub(crate) fn set_size_blocks(&self, blocks: usize) -> Result {
         self.with_config(|config| {
             let size_bytes = (blocks as u64)
@@ -102,18 +119,28 @@ impl Device {
         })
     }
 
-    /// Sets the block size, in bytes; 0 is the default.
+    /// Sets the block size in bytes; 0 selects the default (`NBD_SET_BLKSIZE`).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::set_size()`], and `ENODEV` if the device has no configuration.
     pub(crate) fn set_block_bytes(&self, bytes: usize) -> Result {
         let bytes = checked_block_bytes(bytes as u64)?;
         self.with_config(|config| self.set_size(config, config.size_bytes, bytes))
     }
 
-    /// `nbd_set_size()`: remembers it, and tells the block layer where the device runs.
+    /// Sets the size and the block size in bytes (`nbd_set_size()`). If the device runs, this takes
+    /// effect at once.
     ///
     /// # Errors
     ///
-    /// `EINVAL`; `EBUSY` where the block size is to change and what is in flight does not end, or somebody
-    /// who waits for that changes other limits.
+    /// - `EINVAL`: the size or the block size is not valid.
+    /// - `EBUSY`: the block size was to be changed, and the requests in flight did not complete in
+    ///   time, or another task that is changing limits is waiting for them.
+    ///
+    /// # Context
+    ///
+    /// May sleep. The caller holds the configuration lock.
     pub(super) fn set_size(
         &self,
         config: &mut Config,
@@ -143,6 +170,7 @@ impl Device {
         Ok(())
     }
 
+    /// Sets the limits of the disk, and logs a failure for which requests in flight are the reason.
     fn set_limits(&self, config: &Config, block_bytes: u32) -> Result {
         let set = self.disk.set_limits(features(config.flags), block_bytes);
         set.inspect_err(|e| {
@@ -155,14 +183,17 @@ impl Device {
         })
     }
 
-    /// Sets how long a request may take; 0 is for ever (`nbd_set_cmd_timeout()`).
+    /// Sets the request timeout in seconds; 0 means that requests do not time out
+    /// (`nbd_set_cmd_timeout()`).
     pub(crate) fn set_timeout_seconds(&self, seconds: usize) -> Result {
         self.apply_timeout(&mut self.lock(), seconds as u64);
         Ok(())
     }
 
+    /// Sets the request timeout under the configuration lock.
     pub(super) fn apply_timeout(&self, state: &mut State, seconds: u64) {
-        // What is longer than the block layer can wait is as good as for ever, and not zero.
+        // A value that is larger than the block layer's maximum must not wrap around to a short
+        // timeout.
         let jiffies = seconds.saturating_mul(u64::from(task::HZ));
         let jiffies = u32::try_from(jiffies).map_or(MAX_JIFFIES, |j| j.min(MAX_JIFFIES));
         state.timeout_jiffies = jiffies;
@@ -176,7 +207,12 @@ impl Device {
         }
     }
 
-    /// Sets what the server can do. Taken up when the device starts or its size is set.
+    /// Sets the server's transmission flags. They take effect when the device is started or its
+    /// size is set.
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV`: the device has no configuration.
     pub(crate) fn set_flags(&self, flags: usize) -> Result {
         self.with_config(|config| {
             config.flags = flags as u32;
@@ -185,7 +221,11 @@ impl Device {
     }
 }
 
-/// A block size that the block layer takes; 0 is the default.
+/// Checks a block size in bytes; 0 selects the default.
+///
+/// # Errors
+///
+/// `EINVAL`: the block layer does not accept it.
 pub(super) fn checked_block_bytes(bytes: u64) -> Result<u32> {
     let bytes = match bytes {
         0 => u64::from(DEFAULT_BLOCK_BYTES),
@@ -198,7 +238,7 @@ pub(super) fn checked_block_bytes(bytes: u64) -> Result<u32> {
     u32::try_from(bytes).map_err(|_| EINVAL)
 }
 
-/// What the disk can do with such a server (`nbd_apply_limits()`).
+/// Returns the features of a disk whose server has these flags (`nbd_apply_limits()`).
 fn features(flags: u32) -> Features {
     let has = |flag| flags & flag != 0;
     Features {

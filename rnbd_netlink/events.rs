@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What user space is told without asking: netlink multicasts of the family "nbd".
+//! The multicasts of the netlink family "nbd".
 
 #![forbid(unsafe_code)]
 
@@ -13,17 +13,18 @@ use kernel::{
     sync::Arc, //
 };
 
-/// `NBD_GENL_MCAST_GROUP_NAME`
+/// See `NBD_GENL_MCAST_GROUP_NAME`.
 pub(crate) const GROUP: &CStr = c"nbd_mc_group";
 
-/// `NBD_CMD_LINK_DEAD`
+/// See `NBD_CMD_LINK_DEAD`.
 const CMD_LINK_DEAD: u8 = 4;
 
-/// Multicasts events to whoever has joined the group.
+/// Multicasts events to the members of the group.
 pub(crate) struct Multicast(pub(crate) Arc<Group>);
 
 impl Events for Multicast {
-    /// `nbd_mcast_index()`
+    /// Multicasts `NBD_CMD_LINK_DEAD` (`nbd_mcast_index()`). The message is lost if there is no
+    /// memory.
     fn link_dead(&self, device: u32) {
         let index = device.to_ne_bytes();
         if let Err(e) = self.0.multicast(CMD_LINK_DEAD, ATTR_INDEX, &index) {
