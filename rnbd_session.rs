@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! One configured export that is connected: its connections, and how commands are spread over them.
-//! (The part of nbd.c's `nbd_config` that the data path needs.)
+//! A session: the connections of a device that was started (nbd.c's `nbd_config`, as far as the
+//! data path uses it).
 
 #![forbid(unsafe_code)]
 
@@ -33,55 +33,67 @@ use kernel::{
     },
 };
 
-/// See the module's documentation.
+/// A session. It exists from the start of a device to the last put of its configuration.
 #[pin_data]
 pub(crate) struct Session {
     table: Arc<Table>,
-    /// The connections, as dispatches see them.
+    /// The connections, as `queue_rq` and `commit_rqs` read them.
     slots: KVec<Dispatched<Connection>>,
-    /// The connections, for everybody else, and how often each was put in a dead one's place.
+    /// The connections, for everything else. They are the same ones.
     #[pin]
     connections: Mutex<KVec<Place>>,
-    /// `NBD_FLAG_*`.
+    /// The server's transmission flags (`NBD_FLAG_*`).
     flags: u32,
-    /// How long requests wait for a dead connection to come back, in jiffies (`dead_conn_timeout`).
+    /// The time in jiffies for which requests wait for a new connection (`dead_conn_timeout`).
     dead_timeout_jiffies: Atomic<u64>,
-    /// Since when requests have been waiting, in jiffies with the lowest bit set; 0: none waits.
+    /// The time in jiffies, with the lowest bit set, since which requests have been waiting for a
+    /// connection; 0 if none waits.
     waiting_since: Atomic<usize>,
-    /// A connection that was stuck is being replaced: requests wait for the new one.
+    /// A stuck connection is being replaced, and requests wait for the new one.
     replacing: Atomic<bool>,
 }
 
-/// A place of the session: its connection, and how many have been there before.
+/// A place for a connection, and how often its connection was replaced.
 struct Place {
     connection: Arc<Connection>,
     reconnects: u32,
 }
 
-/// How a session is to be.
+/// The parameters of a session.
 pub(crate) struct Options {
-    /// The device's index.
+    /// The index of the device.
     pub(crate) device: u32,
-    /// What all devices share.
+    /// The resources that all devices share.
     pub(crate) shared: Shared,
-    /// The device's hardware queues, and the tags of each.
+    /// The number of hardware queues, and the number of tags of each.
     pub(crate) hw_queues: u32,
     pub(crate) depth: u32,
-    /// `NBD_FLAG_*`.
+    /// The server's transmission flags (`NBD_FLAG_*`).
     pub(crate) flags: u32,
-    /// How long a request may take; 0: for ever.
+    /// The request timeout in jiffies; 0 means that requests do not time out.
     pub(crate) timeout_jiffies: u32,
-    /// How long requests wait for a dead connection to come back.
+    /// The time in jiffies for which requests wait for a new connection (`dead_conn_timeout`).
     pub(crate) dead_timeout_jiffies: u64,
 }
 
 impl Session {
-    /// Takes the sockets over. The first ones have a hardware queue each; the others, where there are
-    /// more than the block layer makes queues for, stand by. May sleep.
+    /// Takes the sockets over.
+    ///
+    /// Each hardware queue uses the connection of the same index. If there are more sockets than
+    /// hardware queues, because the block layer limits the latter to the number of CPUs, the others
+    /// are spares.
     ///
     /// # Errors
     ///
-    /// `EBUSY` where a socket is in use elsewhere, `ENOMEM`.
+    /// - `EBUSY`: a socket is in use by another device or by another part of the kernel.
+    /// - `ENOTCONN`: a socket is not connected, and never was.
+    /// - `EINVAL`: there are more sockets than the table can number.
+    /// - `ENODEV`: the module is being unloaded.
+    /// - `ENOMEM`.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn new(disk: &DiskRef, sockets: &[Socket], options: Options) -> Result<Arc<Self>> {
         let table = Table::new(
             options.device,
@@ -125,6 +137,8 @@ impl Session {
         })
     }
 
+    /// Takes over each socket, and appends its connection to `connections`. The errors are those of
+    /// [`Self::new()`].
     fn connect(
         table: &Arc<Table>,
         sockets: &[Socket],
@@ -132,26 +146,34 @@ impl Session {
     ) -> Result {
         for (index, socket) in sockets.iter().enumerate() {
             let index = u16::try_from(index).map_err(|_| EINVAL)?;
-            // There is room, so what was made is never lost.
+            // There is room in the vector, so a connection that was made is never lost.
             let prepared = Connection::prepare(index, table.clone(), socket.clone())?;
             connections.push(prepared.take_socket()?, GFP_KERNEL)?;
         }
         Ok(())
     }
 
-    /// Starts to receive. May sleep.
+    /// Makes all connections receive.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn start_receiving(&self) {
         for place in &*self.connections.lock() {
             place.connection.as_arc_borrow().start_receiving();
         }
     }
 
-    /// What all connections share.
+    /// Returns the state that all connections share.
     pub(crate) fn table(&self) -> &Table {
         &self.table
     }
 
-    /// Sends a disconnect on every connection. May sleep.
+    /// Sends a disconnect on each connection (`send_disconnects()`).
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn send_disconnect(&self) {
         self.table.fate.request_disconnect();
         for place in &*self.connections.lock() {
@@ -159,8 +181,12 @@ impl Session {
         }
     }
 
-    /// Ends all connections; what is in flight fails (`sock_shutdown()`). Returns when all of it has
-    /// failed. May sleep.
+    /// Shuts all connections down, and waits until all commands in flight have failed
+    /// (`sock_shutdown()`).
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn end(&self) {
         if self.table.fate.end() {
             pr_warn!("nbd{}: shutting down sockets\n", self.table.device);
@@ -171,7 +197,7 @@ impl Session {
         self.table.wait_all_reaped();
     }
 
-    /// Writes a line for each connection: its number, and `name=value` pairs.
+    /// Writes a line for each connection: its index, and `name=value` pairs.
     pub(crate) fn describe_connections(
         &self,
         f: &mut kernel::fmt::Formatter<'_>,
@@ -184,7 +210,7 @@ impl Session {
         Ok(())
     }
 
-    /// Sets how long requests wait for a dead connection to come back.
+    /// Sets the time in jiffies for which requests wait for a new connection.
     pub(crate) fn set_dead_timeout_jiffies(&self, jiffies: u64) {
         self.dead_timeout_jiffies.store(jiffies, Relaxed);
     }

@@ -1,11 +1,16 @@
 // SPDX-License-Identifier: GPL-2.0
-//! One connection: its birth, what the socket tells of, its death. How it sends and receives is in
-//! `rnbd_sock/`.
+//! A connection (`struct nbd_sock`): its setup, its socket's events, and its end.
 //!
-//! No thread waits for a connection. What is to be sent is sent by whoever queues it, or by a work item
-//! when the socket was full; what comes in is received where the socket tells of it, if it is little, or
-//! by a work item. Death is declared by anybody, who also ends the socket; then that work item clears the
-//! connection away, with the lock for receiving, so that receiving and reaping never run at the same time.
+//! How it sends and receives is in `rnbd_sock/`; `rnbd_sock/receiving.rs` has a table of the
+//! contexts in which it does.
+//!
+//! A connection has no thread of its own. A command is sent by the task that queues it, or by a
+//! work item. A reply is received in the socket's callback, or by the task that has sent it, or by
+//! a work item.
+//!
+//! Anybody may mark a connection as dead, which also shuts its socket down. The receive work then
+//! *reaps* it: it gives back the commands in flight and releases the socket. It does so under the
+//! receive lock, so that receiving and reaping never run concurrently.
 
 #![forbid(unsafe_code)]
 
@@ -70,30 +75,31 @@ use traffic::Traffic;
 pub(crate) use sending::Pace;
 pub(crate) use stream::send_disconnect_on;
 
-/// How often the work item looks again, where something has come in meanwhile, before it lets others
-/// run.
+/// The number of times that the receive work looks for more before it queues itself again, so that
+/// other work runs.
 const ROUNDS: u32 = 8;
 
-/// Commands can be given to it.
+/// Commands can be queued on the connection.
 const ALIVE: u32 = 0;
-/// It was declared dead: nobody begins to send any more. What was sent before may still leave.
+/// The connection was marked as dead: no sender starts any more. Bytes that were sent before may
+/// still leave the socket.
 const ENDING: u32 = 1;
-/// Its socket was ended: what it has not handed to the network device yet never leaves. The work item has
-/// yet to clear it away.
+/// The socket was shut down: bytes that it has not passed to the network device never leave it. The
+/// connection is still to be reaped.
 const ENDED: u32 = 2;
-/// It was cleared away.
+/// The connection was reaped.
 const REAPED: u32 = 3;
 
-/// See the module's documentation.
+/// A connection of a session.
 #[pin_data]
 pub(crate) struct Connection {
-    /// Which of the session's connections it is.
+    /// The index in the session's connections.
     index: u16,
     table: Arc<Table>,
     socket: Socket,
     state: Atomic<u32>,
     traffic: Traffic,
-    /// Completes when it has been cleared away.
+    /// Completed when the connection was reaped.
     #[pin]
     reaped: Completion,
     #[pin]
@@ -149,7 +155,8 @@ impl WorkItem<2> for Connection {
 impl WorkItem<3> for Connection {
     type Pointer = Arc<Connection>;
 
-    /// Tells user space that the connection is dead. Not on the queue of the I/O: it may wait for memory.
+    /// Reports to user space that the connection is dead (`nbd_dead_link_work()`). It is not queued
+    /// on the workqueue for I/O, because it may wait for memory.
     fn run(this: Arc<Connection>) {
         this.table.shared.events.link_dead(this.table.device);
     }
@@ -169,8 +176,9 @@ impl Events for Connection {
     }
 
     fn sender_should_receive(&self) -> bool {
-        // One by one a worker would be woken up for each. Of many it finds several at a time, while the
-        // server goes on.
+        // A single reply is received by the task that has sent it, since otherwise a worker would
+        // have to be woken up for it. If there are more, a worker finds several of them at a time,
+        // while the server continues.
         self.traffic.awaited() <= 1
     }
 
@@ -180,7 +188,7 @@ impl Events for Connection {
     }
 
     fn input_ready(this: ArcBorrow<'_, Self>) {
-        // Who receives just now looks again.
+        // The holder of the receive lock looks again before it finishes.
         if !this.receive.mark_wanted() {
             this.queue_receive();
         }
@@ -191,22 +199,28 @@ impl Events for Connection {
     }
 }
 
-/// A connection that does not have its socket yet: what needs memory is done.
+/// A connection that has not taken over its socket yet. All memory that this needs is allocated.
 pub(crate) struct Prepared {
     connection: Arc<Connection>,
     memory: HookMemory<Connection>,
 }
 
 impl Prepared {
-    /// Takes the socket over. [`Connection::start_receiving()`] must follow. May sleep.
+    /// Takes over the socket. The caller must call [`Connection::start_receiving()`] next.
     ///
     /// # Errors
     ///
-    /// `EBUSY` where another device, or another part of the kernel, uses the socket; `ENOTCONN` where it is
-    /// no connection, and was none; `ENODEV` where the module is about to go.
+    /// - `EBUSY`: the socket is in use by another device or by another part of the kernel.
+    /// - `ENOTCONN`: the socket is not connected, and never was.
+    /// - `ENODEV`: the module is being unloaded.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn take_socket(self) -> Result<Arc<Connection>> {
         let Prepared { connection, memory } = self;
-        // From the hook on it can receive, and die: whoever reaps it waits for the lock.
+        // The connection can receive and die as soon as the hook is installed. The reaper waits for
+        // this lock.
         connection.table.add_connection();
         let mut hooked = connection.hooked.lock();
         match connection.socket.hook(memory, connection.clone()) {
@@ -222,11 +236,15 @@ impl Prepared {
 }
 
 impl Connection {
-    /// Makes a connection for a socket, which [`Prepared::take_socket()`] takes over. May sleep.
+    /// Allocates a connection for a socket, which [`Prepared::take_socket()`] then takes over.
     ///
     /// # Errors
     ///
     /// `ENOMEM`.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn prepare(index: u16, table: Arc<Table>, socket: Socket) -> Result<Prepared> {
         let memory = HookMemory::new()?;
         let sending = Sending::new()?;
@@ -252,27 +270,27 @@ impl Connection {
         Ok(Prepared { connection, memory })
     }
 
-    /// Starts to receive: what came in before there was a callback too.
+    /// Queues the receive work, for data that arrived before the callbacks were installed.
     pub(crate) fn start_receiving(self: ArcBorrow<'_, Self>) {
         self.queue_receive();
     }
 
-    /// Whether commands can be given to it.
+    /// Returns whether commands can be queued on the connection.
     pub(crate) fn is_alive(&self) -> bool {
         self.state.load(Acquire) == ALIVE
     }
 
-    /// Which of the session's connections it is.
+    /// Returns the index in the session's connections.
     pub(crate) fn index(&self) -> u16 {
         self.index
     }
 
-    /// What has gone over it.
+    /// Returns the connection's counters.
     pub(crate) fn traffic(&self) -> &Traffic {
         &self.traffic
     }
 
-    /// Writes its state and what has gone over it, as `name=value` pairs.
+    /// Writes the connection's state and counters as `name=value` pairs.
     pub(crate) fn describe(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(if self.is_alive() {
             "state=alive "
@@ -282,15 +300,24 @@ impl Connection {
         self.traffic.describe(f)
     }
 
-    /// Waits until it has been cleared away. It must have been declared dead. May sleep.
+    /// Waits until the connection was reaped. It must have been marked as dead.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn wait_reaped(&self) {
         self.reaped.wait_for_completion();
     }
 
-    /// Declares the connection dead, and ends its socket (`nbd_mark_nsock_dead()`). What is in flight on
-    /// it is given back soon after, but not before: it may be sent again elsewhere or be reported as
-    /// failed, so nothing of it may leave the socket afterwards. User space is told, unless it wanted the
-    /// session to end. May sleep.
+    /// Marks the connection as dead and shuts its socket down (`nbd_mark_nsock_dead()`).
+    ///
+    /// The commands in flight are given back afterwards, when the connection is reaped. They may be
+    /// sent again over another connection or fail, so nothing of them may leave the socket after
+    /// that. The death is reported to user space, unless the user wanted the session to end.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn mark_dead(self: ArcBorrow<'_, Self>) {
         if self.state.cmpxchg(ALIVE, ENDING, Full).is_err() {
             return;
@@ -301,16 +328,22 @@ impl Connection {
         self.end_socket();
     }
 
-    /// As [`Self::mark_dead()`], for a connection that user space replaces, and therefore need not be told of.
+    /// Like [`Self::mark_dead()`], but does not report the death to user space, which is replacing
+    /// the connection.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn mark_dead_for_replacement(self: ArcBorrow<'_, Self>) {
         if self.state.cmpxchg(ALIVE, ENDING, Full).is_ok() {
             self.end_socket();
         }
     }
 
-    /// The rest of a death, for whoever has declared it.
+    /// Shuts the socket down and queues the work that reaps the connection. To be called once, by
+    /// the task that has marked the connection as dead.
     fn end_socket(self: ArcBorrow<'_, Self>) {
-        // Where nothing is owed a disconnect may be on its way, which is still to be delivered.
+        // If nothing is outstanding, a disconnect may be on its way, which must still be delivered.
         let ending = if self.nothing_outstanding() {
             Ending::Polite
         } else {
@@ -321,18 +354,22 @@ impl Connection {
         self.queue_receive();
     }
 
-    /// Tells user space, soon, that the connection is dead.
+    /// Schedules the report to user space that the connection is dead.
     pub(crate) fn queue_link_dead(self: ArcBorrow<'_, Self>) {
         let _ = self.table.shared.slow.enqueue::<Arc<Self>, 3>(self.into());
     }
 
+    /// Queues the receive work, which also reaps the connection once its socket was shut down.
     fn queue_receive(self: ArcBorrow<'_, Self>) {
-        // Where it is queued already it will see whatever we have seen.
+        // If the work is queued already, it will see what this caller has done before.
         let _ = self.table.shared.io.enqueue::<Arc<Self>, 1>(self.into());
     }
 
-    /// Runs `receive`, unless somebody receives just now, who then looks again. Has the work item go on
-    /// where it leaves something, or somebody else was turned away meanwhile.
+    /// Calls `receive` under the receive lock, unless another context holds it.
+    ///
+    /// The holder of the lock then learns that it was contended, and looks again. The receive work
+    /// is queued if `receive` returns true, which means that it has left something, or if the lock
+    /// was contended meanwhile.
     fn try_receive(self: ArcBorrow<'_, Self>, receive: impl FnOnce(&mut Receive) -> bool) {
         if let Some((left, contended)) = self.receive.try_with(receive) {
             if left || contended {
@@ -341,8 +378,11 @@ impl Connection {
         }
     }
 
-    /// The work item. Also after the connection was declared dead, so that replies that are already
-    /// here count.
+    /// Receives in a worker, and reaps the connection once its socket was shut down
+    /// (`recv_work()`).
+    ///
+    /// It also receives after the connection was marked as dead, so that replies which have arrived
+    /// by then are honoured.
     fn receive_work(self: ArcBorrow<'_, Self>) {
         for _ in 0..ROUNDS {
             if self.state.load(Acquire) == REAPED {
@@ -350,7 +390,7 @@ impl Connection {
             }
             let received = |receive: &mut _| self.receive_or_reap(receive);
             match self.receive.try_with(received) {
-                // Who receives just now has this queued again.
+                // The holder of the receive lock queues this work again.
                 None => return,
                 Some((true, _)) => break,
                 Some((false, true)) => {}
@@ -360,7 +400,8 @@ impl Connection {
         self.queue_receive();
     }
 
-    /// Returns whether something is left.
+    /// Receives within the worker's budget, and then reaps the connection if its socket was shut
+    /// down. Returns whether anything may be left to receive.
     fn receive_or_reap(self: ArcBorrow<'_, Self>, receive: &mut Receive) -> bool {
         match self.receive_up_to(receive, WORKER_CALLS, usize::MAX) {
             Ok(true) => return true,
@@ -376,7 +417,7 @@ impl Connection {
         false
     }
 
-    /// Clears the connection away: stops the callbacks, and gives back all that it holds. Runs once.
+    /// Removes the callbacks, gives back all commands, and releases the socket. Runs once.
     fn reap(&self, receive: &mut Receive) {
         let mut hooked = self.hooked.lock().take();
         if let Some(hooked) = &mut hooked {
@@ -388,7 +429,7 @@ impl Connection {
                 .finish(self.table.lost_command_outcome());
         }
         self.give_back_unsent();
-        // Nobody sends any more: the socket is anybody's.
+        // Nothing is sent any more, so the socket can be released to other users.
         drop(hooked);
         self.table.reclaim(self.index);
         self.table.remove_connection();

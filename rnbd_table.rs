@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What all connections of a session share: the table of the commands in flight, and the session's
-//! fate.
+//! The state that all connections of a session share: the table of the commands in flight, and the
+//! session's fate.
 //!
-//! Replies find their command here and never in memory that the block layer may be reallocating.
+//! A reply finds its command in this table. Unlike nbd.c, which looks a reply's tag up in the tag
+//! set, it never accesses memory that the block layer may be reallocating.
 
 #![forbid(unsafe_code)]
 
@@ -52,33 +53,42 @@ impl Parking for Parked {
     }
 }
 
-/// How many bits of a slot number are the tag; the hardware queue is above them, as in
+/// The number of bits of a slot number that hold the tag. The hardware queue is above them, as in
 /// `blk_mq_unique_tag()`.
 const TAG_BITS: u32 = 16;
 
-/// See the module's documentation.
+/// The commands in flight of a session, and the session's fate.
 #[pin_data]
 pub(crate) struct Table {
-    /// The device's index, for messages.
+    /// The index of the device, for log messages.
     pub(crate) device: u32,
-    /// Limits what a bad server can write into the log.
+    /// Limits the messages that a server can cause.
     pub(crate) log: Ratelimit,
     depth: u32,
     slots: KVVec<Slot<Parked>>,
-    /// How long a request may take; 0: for ever.
+    /// The request timeout in jiffies; 0 means that requests do not time out.
     timeout_jiffies: Atomic<u32>,
     pub(crate) fate: Fate,
-    /// Connections that have not been reaped.
+    /// The number of connections that were not reaped yet.
     #[pin]
     unreaped: Mutex<u32>,
     #[pin]
     all_reaped: CondVar,
-    /// What all devices share. It goes last: the module may be unloaded when the last user of it has gone.
+    /// The resources that all devices share. It is the last field, so that it is dropped last: the
+    /// module may be unloaded once the last reference to the workqueues is gone.
     pub(crate) shared: Shared,
 }
 
 impl Table {
-    /// A table for `connections` hardware queues of `depth` tags. May sleep.
+    /// Returns a table for `connections` hardware queues of `depth` tags each.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn new(
         device: u32,
         shared: Shared,
@@ -107,7 +117,7 @@ impl Table {
         )
     }
 
-    /// The slot of a tag.
+    /// Returns the slot of a tag.
     pub(crate) fn slot(&self, hw_queue: u32, tag: u32) -> Option<&Slot<Parked>> {
         if tag >= self.depth {
             return None;
@@ -116,28 +126,30 @@ impl Table {
         self.slots.get(usize::try_from(index).ok()?)
     }
 
-    /// The slot that a cookie from the wire names.
+    /// Returns the slot that a cookie from the wire names.
     pub(crate) fn slot_of(&self, cookie: Cookie) -> Option<&Slot<Parked>> {
         let number = cookie.slot();
         self.slot(number >> TAG_BITS, number & ((1 << TAG_BITS) - 1))
     }
 
-    /// The cookie of the command that a tag's slot was started for.
+    /// Returns the cookie of the command for which a tag's slot was started last.
     pub(crate) fn cookie(&self, hw_queue: u32, tag: u32) -> Option<Cookie> {
         let generation = self.slot(hw_queue, tag)?.generation();
         Some(Cookie::new(generation, hw_queue << TAG_BITS | tag))
     }
 
-    /// Whether anything is in flight on `connection` that nobody has claimed. Counts of requests and replies
-    /// would not do: a server can answer what it was not sent.
+    /// Returns whether an unclaimed command is in flight on `connection`.
+    ///
+    /// Comparing the counts of requests and replies would not do, because a server can send replies
+    /// to requests that it never received.
     pub(crate) fn has_open(&self, connection: u16) -> bool {
         self.slots
             .iter()
             .any(|slot| slot.status() == (connection, true))
     }
 
-    /// Claims everything in flight on `connection`, and has it sent on another one, or failed where
-    /// none is wanted.
+    /// Claims all commands in flight on `connection`, and requeues them, or fails them if the
+    /// session was disconnected (`nbd_clear_req()`).
     pub(crate) fn reclaim(&self, connection: u16) {
         for slot in &self.slots {
             if let Some(request) = slot.reclaim(connection) {
@@ -146,8 +158,12 @@ impl Table {
         }
     }
 
-    /// Does as if a command that was claimed had not been answered. Not while its connection is cleared
-    /// away.
+    /// Undoes a claim, as if the reply had not arrived (fault injection,
+    /// `blk_should_fake_timeout()`).
+    ///
+    /// # Context
+    ///
+    /// The connection must not be reaped concurrently: the caller holds its receive lock.
     pub(crate) fn forget_reply(&self, request: Unanswered) {
         let (hw_queue, tag) = request.tag();
         if let Some(slot) = self.slot(hw_queue, tag) {
@@ -155,7 +171,8 @@ impl Table {
         }
     }
 
-    /// What becomes of a command whose connection is lost.
+    /// Returns the outcome of a command whose connection has died: a requeue, or an error if the
+    /// session was disconnected.
     pub(crate) fn lost_command_outcome(&self) -> Outcome {
         if self.fate.snapshot().is_disconnected() {
             Outcome::Complete(Status::IOERR)
@@ -164,22 +181,30 @@ impl Table {
         }
     }
 
-    /// How long a request may take, in jiffies; 0: for ever.
+    /// Returns the request timeout in jiffies; 0 means that requests do not time out.
     pub(crate) fn timeout_jiffies(&self) -> u32 {
         self.timeout_jiffies.load(Relaxed)
     }
 
-    /// Sets how long a request may take, in jiffies; 0: for ever.
+    /// Sets the request timeout in jiffies; 0 means that requests do not time out.
     pub(crate) fn set_timeout_jiffies(&self, jiffies: u32) {
         self.timeout_jiffies.store(jiffies, Relaxed);
     }
 
-    /// A connection is there. May sleep.
+    /// Counts a new connection.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn add_connection(&self) {
         *self.unreaped.lock() += 1;
     }
 
-    /// A connection has been reaped. May sleep.
+    /// Counts a connection as reaped, and wakes up those who wait for the last one.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn remove_connection(&self) {
         let mut unreaped = self.unreaped.lock();
         *unreaped = unreaped.saturating_sub(1);
@@ -192,13 +217,18 @@ impl Table {
         self.all_reaped.notify_all();
     }
 
-    /// How many connections have not been cleared away. May sleep.
+    /// Returns the number of connections that were not reaped yet.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn unreaped_connections(&self) -> u32 {
         *self.unreaped.lock()
     }
 
-    /// Waits until the last connection has been reaped, or for a signal; returns whether it was a
-    /// signal.
+    /// Waits until the last connection was reaped, or a signal arrives.
+    ///
+    /// Returns true if a signal has interrupted the wait.
     pub(crate) fn wait_all_reaped_interruptible(&self) -> bool {
         let mut unreaped = self.unreaped.lock();
         while *unreaped > 0 {
@@ -209,7 +239,7 @@ impl Table {
         false
     }
 
-    /// Waits until the last connection has been reaped.
+    /// Waits until the last connection was reaped.
     pub(crate) fn wait_all_reaped(&self) {
         let mut unreaped = self.unreaped.lock();
         while *unreaped > 0 {

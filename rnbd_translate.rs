@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The block layer's words in NBD's, and the other way round.
+//! Maps block layer operations and statuses to those of NBD, and back.
 
 #![forbid(unsafe_code)]
 
@@ -19,7 +19,8 @@ use crate::{
     },
 };
 
-/// What the server is sent for a request (`nbd_send_cmd()`), if it has a command for it.
+/// Returns the header of the NBD request for a block layer request (`nbd_send_cmd()`), or `None` if
+/// NBD has no such command.
 pub(crate) fn wire_of(extent: &Extent, cookie: Cookie) -> Option<proto::RequestHeader> {
     let command = command_of(extent.op)?;
     let mut flags = 0;
@@ -38,7 +39,7 @@ pub(crate) fn wire_of(extent: &Extent, cookie: Cookie) -> Option<proto::RequestH
     })
 }
 
-/// The command for an operation (`req_to_nbd_cmd_type()`).
+/// Returns the NBD command for an operation (`req_to_nbd_cmd_type()`).
 pub(crate) fn command_of(op: Op) -> Option<Command> {
     Some(match op {
         Op::Read => Command::Read,
@@ -50,7 +51,7 @@ pub(crate) fn command_of(op: Op) -> Option<Command> {
     })
 }
 
-/// A request, as the log shows it.
+/// Formats a request for the log.
 pub(crate) struct RequestDescription<'a>(pub(crate) &'a Extent);
 
 impl kernel::fmt::Display for RequestDescription<'_> {
@@ -69,14 +70,14 @@ impl kernel::fmt::Display for RequestDescription<'_> {
     }
 }
 
-/// What the block layer is told of a server's error.
+/// Returns the block layer status for a server's error.
 pub(crate) fn status_of(error: ServerError, op: Op) -> Status {
     let optional = matches!(op, Op::Discard | Op::WriteZeroes);
     match error {
         ServerError::NoSpace => Status::NOSPC,
         ServerError::NotPermitted => Status::TARGET,
-        // A server that does not know a command says that it is invalid. The block layer can do
-        // without these two.
+        // A server reports a command that it does not know as invalid. The block layer can do
+        // without these two operations.
         ServerError::NotSupported | ServerError::Invalid if optional => Status::NOTSUPP,
         _ => Status::IOERR,
     }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The atomic word that `cmd.rs` and `fate.rs` are written against, in the kernel's memory model. The tests put
-//! another one in its place, to compile the same file on the host.
+//! The atomic word that `cmd.rs` and `fate.rs` use, in the kernel's memory model.
+//!
+//! The host tests replace it by one that a model checker controls.
 
 #![forbid(unsafe_code)]
 
@@ -11,25 +12,30 @@ use kernel::sync::atomic::{
     Release, //
 };
 
-/// A word that several CPUs read and write.
+/// A 64-bit word that several CPUs read and write.
 pub(crate) struct AtomicWord(Atomic<u64>);
 
 impl AtomicWord {
+    /// Returns a word with this value.
     pub(crate) fn new(value: u64) -> Self {
         AtomicWord(Atomic::new(value))
     }
 
-    /// Sees what was written before the store that it sees.
+    /// Loads the value, with acquire ordering.
     pub(crate) fn load(&self) -> u64 {
         self.0.load(Acquire)
     }
 
-    /// What was written before is seen by whoever sees this.
+    /// Stores a value, with release ordering.
     pub(crate) fn store(&self, value: u64) {
         self.0.store(value, Release);
     }
 
-    /// Replaces `old` by `new`; the error is what was there instead. Fully ordered.
+    /// Replaces `old` by `new`, fully ordered.
+    ///
+    /// # Errors
+    ///
+    /// Returns the value that was found instead of `old`.
     pub(crate) fn compare_exchange(&self, old: u64, new: u64) -> Result<u64, u64> {
         self.0.cmpxchg(old, new, Full)
     }

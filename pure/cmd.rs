@@ -1,50 +1,54 @@
 // SPDX-License-Identifier: GPL-2.0
-//! One command in flight: who may end it.
+//! The ownership of a command in flight.
 //!
-//! A command has two sides. The *transmit side* holds its request until the last byte was handed to
-//! the socket, or until the connection is dead. The *other side* is whoever *claims* the command: the
-//! receiver when a reply comes in, or the reclaimer when the connection dies. Each side holds one
-//! reference to the request, and when both have let go the request ends as the claimer decided.
+//! A command has two sides, and each holds one reference to the request. The *transmit side* holds
+//! its reference until the last byte was passed to the socket, or until the connection was reaped.
+//! The reference of the *other side* is taken by whoever *claims* the command: the receiver when a
+//! reply arrives, or the reaper when the connection has died. Once both references are gone, the
+//! request ends as the claimer has decided, unless it was not sent completely, in which case the
+//! transmit side decides.
 //!
-//! This file is the claim: one atomic word, so that of any number of contenders exactly one wins, and
-//! a place where the other side's reference waits for the winner. The word holds a generation, half of
-//! the cookie on the wire, so that an old, repeated or invented reply never matches.
+//! This file implements the claim: one atomic word, so that exactly one of several contenders wins,
+//! and a place where the other side's reference is parked for the winner. The word contains a
+//! generation, which is also half of the cookie on the wire, so that an old, repeated or invented
+//! reply never matches.
 //!
-//! Pure but for its atomics and free of the kernel: the tests compile this very file on the host and
-//! check it exhaustively with a model checker.
+//! Apart from its atomics, this file does not depend on the kernel. The host tests compile it as it
+//! is, and check it exhaustively with a model checker.
 
 #![forbid(unsafe_code)]
 
 use super::atomic::AtomicWord;
 
-/// Where the other side's reference waits while nobody has claimed the command.
+/// A place where the other side's reference is parked until the command is claimed.
 ///
-/// `put` and `take` must each be atomic. That one `take` follows each `put` is [`Slot`]'s business.
+/// `put` and `take` must each be atomic. [`Slot`] ensures that they alternate.
 pub(crate) trait Parking {
-    /// What is parked.
+    /// The type of the reference.
     type Item;
-    /// Parks `item`; gives back what was there before.
+    /// Parks `item`. Returns the item that was parked before.
     fn put(&self, item: Self::Item) -> Option<Self::Item>;
-    /// Takes what is parked.
+    /// Takes the parked item.
     fn take(&self) -> Option<Self::Item>;
 }
 
-/// A command's name on the wire: the high half is its generation, the low half its slot.
+/// The identifier of a command on the wire: the upper half is its generation, the lower half its
+/// slot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Cookie(pub(crate) u64);
 
 impl Cookie {
-    /// Puts a cookie together.
+    /// Returns the cookie of a generation and a slot.
     pub(crate) fn new(generation: u32, slot: u32) -> Cookie {
         Cookie(u64::from(generation) << 32 | u64::from(slot))
     }
 
-    /// Which slot of the session's table the command uses.
+    /// Returns the index of the command's slot in the session's table.
     pub(crate) fn slot(self) -> u32 {
         self.0 as u32
     }
 
-    /// Which use of that slot it is.
+    /// Returns the command's generation, which counts the uses of the slot.
     pub(crate) fn generation(self) -> u32 {
         (self.0 >> 32) as u32
     }
@@ -54,9 +58,9 @@ impl Cookie {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Word(u64);
 
-/// In flight, and nobody has claimed it.
+/// The command is in flight and unclaimed.
 const OPEN: u16 = 1;
-/// Somebody has claimed it, or it was never used.
+/// The command was claimed, or the slot was never used.
 const CLAIMED: u16 = 0;
 
 impl Word {
@@ -77,25 +81,25 @@ impl Word {
     }
 }
 
-/// Why a claim was refused.
+/// The reason why a claim has failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ClaimError {
-    /// The generation is not the slot's: a reply to a command that is long over, or to none.
+    /// The generation does not match: the reply is to a command that has ended, or to none at all.
     Stale,
     /// The command is in flight on another connection.
     OtherConnection,
-    /// The command was claimed before: a second reply, or a race that was lost.
+    /// The command was claimed before: this is a second reply, or another contender was faster.
     Claimed,
 }
 
-/// One place of a session's table: at most one command at a time.
+/// A slot of a session's table, which holds at most one command at a time.
 pub(crate) struct Slot<P: Parking> {
     word: AtomicWord,
     parked: P,
 }
 
 impl<P: Parking> Slot<P> {
-    /// A slot that no command uses.
+    /// Returns a slot that was never used.
     pub(crate) fn new(parked: P) -> Self {
         Slot {
             word: AtomicWord::new(Word::new(0, 0, CLAIMED).0),
@@ -103,26 +107,27 @@ impl<P: Parking> Slot<P> {
         }
     }
 
-    /// Puts a command in flight on `connection`; returns its generation. It can be claimed from here
-    /// on, which is before its first byte is sent.
+    /// Puts a command in flight on `connection`, and returns its generation.
     ///
-    /// The caller owns the slot: the tag that names it was given to it by the block layer, and is
-    /// given to nobody else before both sides have let go of the request.
+    /// The command can be claimed from now on, which is before its first byte is sent.
+    ///
+    /// The caller must own the slot. It does, because the block layer has given it the tag that the
+    /// slot belongs to, and does not reuse the tag before both sides have dropped their references.
     pub(crate) fn start(&self, connection: u16, other_side: P::Item) -> u32 {
         let generation = Word(self.word.load()).generation().wrapping_add(1);
-        // Nothing can be parked here: whoever claimed the command before took it out. Were it
-        // otherwise, dropping it would be right, for its claim can no longer be won.
+        // Nothing is parked here, because whoever claimed the last command took it out. Otherwise
+        // it would be right to drop it, since its claim can no longer be won.
         drop(self.parked.put(other_side));
         self.word.store(Word::new(generation, connection, OPEN).0);
         generation
     }
 
-    /// Claims the command that a reply on `connection` names. The winner ends the command's other
-    /// side.
+    /// Claims the command that a reply on `connection` names. The winner gets the other side's
+    /// reference.
     ///
     /// # Errors
     ///
-    /// Why the reply is not an answer to a command in flight on this connection.
+    /// The reason why this is not a reply to a command in flight on this connection.
     pub(crate) fn claim(&self, generation: u32, connection: u16) -> Result<P::Item, ClaimError> {
         let open = Word::new(generation, connection, OPEN);
         let claimed = Word::new(generation, connection, CLAIMED);
@@ -132,8 +137,10 @@ impl<P: Parking> Slot<P> {
         }
     }
 
-    /// Undoes a claim: the command is in flight as before. For whoever has won the claim, while nobody
-    /// clears the command's connection away, who would look for it only once.
+    /// Undoes a claim: the command is in flight again.
+    ///
+    /// To be called by the winner of the claim. The connection must not be reaped concurrently,
+    /// since the reaper examines each slot only once.
     pub(crate) fn unclaim(&self, other_side: P::Item) {
         let seen = Word(self.word.load());
         drop(self.parked.put(other_side));
@@ -141,7 +148,7 @@ impl<P: Parking> Slot<P> {
             .store(Word::new(seen.generation(), seen.connection(), OPEN).0);
     }
 
-    /// Claims whatever command is in flight on `connection`, if one is.
+    /// Claims the command in the slot if it is in flight on `connection`.
     pub(crate) fn reclaim(&self, connection: u16) -> Option<P::Item> {
         let seen = Word(self.word.load());
         if seen.state() != OPEN || seen.connection() != connection {
@@ -150,17 +157,19 @@ impl<P: Parking> Slot<P> {
         self.claim(seen.generation(), connection).ok()
     }
 
-    /// Which use of the slot this is. Stays while a side of the command exists.
+    /// Returns the slot's generation, which does not change as long as a side of the command
+    /// exists.
     pub(crate) fn generation(&self) -> u32 {
         Word(self.word.load()).generation()
     }
 
-    /// Which connection the command is in flight on, and whether it is still unclaimed.
+    /// Returns the connection that the command is in flight on, and whether it is unclaimed.
     pub(crate) fn status(&self) -> (u16, bool) {
         let seen = Word(self.word.load());
         (seen.connection(), seen.state() == OPEN)
     }
 
+    /// Returns the reason why a claim has failed that found `seen`.
     fn claim_error(seen: Word, generation: u32, connection: u16) -> ClaimError {
         if seen.generation() != generation {
             ClaimError::Stale

@@ -1,84 +1,92 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Whether a session goes on: one atomic word, so that a request that has found no connection cannot
-//! end a session into which one has come back meanwhile.
+//! The fate of a session: whether it continues, was ended, or has run out of connections.
 //!
-//! Pure but for its atomics and free of the kernel: the tests compile this very file on the host and
-//! check it exhaustively with a model checker.
+//! It is one atomic word that also counts the connections which have come back. So a request that
+//! has found no connection cannot end a session which got one meanwhile.
+//!
+//! Apart from its atomics, this file does not depend on the kernel. The host tests compile it as it
+//! is, and check it exhaustively with a model checker.
 
 #![forbid(unsafe_code)]
 
 use super::atomic::AtomicWord;
 
-/// The user has asked for the disconnect (`NBD_RT_DISCONNECT_REQUESTED`).
+/// The user has requested a disconnect (`NBD_RT_DISCONNECT_REQUESTED`).
 const REQUESTED: u64 = 1 << 0;
-/// The connections are being ended, or were (`NBD_RT_DISCONNECTED`, as `sock_shutdown()` sets it).
+/// The session was ended (`NBD_RT_DISCONNECTED`, as set by `sock_shutdown()`).
 const ENDED: u64 = 1 << 1;
-/// A request has found no connection, and none is waited for (`NBD_RT_DISCONNECTED`, as
-/// `nbd_handle_cmd()` brings it about).
+/// A request has found no connection and may not wait for one (`NBD_RT_DISCONNECTED`, as set
+/// through `nbd_handle_cmd()`).
 const EXHAUSTED: u64 = 1 << 2;
-/// The number of connections that have come back is counted above this.
+/// The bits from here on count the connections that have come back.
 const ONE_REVIVAL: u64 = 1 << 32;
 
-/// See the module's documentation.
+/// The fate of a session.
 pub(crate) struct Fate(AtomicWord);
 
-/// What a [`Fate`] was when somebody looked.
+/// The value of a [`Fate`] at some time.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Snapshot(u64);
 
 impl Snapshot {
-    /// Whether nothing is to be sent any more.
+    /// Returns whether no commands are to be sent.
     pub(crate) fn is_over(self) -> bool {
         self.0 & (ENDED | EXHAUSTED) != 0
     }
 
-    /// Whether requests that are lost fail, rather than being sent again (`nbd_disconnected()`).
+    /// Returns whether commands whose connection has died fail instead of being requeued
+    /// (`nbd_disconnected()`).
     pub(crate) fn is_disconnected(self) -> bool {
         self.0 & (REQUESTED | ENDED | EXHAUSTED) != 0
     }
 
-    /// Whether the user wants the connections to end, so that nobody need be told when they do.
+    /// Returns whether the user wants the connections to end, so that their deaths are not
+    /// reported.
     pub(crate) fn is_end_wanted(self) -> bool {
         self.0 & (REQUESTED | ENDED) != 0
     }
 }
 
-/// What came of [`Fate::exhaust()`].
+/// The result of [`Fate::exhaust()`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Exhausted {
-    /// The session is over now; nobody has said so before.
+    /// The session has run out of connections, and this call was the first to find that.
     Now,
-    /// It was over before.
+    /// The session was over before.
     Before,
-    /// Something has changed since the caller looked: it has to look again.
+    /// The fate has changed since the snapshot, so the caller must look for a connection again.
     Changed,
 }
 
 impl Fate {
-    /// The session goes on.
+    /// Returns the fate of a session that continues.
     pub(crate) fn new() -> Self {
         Fate(AtomicWord::new(0))
     }
 
-    /// What it is now. Who looks for a connection afterwards finds the one that the last
-    /// [`Self::revive()`] has announced.
+    /// Returns the current value.
+    ///
+    /// A caller that looks for a connection afterwards finds any that an earlier [`Self::revive()`]
+    /// has announced.
     pub(crate) fn snapshot(&self) -> Snapshot {
         Snapshot(self.0.load())
     }
 
-    /// The user wants the session to end.
+    /// Records that the user has requested a disconnect.
     pub(crate) fn request_disconnect(&self) {
         self.change(|word| word | REQUESTED);
     }
 
-    /// The connections are to be ended: nothing is sent any more. Returns whether the session was going
-    /// on until now.
+    /// Ends the session: no commands are sent any more. Returns whether the session continued until
+    /// now.
     pub(crate) fn end(&self) -> bool {
         !Snapshot(self.change(|word| word | ENDED)).is_over()
     }
 
-    /// The last connection has gone. Where the user has asked for that, the request is fulfilled
-    /// (`nbd_mark_nsock_dead()`). Returns whether it was.
+    /// Completes a requested disconnect after the last connection was reaped
+    /// (`nbd_mark_nsock_dead()`).
+    ///
+    /// Returns whether a disconnect was requested.
     pub(crate) fn finish_disconnect(&self) -> bool {
         let fulfil = |word| match word & REQUESTED {
             0 => word,
@@ -87,7 +95,8 @@ impl Fate {
         self.change(fulfil) & REQUESTED != 0
     }
 
-    /// A request has found no connection since the caller saw `seen`, and none is waited for.
+    /// Ends the session because a request has found no connection since the snapshot `seen`, and
+    /// may not wait for one.
     pub(crate) fn exhaust(&self, seen: Snapshot) -> Exhausted {
         if seen.is_over() {
             return Exhausted::Before;
@@ -98,12 +107,14 @@ impl Fate {
         }
     }
 
-    /// A connection has come back and can be found (`nbd_genl_reconnect_sock_cb()`).
+    /// Continues the session after a connection has come back (`nbd_genl_reconnect_sock_cb()`).
+    ///
+    /// The connection must be visible to dispatches already.
     pub(crate) fn revive(&self) {
         self.change(|word| (word & !(ENDED | EXHAUSTED)).wrapping_add(ONE_REVIVAL));
     }
 
-    /// Changes the word; returns what it was.
+    /// Changes the word atomically, and returns its old value.
     fn change(&self, to: impl Fn(u64) -> u64) -> u64 {
         let mut old = self.0.load();
         while let Err(seen) = self.0.compare_exchange(old, to(old)) {

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What needs no kernel but for atomics and memory: the protocol, and what several tasks agree on by a
-//! single word.
+//! Files that do not depend on the kernel, except for atomics and memory: the protocol, and state
+//! that is shared through a single atomic word.
 //!
-//! The tests compile these very files on the host, where a model checker and a fuzzer can reach them.
+//! The tests compile these files as they are on the host, where a model checker and a fuzzer can be
+//! used.
 
 #![forbid(unsafe_code)]
 

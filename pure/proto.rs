@@ -1,66 +1,70 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The wire: requests, replies, flags and error numbers of the NBD protocol's transmission phase.
+//! The wire format of the NBD protocol's transmission phase: requests, replies, flags and error
+//! numbers.
 //!
-//! Pure: no kernel, no memory of its own, no state. The tests compile this very file on the host.
-//! Source: the NBD protocol text (`doc/proto.md` of the NBD project) and
-//! `include/uapi/linux/nbd.h`.
+//! This file depends neither on the kernel nor on memory or state of its own. The host tests
+//! compile it as it is.
+//!
+//! Source: the NBD protocol text (`doc/proto.md` of the NBD project).
+//!
+//! C header: [`include/uapi/linux/nbd.h`](srctree/include/uapi/linux/nbd.h)
 
 #![forbid(unsafe_code)]
 
-/// Bytes of a request on the wire (`struct nbd_request`).
+/// The size of a request on the wire (`struct nbd_request`).
 pub(crate) const REQUEST_BYTES: usize = 28;
-/// Bytes of a simple reply's header on the wire (`struct nbd_reply`).
+/// The size of a simple reply's header on the wire (`struct nbd_reply`).
 pub(crate) const REPLY_BYTES: usize = 16;
 
-/// First word of every request (`NBD_REQUEST_MAGIC`).
+/// The first word of each request (`NBD_REQUEST_MAGIC`).
 pub(crate) const REQUEST_MAGIC: u32 = 0x2560_9513;
-/// First word of every simple reply (`NBD_REPLY_MAGIC`).
+/// The first word of each simple reply (`NBD_REPLY_MAGIC`).
 pub(crate) const REPLY_MAGIC: u32 = 0x6744_6698;
 
-/// Command flag: the server answers only when the data is on stable storage.
+/// Command flag: the server replies only when the data is on stable storage (`NBD_CMD_FLAG_FUA`).
 pub(crate) const CMD_FLAG_FUA: u16 = 1 << 0;
-/// Command flag of [`Command::WriteZeroes`]: the server must not punch a hole.
+/// Command flag of [`Command::WriteZeroes`]: the server must not punch a hole
+/// (`NBD_CMD_FLAG_NO_HOLE`).
 pub(crate) const CMD_FLAG_NO_HOLE: u16 = 1 << 1;
 
-/// What a server can do, as `NBD_SET_FLAGS` and netlink hand it over (`NBD_FLAG_*`).
+/// The transmission flags of a server, as passed by `NBD_SET_FLAGS` or netlink (`NBD_FLAG_*`).
 pub(crate) mod flags {
-    /// The export cannot be written.
+    /// The export is read-only.
     pub(crate) const READ_ONLY: u32 = 1 << 1;
-    /// The server understands [`super::Command::Flush`].
+    /// The server supports [`super::Command::Flush`].
     pub(crate) const SEND_FLUSH: u32 = 1 << 2;
-    /// The server understands [`super::CMD_FLAG_FUA`].
+    /// The server supports [`super::CMD_FLAG_FUA`].
     pub(crate) const SEND_FUA: u32 = 1 << 3;
-    /// The export lies on a rotating disk.
+    /// The export is on a rotating disk.
     pub(crate) const ROTATIONAL: u32 = 1 << 4;
-    /// The server understands [`super::Command::Trim`].
+    /// The server supports [`super::Command::Trim`].
     pub(crate) const SEND_TRIM: u32 = 1 << 5;
-    /// The server understands [`super::Command::WriteZeroes`].
+    /// The server supports [`super::Command::WriteZeroes`].
     pub(crate) const SEND_WRITE_ZEROES: u32 = 1 << 6;
-    /// Several connections to the export see one another's flushed writes.
+    /// A flush on one connection covers the writes that were completed on the others.
     pub(crate) const CAN_MULTI_CONN: u32 = 1 << 8;
 }
 
-/// A command that a client sends (`NBD_CMD_*`).
+/// A command (`NBD_CMD_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u16)]
 pub(crate) enum Command {
-    /// Read `len` bytes; the reply carries them.
+    /// Reads the range. The reply carries the data.
     Read = 0,
-    /// Write the `len` bytes that follow the request.
+    /// Writes the data that follows the request.
     Write = 1,
-    /// The client goes away; there is no reply.
+    /// Ends the session. There is no reply.
     Disconnect = 2,
-    /// Everything that was answered before goes to stable storage.
+    /// Writes everything that was answered before to stable storage.
     Flush = 3,
-    /// The range is no longer needed.
+    /// Tells the server that the range is no longer needed.
     Trim = 4,
-    /// The range reads as zeroes afterwards.
+    /// Makes the range read as zeroes.
     WriteZeroes = 6,
 }
 
 impl Command {
-    /// The command's name in log lines: nbd.c's `nbdcmd_to_ascii()`, and write-zeroes, which that
-    /// function forgot.
+    /// Returns the command's name in log messages (`nbdcmd_to_ascii()`, with `write-zeroes` added).
     pub(crate) fn name(self) -> &'static str {
         match self {
             Command::Read => "read",
@@ -73,23 +77,23 @@ impl Command {
     }
 }
 
-/// One request, before it is put on the wire.
+/// The header of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct RequestHeader {
-    /// What to do.
+    /// The command.
     pub(crate) command: Command,
-    /// `CMD_FLAG_*`.
+    /// The command flags (`CMD_FLAG_*`).
     pub(crate) flags: u16,
-    /// Opaque to the server, which copies it into the reply.
+    /// The cookie, which the server copies into the reply.
     pub(crate) cookie: u64,
-    /// Where, in bytes from the start of the export.
+    /// The offset in the export.
     pub(crate) offset_bytes: u64,
-    /// How much.
+    /// The length of the range.
     pub(crate) len_bytes: u32,
 }
 
 impl RequestHeader {
-    /// What ends a session.
+    /// The request that ends a session.
     pub(crate) const DISCONNECT: RequestHeader = RequestHeader {
         command: Command::Disconnect,
         flags: 0,
@@ -98,10 +102,9 @@ impl RequestHeader {
         len_bytes: 0,
     };
 
-    /// The request as it goes over the wire (`struct nbd_request`, all big endian).
+    /// Returns the request as it goes over the wire (`struct nbd_request`, all big endian).
     ///
-    /// A flush and a disconnect carry neither offset nor length: the protocol says that both must be
-    /// zero.
+    /// The offset and the length of a flush or a disconnect are zero, as the protocol requires.
     pub(crate) fn encode(&self) -> [u8; REQUEST_BYTES] {
         let ranged = !matches!(self.command, Command::Flush | Command::Disconnect);
         let (offset, len) = if ranged {
@@ -120,25 +123,26 @@ impl RequestHeader {
     }
 }
 
-/// The first word of what should have been a reply was this instead of [`REPLY_MAGIC`].
+/// The first word of a reply is not [`REPLY_MAGIC`], but this.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct WrongMagic(pub(crate) u32);
 
-/// A reply's header.
+/// The header of a simple reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct ReplyHeader {
-    /// The cookie of the request that this answers.
+    /// The cookie of the request that this is a reply to.
     pub(crate) cookie: u64,
-    /// 0, or what went wrong (see [`ServerError`]). Data follows only where this is 0.
+    /// The error number of the protocol (see [`ServerError`]), or 0. Data follows only if this is
+    /// 0.
     pub(crate) error: u32,
 }
 
 impl ReplyHeader {
-    /// Reads a reply's header (`struct nbd_reply`).
+    /// Decodes a reply's header (`struct nbd_reply`).
     ///
     /// # Errors
     ///
-    /// [`WrongMagic`]: the stream cannot be understood from here on.
+    /// [`WrongMagic`]: the stream cannot be parsed any further.
     pub(crate) fn decode(wire: &[u8; REPLY_BYTES]) -> Result<ReplyHeader, WrongMagic> {
         let [m0, m1, m2, m3, e0, e1, e2, e3, cookie @ ..] = *wire;
         let magic = u32::from_be_bytes([m0, m1, m2, m3]);
@@ -152,16 +156,16 @@ impl ReplyHeader {
     }
 }
 
-/// What a server's error number means (the protocol's own numbers, whatever the server's system).
+/// The error numbers of the protocol. They do not depend on the server's operating system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ServerError {
-    /// `NBD_EPERM`: not permitted, such as a write on a read-only export.
+    /// `NBD_EPERM`: not permitted, such as a write to a read-only export.
     NotPermitted,
     /// `NBD_EIO`.
     Io,
     /// `NBD_ENOMEM`: the server lacks memory.
     NoMemory,
-    /// `NBD_EINVAL`: also what a server says to a command that it does not know.
+    /// `NBD_EINVAL`: also the reply to a command that the server does not know.
     Invalid,
     /// `NBD_ENOSPC`.
     NoSpace,
@@ -169,14 +173,14 @@ pub(crate) enum ServerError {
     Overflow,
     /// `NBD_ENOTSUP`.
     NotSupported,
-    /// `NBD_ESHUTDOWN`: the server is about to go.
+    /// `NBD_ESHUTDOWN`: the server is shutting down.
     Shutdown,
-    /// A number that the protocol does not know.
+    /// A number that the protocol does not define.
     Unknown,
 }
 
 impl ServerError {
-    /// The meaning of a reply's error number; `None` for 0, which is success.
+    /// Returns the meaning of a reply's error number, or `None` for 0, which is success.
     pub(crate) fn from_wire(error: u32) -> Option<ServerError> {
         Some(match error {
             0 => return None,

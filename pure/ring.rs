@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! A queue with a fixed number of places, so that using it needs no allocation.
+//! A queue with a fixed capacity, which does not allocate memory when items are added.
 
 #![forbid(unsafe_code)]
 
@@ -8,7 +8,7 @@ use kernel::{
     prelude::*, //
 };
 
-/// First in, first out.
+/// A first-in, first-out queue with a fixed capacity.
 pub(crate) struct Ring<T> {
     places: KVVec<Option<T>>,
     head: usize,
@@ -16,7 +16,15 @@ pub(crate) struct Ring<T> {
 }
 
 impl<T> Ring<T> {
-    /// A ring with `capacity` places. May sleep.
+    /// Returns an empty ring with this capacity.
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError`]: there is not enough memory.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn new(capacity: usize) -> Result<Self, AllocError> {
         let mut places = KVVec::with_capacity(capacity, GFP_KERNEL)?;
         for _ in 0..capacity {
@@ -29,16 +37,17 @@ impl<T> Ring<T> {
         })
     }
 
-    /// How many are in it.
+    /// Returns the number of items.
     pub(crate) fn len(&self) -> usize {
         self.len
     }
 
-    /// Whether none is in it.
+    /// Returns whether the ring is empty.
     pub(crate) fn is_empty(&self) -> bool {
         self.len == 0
     }
 
+    /// Returns the index of the `nth` item.
     fn place(&self, nth: usize) -> usize {
         let place = self.head + nth;
         if place < self.places.len() {
@@ -48,7 +57,11 @@ impl<T> Ring<T> {
         }
     }
 
-    /// Appends `item`; gives it back where there is no place.
+    /// Appends `item`.
+    ///
+    /// # Errors
+    ///
+    /// Returns the item if the ring is full.
     pub(crate) fn push_back(&mut self, item: T) -> Result<(), T> {
         if self.len == self.places.len() {
             return Err(item);
@@ -62,7 +75,7 @@ impl<T> Ring<T> {
         Ok(())
     }
 
-    /// Takes the first one out.
+    /// Removes the first item.
     pub(crate) fn pop_front(&mut self) -> Option<T> {
         let item = self.places.get_mut(self.head)?.take()?;
         self.head = self.place(1);
@@ -70,12 +83,12 @@ impl<T> Ring<T> {
         Some(item)
     }
 
-    /// The first one.
+    /// Returns the first item.
     pub(crate) fn front_mut(&mut self) -> Option<&mut T> {
         self.places.get_mut(self.head)?.as_mut()
     }
 
-    /// All, in order.
+    /// Iterates over the items in order.
     pub(crate) fn iter(&self) -> impl Iterator<Item = &T> {
         (0..self.len).filter_map(|nth| self.places.get(self.place(nth))?.as_ref())
     }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! How requests are spread over the connections of a session, and what becomes of one for which there is none.
+//! Dispatches requests to the connections of a session (`nbd_handle_cmd()`).
 
 #![forbid(unsafe_code)]
 
@@ -46,15 +46,15 @@ use kernel::{
     },
 };
 
-/// How often requests that wait for a connection check whether `dead_conn_timeout` is over. A connection
-/// that comes back runs the queues at once.
+/// The interval at which waiting requests check whether `dead_conn_timeout` has expired. A new
+/// connection runs the queues immediately.
 const RECHECK_MS: u32 = 100;
 
-/// Reads from this size on are sent at once: to send one alone costs little beside its data, less than
-/// to have a worker woken up for it.
+/// Reads of this size or more are sent immediately: the cost of sending one alone is small compared
+/// with that of its data, and smaller than that of waking up a worker.
 const LONG_READ_BYTES: u32 = 64 << 10;
 
-/// A command's tag in the table.
+/// The hardware queue and the tag of a command.
 #[derive(Clone, Copy)]
 struct TagId {
     hw_queue: u32,
@@ -62,7 +62,11 @@ struct TagId {
 }
 
 impl Session {
-    /// `nbd_queue_rq()`: puts a request in flight. May sleep.
+    /// Dispatches a request (`nbd_queue_rq()`).
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn queue_rq(&self, cx: &Dispatch<'_>, rq: NewRequest, last: bool) -> QueueStatus {
         let extent = rq.extent();
         if command_of(extent.op).is_none() {
@@ -92,7 +96,7 @@ impl Session {
         queued
     }
 
-    /// Hands a request to a connection; to another one where that has just died.
+    /// Queues a request on `connection`, or on another one if that has died meanwhile.
     fn dispatch<'a>(
         &'a self,
         cx: &'a Dispatch<'_>,
@@ -103,24 +107,24 @@ impl Session {
         pace: Pace,
     ) {
         let Some(slot) = self.table.slot(tag.hw_queue, tag.tag) else {
-            // There is a slot for every tag of every queue, so this cannot be; both handles go, and
-            // the request fails.
+            // This cannot happen, because each tag of each queue has a slot. Dropping both handles
+            // fails the request.
             return;
         };
         loop {
             let generation = slot.start(connection.index(), unanswered);
             let Err(back) = connection.push(unsent) else {
-                // `commit_rqs` names the hardware queue, which is another connection's here.
+                // `commit_rqs` kicks the connection of the hardware queue, which is not this one.
                 if last || u32::from(connection.index()) != tag.hw_queue {
                     connection.kick(pace);
                 }
                 return;
             };
             unsent = back;
-            // It has died since it was picked.
+            // The connection has died since it was picked.
             let Ok(ours) = slot.claim(generation, connection.index()) else {
-                // It has given the command back. What was not sent was not done, whatever a reply
-                // that came first may say.
+                // The reaper has claimed the command. A command that was not sent was not executed,
+                // whatever a reply that came before may claim.
                 unsent.overrule(Outcome::Requeue);
                 return;
             };
@@ -128,7 +132,8 @@ impl Session {
             match self.pick(cx, self.table.fate.snapshot()) {
                 Some(next) => connection = next,
                 None => {
-                    // It was started, so it cannot be left to the block layer: once around.
+                    // The request was started, so `queue_rq` cannot return it. It is requeued
+                    // instead.
                     unanswered.finish(Outcome::Requeue);
                     return;
                 }
@@ -136,13 +141,18 @@ impl Session {
         }
     }
 
-    /// `nbd_commit_rqs`: what was queued without a `last` is sent. May sleep.
+    /// Sends the commands that were queued without `last` being set (`blk_mq_ops.commit_rqs`).
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn commit_rqs(&self, cx: &Dispatch<'_>) {
         if let Some(connection) = self.connection(cx, cx.hw_queue() as usize) {
             connection.kick(Pace::Batched);
         }
     }
 
+    /// Returns the connection with this index, dead or alive.
     fn connection<'a>(
         &'a self,
         cx: &'a Dispatch<'_>,
@@ -151,13 +161,15 @@ impl Session {
         self.slots.get(index)?.get(cx)
     }
 
-    /// The connection for a request (`nbd_handle_cmd()`), or what becomes of the request for want of one.
+    /// Returns the connection for a request (`nbd_handle_cmd()`), or the status of a request for
+    /// which there is none.
     fn pick_or_refuse<'a>(
         &'a self,
         cx: &'a Dispatch<'_>,
     ) -> Result<ArcBorrow<'a, Connection>, Status> {
         loop {
-            // Before the connections are looked at, so that one that comes back meanwhile is noticed.
+            // The snapshot is taken before the connections are examined, so that a connection which
+            // comes back meanwhile is noticed.
             let fate = self.table.fate.snapshot();
             if let Some(connection) = self.pick(cx, fate) {
                 return Ok(connection);
@@ -168,7 +180,8 @@ impl Session {
         }
     }
 
-    /// The hardware queue's own connection, or one that lives (`find_fallback()`).
+    /// Returns the connection of the hardware queue, or any other that is alive
+    /// (`find_fallback()`).
     fn pick<'a>(
         &'a self,
         cx: &'a Dispatch<'_>,
@@ -185,9 +198,11 @@ impl Session {
         })
     }
 
-    /// No connection lives: a request waits for one to come back, or fails (`wait_for_reconnect()`).
-    /// nbd.c waits in `queue_rq`; here the block layer keeps the request. Returns nothing where the
-    /// session's fate has changed since it was `fate`.
+    /// Returns the status of a request when no connection is alive (`wait_for_reconnect()`).
+    ///
+    /// nbd.c waits in `queue_rq`. Here the block layer keeps the request and dispatches it again
+    /// later. Returns `None` if the session's fate is no longer `fate`; the caller must then try
+    /// again.
     fn wait_or_fail(&self, cx: &Dispatch<'_>, fate: Snapshot) -> Option<Status> {
         let waits = self.replacing.load(Acquire) || (!fate.is_disconnected() && self.may_wait());
         if waits {
@@ -205,7 +220,8 @@ impl Session {
         Some(Status::IOERR)
     }
 
-    /// Whether a request may still wait for a connection. Starts the clock with the first one that does.
+    /// Returns whether requests may still wait for a connection. The first request that does starts
+    /// the clock.
     fn may_wait(&self) -> bool {
         let patience = self.dead_timeout_jiffies.load(Relaxed);
         if patience == 0 {

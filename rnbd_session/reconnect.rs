@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! New connections in the place of dead ones, or of one that is stuck.
+//! Replaces connections that are dead or stuck.
 
 #![forbid(unsafe_code)]
 
@@ -28,14 +28,22 @@ use kernel::{
 };
 
 impl Session {
-    /// Puts a socket in the place of a dead connection (`nbd_genl_reconnect_sock_cb()`), or else of one
-    /// that has owed replies for `stuck_jiffies` and sent nothing, where that is not 0. Returns whether
-    /// there was one. May sleep.
+    /// Replaces a dead connection by one over `socket` (`nbd_genl_reconnect_sock_cb()`).
+    ///
+    /// If no connection is dead and `stuck_jiffies` is not 0, replaces one whose server has owed
+    /// replies, and sent nothing, for that long. Returns false if there is nothing to replace.
     ///
     /// # Errors
     ///
-    /// `EBUSY` where the socket is in use elsewhere, `ENOTCONN` where it is not connected, `ENODEV` where the
-    /// module is about to go, `ENOMEM`.
+    /// - `EBUSY`: the socket is in use by another device or by another part of the kernel.
+    /// - `ENOTCONN`: the socket is not connected.
+    /// - `EINVAL`: `disk` is not the session's.
+    /// - `ENODEV`: the module is being unloaded.
+    /// - `ENOMEM`.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn reconnect(
         &self,
         disk: &DiskRef,
@@ -43,7 +51,7 @@ impl Session {
         stuck_jiffies: usize,
     ) -> Result<bool> {
         let mut connections = self.connections.lock();
-        // Whatever comes of it, nobody waits any longer.
+        // Requests stop waiting for the new connection even if this fails.
         let _replaced = ScopeGuard::new(|| self.replacing.store(false, Release));
         let Some(index) = Self::find_replaceable(&connections, stuck_jiffies) else {
             return Ok(false);
@@ -51,13 +59,14 @@ impl Session {
         let places = connections.get_mut(index).zip(self.slots.get(index));
         let (place, slot) = places.ok_or(EINVAL)?;
         let number = place.connection.index();
-        // Before anything ends that works. What an allocation would have written out to make room may wait
-        // for this very connection.
+        // Memory is allocated before a connection that still works is shut down. The allocations
+        // must not wait for writeback, which may be waiting for this very connection.
         let prepared = task::memalloc_noio(|| {
             Connection::prepare(number, self.table.clone(), socket.clone())
         })?;
         self.end_stuck(&place.connection, socket)?;
-        // The new one has the old one's number: nothing may be in flight under it.
+        // The new connection has the same index as the old one, so nothing may be in flight under
+        // it.
         place.connection.wait_reaped();
         let end_was_wanted = self.table.fate.snapshot().is_end_wanted();
         let new = task::memalloc_noio(|| prepared.take_socket())?;
@@ -66,10 +75,11 @@ impl Session {
         place.connection = new.clone();
         place.reconnects = place.reconnects.saturating_add(1);
         self.waiting_since.store(0, Relaxed);
-        // After that: who sees that something has come back finds it, and waits anew where it has died.
+        // This comes last: a request that sees the session revived also finds the new connection,
+        // and waits again if that has died by then.
         self.table.fate.revive();
         if end_was_wanted && !new.is_alive() && !self.table.fate.snapshot().is_end_wanted() {
-            // It has died while nobody was to be told of that.
+            // It has died while the user wanted the session to end, so it was not reported.
             new.as_arc_borrow().queue_link_dead();
         }
         new.as_arc_borrow().start_receiving();
@@ -79,8 +89,8 @@ impl Session {
         Ok(true)
     }
 
-    /// Which place a new connection is put into: the first whose connection is dead, or else that of the
-    /// one that has been stuck longest, and at least for `stuck_jiffies`, where that is not 0.
+    /// Returns the index of the connection to replace: the first dead one, or else the one that has
+    /// been stuck longest and for at least `stuck_jiffies`, unless that is 0.
     fn find_replaceable(places: &[Place], stuck_jiffies: usize) -> Option<usize> {
         let dead = places.iter().position(|place| !place.connection.is_alive());
         if dead.is_some() || stuck_jiffies == 0 {
@@ -93,12 +103,17 @@ impl Session {
         Some(index)
     }
 
-    /// Declares `connection` dead, if it is not, since it is stuck. `socket` is to come in its place.
+    /// Marks a stuck connection as dead, which is to be replaced by one over `socket`. Does nothing
+    /// if it is dead already.
+    ///
+    /// # Errors
+    ///
+    /// `EBUSY` and `ENOTCONN`: `socket` cannot be used, and the stuck connection was kept.
     fn end_stuck(&self, connection: &Arc<Connection>, socket: &Socket) -> Result {
         if !connection.is_alive() {
             return Ok(());
         }
-        // Nothing that works is ended for a socket that cannot be used.
+        // A connection that may still work is not shut down for a socket that cannot be used.
         if socket.is_hooked() {
             return Err(EBUSY);
         }

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Requests whose time is up.
+//! Handles requests that have timed out.
 
 #![forbid(unsafe_code)]
 
@@ -18,14 +18,21 @@ use crate::{
 use kernel::prelude::*;
 
 impl Session {
-    /// `nbd_xmit_timeout()`: a request's time is up. May sleep.
+    /// Handles a request that has timed out (`nbd_xmit_timeout()`).
+    ///
+    /// It never ends the request itself. It either restarts the timer, or marks the connection as
+    /// dead; whoever reaps the connection then gives the request back.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn timeout(&self, rq: TimedOutRequest<'_>) -> TimeoutStatus {
         let (hw_queue, tag) = rq.tag();
         let Some(slot) = self.table.slot(hw_queue, tag) else {
             return TimeoutStatus::ResetTimer;
         };
-        // Before the slot is looked at: a connection is replaced with the lock held and after its commands
-        // were given back, so that the one in the place is the one that the slot names.
+        // The lock is taken before the slot is read. A connection is replaced under this lock and
+        // after its commands were given back, so this is the connection that the slot names.
         let connections = self.connections.lock();
         let (index, unclaimed) = slot.status();
         let count = connections.len();
@@ -35,7 +42,7 @@ impl Session {
         let connection = place.connection.clone();
         drop(connections);
         if !unclaimed && connection.traffic().idle_jiffies() < rq.timeout_jiffies() as usize {
-            // Its data is coming in, or it is just ending.
+            // Its data is arriving, or it is just ending.
             return TimeoutStatus::ResetTimer;
         }
         if count == 1 && self.table.timeout_jiffies() == 0 {
@@ -51,11 +58,12 @@ impl Session {
                 count
             );
         }
-        // Whoever clears the connection away gives this request back too.
+        // The reaper of the connection gives this request back as well.
         connection.as_arc_borrow().mark_dead();
         TimeoutStatus::Done
     }
 
+    /// Logs a request that may be stuck, and for how long the server has been silent.
     fn warn_of_stuck(&self, rq: &TimedOutRequest<'_>, connection: &Connection) {
         if !self.table.log.allow() {
             return;

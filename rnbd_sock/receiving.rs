@@ -1,6 +1,37 @@
 // SPDX-License-Identifier: GPL-2.0
-//! A connection's receiving: in the socket's callback, in the task that has sent a reply, or in the work
-//! item. All of it with the lock for receiving.
+//! Receives replies and completes their commands (nbd.c's `recv_work()`).
+//!
+//! These are the contexts in which a connection receives, with the receive lock held, and sends, with
+//! the lock of the outbox held (`rnbd_sock/sending.rs`):
+//!
+//! | Function                                | Context                    | Budget                  |
+//! |-----------------------------------------|----------------------------|-------------------------|
+//! | [`Connection::receive_in_callback()`]   | `sk_data_ready` of TCP     | 32 KiB of a reply       |
+//! | [`Connection::receive_in_sender()`]     | the sender of a reply      | 2 calls, 32 KiB         |
+//! | [`Connection::receive_or_reap()`]       | the receive work           | 32 calls, then requeued |
+//! | [`Connection::kick()`]                  | the submitter of a request | 32 calls                |
+//! | [`Connection::send_disconnect()`]       | the task that disconnects  | 32 calls                |
+//! | [`Connection::transmit_work()`]         | the transmit or retry work | 32 calls, then requeued |
+//!
+//! - `receive_in_callback()` reads from TCP sockets without TLS, by `tcp_read_sock()`. No worker has to
+//!   be woken up. It leaves replies with more data than [`INLINE_DATA_BYTES`] to the receive work,
+//!   because copying them would delay other softirqs.
+//! - `receive_in_sender()` reads from UNIX sockets, by `recvmsg()`, in the task that has sent the reply,
+//!   on its way out of `sendmsg()`. It does so if at most one reply is awaited, for which a worker would
+//!   have to be woken up. It makes [`SENDER_CALLS`] calls at most, because the task is not the driver's.
+//! - `receive_or_reap()` handles everything else: what the other two leave, TCP sockets with TLS, several
+//!   replies on a UNIX socket, the end of the stream, errors, and the death of the connection. After
+//!   [`WORKER_CALLS`] calls of `recvmsg()`, the work is queued again, so that other work runs.
+//! - `kick()` sends in the submitter, so that a single request does not wait for a worker. If more
+//!   requests are in flight or likely to follow, or if the socket has TLS, it queues the transmit work
+//!   instead. After 32 calls of `sendmsg()`, it leaves the rest to the transmit work.
+//! - `send_disconnect()` sends in the calling task, because the socket is shut down soon.
+//! - `transmit_work()` sends several requests at a time. It also continues when the socket has room
+//!   again, and retries after 10 ms if the socket has room but no memory.
+//!
+//! The callbacks [`Events::input_ready()`](crate::kapi::net::hook::Events::input_ready) and
+//! [`Events::write_space()`](crate::kapi::net::hook::Events::write_space) neither receive nor send. They
+//! queue the receive work or the transmit work.
 
 #![forbid(unsafe_code)]
 
@@ -46,18 +77,19 @@ use kernel::{
     sync::atomic::Acquire, //
 };
 
-/// Calls after which the work item lets others run.
+/// The number of `recvmsg()` calls after which the receive work queues itself again.
 pub(super) const WORKER_CALLS: u32 = 32;
-/// Data of a reply that is received where it arrives, which may be in softirq. To copy more is left to
-/// the work item, which another CPU may run.
+/// The size of a reply's data up to which it is received outside of the receive work.
 const INLINE_DATA_BYTES: usize = 32 << 10;
-/// Calls after which a task that has sent a reply leaves receiving to the work item: one for the
-/// header with what comes along with it, one for the data.
+/// The number of `recvmsg()` calls that a task makes which has sent a reply: one for the header and
+/// the data that comes along with it, one for the rest of the data.
 const SENDER_CALLS: u32 = 2;
 
 impl Connection {
+    /// Logs why nothing more can be received, unless the reason was logged already or the end was
+    /// expected.
     pub(super) fn receive_failed(&self, error: Error) {
-        // What breaks the protocol was reported where it was found.
+        // Violations of the protocol were logged where they were found.
         let reported =
             error == EPROTO || self.table.fate.snapshot().is_end_wanted() || !self.is_alive();
         if reported || !self.table.log.allow() {
@@ -71,7 +103,12 @@ impl Connection {
         }
     }
 
-    /// Receives what has arrived. Returns whether something is left to the work item.
+    /// Receives data in the socket's callback. Returns whether anything is left for the receive
+    /// work.
+    ///
+    /// # Context
+    ///
+    /// Any context, including softirq. The socket is locked.
     pub(super) fn receive_in_callback(&self, receive: &mut Receive, arrival: Arrival<'_>) -> bool {
         let stayed = arrival.read(|segment| match self.receive_segment(receive, segment) {
             Ok(continues) => continues,
@@ -83,7 +120,12 @@ impl Connection {
         stayed || receive.failed.is_some()
     }
 
-    /// Receives a piece of the stream. Returns whether it is to go on here.
+    /// Receives a segment of the stream. Returns whether the callback should continue with the next
+    /// one.
+    ///
+    /// # Errors
+    ///
+    /// `EPROTO`: the server has violated the protocol.
     fn receive_segment(&self, receive: &mut Receive, segment: &mut Segment<'_>) -> Result<bool> {
         if receive.failed.is_some() {
             return Ok(false);
@@ -101,10 +143,14 @@ impl Connection {
         }
     }
 
-    /// Receives what is there, in a task of somebody else. Returns whether something is left to the
-    /// work item.
+    /// Receives in the task that has sent a reply over a UNIX socket. Returns whether anything is
+    /// left for the receive work.
+    ///
+    /// # Context
+    ///
+    /// May sleep, but not for long: the task belongs to somebody else.
     pub(super) fn receive_in_sender(&self, receive: &mut Receive) -> bool {
-        // The socket is another's once it was cleared away.
+        // The socket may have another user once the connection was reaped.
         if self.state.load(Acquire) == REAPED {
             return false;
         }
@@ -117,8 +163,18 @@ impl Connection {
         }
     }
 
-    /// Receives with at most `calls` calls, until more than `bytes` of data are awaited. Returns whether
-    /// something may be left.
+    /// Receives with at most `calls` calls of `recvmsg()`, and stops when more than `bytes` of a
+    /// reply's data are missing. Returns whether anything may be left.
+    ///
+    /// # Errors
+    ///
+    /// - `EPROTO`: the server has violated the protocol.
+    /// - `EPIPE`: the server has closed the connection.
+    /// - Those of the socket. In each case, nothing more can be received.
+    ///
+    /// # Context
+    ///
+    /// May sleep for the socket's lock. It does not wait for data.
     pub(super) fn receive_up_to(
         &self,
         receive: &mut Receive,
@@ -140,7 +196,7 @@ impl Connection {
             };
             self.traffic.received(got);
             if !all && !self.socket.has_input() {
-                // The next bytes are announced by the callback.
+                // The callback reports the next bytes.
                 self.parse(receive)?;
                 return Ok(false);
             }
@@ -148,7 +204,7 @@ impl Connection {
         Ok(true)
     }
 
-    /// Works through what was received.
+    /// Handles the replies that were received.
     fn parse(&self, receive: &mut Receive) -> Result {
         receive.parse(
             |header| self.handle_reply(header),
@@ -156,7 +212,14 @@ impl Connection {
         )
     }
 
-    /// nbd.c's `nbd_handle_reply()`: finds and claims the command. Returns it where data follows.
+    /// Finds and claims the command that a reply belongs to, and completes it unless data follows
+    /// (`nbd_handle_reply()`).
+    ///
+    /// Returns the command if data follows.
+    ///
+    /// # Errors
+    ///
+    /// `EPROTO`: this is not a reply to a command in flight on this connection.
     fn handle_reply(&self, header: &[u8; REPLY_BYTES]) -> Result<Option<Payload<Unanswered>>> {
         let reply = ReplyHeader::decode(header).map_err(|magic| {
             self.report_violation(format_args!("wrong magic ({:#010x})", magic.0));
@@ -194,7 +257,9 @@ impl Connection {
         Ok(None)
     }
 
-    /// Ends a command that was answered. The receive lock is held, so nobody clears the connection away.
+    /// Completes a command that was answered.
+    ///
+    /// The caller holds the receive lock, so the connection is not reaped concurrently.
     fn complete(&self, request: Unanswered, status: Status) {
         if request.should_fake_timeout() {
             self.table.forget_reply(request);
@@ -203,6 +268,7 @@ impl Connection {
         }
     }
 
+    /// Logs a violation of the protocol, for which the connection is closed.
     fn report_violation(&self, what: core::fmt::Arguments<'_>) {
         if self.table.log.allow() {
             pr_err!(
@@ -213,6 +279,7 @@ impl Connection {
         }
     }
 
+    /// Logs an error that the server has returned.
     fn report_server_error(&self, request: &Unanswered, error: u32) {
         if !self.table.log.allow() {
             return;

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
-//! A connection's sending. Whoever queues a command sends it, or a work item does: where more is likely
-//! to come soon, or the socket was full.
+//! Queues commands and sends them (nbd.c's `nbd_send_cmd()`).
+//!
+//! A command is sent by the task that queues it, or by a work item if more commands are likely to
+//! follow or the socket was full. The module documentation of `rnbd_sock/receiving.rs` lists the
+//! contexts.
 
 #![forbid(unsafe_code)]
 
@@ -52,25 +55,30 @@ use kernel::{
     time::msecs_to_jiffies, //
 };
 
-/// Calls after which a work item lets others run, and a submitter leaves the sending to a work item.
+/// The number of `sendmsg()` calls after which a sender leaves the rest to the transmit work.
 const BUDGET: u32 = 32;
-/// How long to wait where a socket has room and still takes nothing, for want of memory.
+/// The delay before sending is retried when the socket has room, but accepts nothing for lack of
+/// memory.
 const NO_MEMORY_DELAY_MS: u32 = 10;
 
-/// What a sender has taken over.
+/// The commands that senders have taken from the backlog.
 struct Outbox {
-    /// Commands that wait for a place among what is staged.
+    /// Commands that were not staged yet, for lack of room in `transmit`.
     waiting: Batch<Unsent>,
     transmit: Transmit,
 }
 
-/// Who submitted last, and how often that task had slept by then. Wrong where several submit.
+/// The task that has submitted last, and how often it had slept by then.
+///
+/// The fields are not updated as one, so the answer may be wrong if several tasks submit. It is
+/// only a hint.
 struct LastSubmitter {
     task: Atomic<usize>,
     sleeps: Atomic<usize>,
 }
 
 impl LastSubmitter {
+    /// Returns a value that no task matches.
     fn nobody() -> Self {
         LastSubmitter {
             task: Atomic::new(0),
@@ -78,8 +86,10 @@ impl LastSubmitter {
         }
     }
 
-    /// Notes that the current task submits. Returns whether it did so before and has not slept since:
-    /// it does not wait for its requests one by one, and there are probably more to come.
+    /// Records the current task. Returns whether it was also the last one to submit, and has not
+    /// slept since.
+    ///
+    /// Such a task does not wait for each of its requests, and will probably submit more.
     fn continues_burst(&self) -> bool {
         let (task, sleeps) = (task::TaskId::current().0, task::voluntary_switches());
         let same = self.task.load(Relaxed) == task && self.sleeps.load(Relaxed) == sleeps;
@@ -91,44 +101,44 @@ impl LastSubmitter {
     }
 }
 
-/// When a command is sent.
+/// When a command is sent, and by whom.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Pace {
-    /// By its submitter.
+    /// The submitter sends it immediately.
     AtOnce,
-    /// By a work item where others are in flight or likely to follow, so that one call sends several. By its
-    /// submitter where not.
+    /// The transmit work sends it if others are in flight or likely to follow, so that one
+    /// `sendmsg()` carries several. Otherwise the submitter sends it.
     Batched,
 }
 
-/// How sending stopped.
+/// The reason why a sender has stopped.
 enum StopReason {
-    /// There is nothing to do.
+    /// Everything was sent.
     Idle,
-    /// A signal is pending, and TLS does not wait for its lock then. A worker gets no signals.
+    /// A signal is pending, in which case TLS does not wait for its lock. Workers get no signals.
     Signal,
-    /// There may be more; somebody else should have a turn.
+    /// The budget is used up. There may be more to send.
     Budget,
-    /// The socket takes no more now.
+    /// The socket is full.
     Full { sent_some: bool },
 }
 
-/// What sending needs of a connection.
+/// The transmit side of a connection.
 #[pin_data]
 pub(super) struct Sending {
     last_submitter: LastSubmitter,
-    /// The sender waits for room in the socket.
+    /// A sender is waiting for room in the socket.
     full: Atomic<bool>,
     /// A disconnect is to be sent.
     send_disconnect: Atomic<bool>,
-    /// Commands that no sender has taken over.
+    /// The commands that no sender has taken yet.
     backlog: List<Unsent>,
     #[pin]
     outbox: Mutex<Outbox>,
 }
 
 impl Sending {
-    /// Nothing to send.
+    /// Returns a transmit side with nothing to send.
     ///
     /// # Errors
     ///
@@ -149,25 +159,29 @@ impl Sending {
 }
 
 impl Connection {
-    /// Puts a command, whose slot in the table was started, at the end of the queue. It is sent by the
-    /// next [`Self::kick()`].
+    /// Appends a command, whose slot in the table was started, to the backlog. The next
+    /// [`Self::kick()`] sends it.
     ///
     /// # Errors
     ///
-    /// Gives the request back where the connection is dead.
+    /// Returns the request if the connection was reaped or is being reaped.
     pub(crate) fn push(&self, request: Unsent) -> Result<(), Unsent> {
         self.sending.backlog.push(request)
     }
 
-    /// Sends the backlog, here or by a work item, as `pace` has it. May sleep.
+    /// Sends the backlog, or queues the work that does, depending on `pace`.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn kick(self: ArcBorrow<'_, Self>, pace: Pace) {
         let continues_burst = self.sending.last_submitter.continues_burst();
-        // Pairs with `clear_full()`, and with the exchange in `List::push()` before this.
+        // Pairs with `clear_full()`, and with the exchange in `List::push()` that precedes this.
         if self.sending.full.load(Acquire) {
             return;
         }
-        // TLS waits for a lock of its own, and not at all when the task has a signal. A worker has none,
-        // and holds none of the locks that a submitter may.
+        // TLS takes a lock of its own, and does not wait for it if the task has a pending signal. A
+        // worker gets no signals, and holds none of the locks that a submitter may hold.
         let by_work = self.socket.has_upper_layer();
         let batch = pace == Pace::Batched && (continues_burst || self.traffic.awaited() > 0);
         if by_work || batch {
@@ -177,21 +191,31 @@ impl Connection {
         }
     }
 
-    /// Sends a disconnect after what is being sent now. May sleep.
+    /// Sends a disconnect after the messages that are being sent (`send_disconnects()`).
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn send_disconnect(self: ArcBorrow<'_, Self>) {
         self.sending.send_disconnect.store(true, Release);
-        // Who has the lock looks again afterwards: pairs with the barrier in `transmit_backlog()`.
+        // The holder of the lock looks again after unlocking. Pairs with the barrier in
+        // `transmit_backlog()`.
         smp_mb(Full);
-        // At once: the socket is ended soon.
+        // The disconnect is sent immediately, since the socket is shut down soon.
         if !self.sending.full.load(Acquire) {
             self.transmit_backlog();
         }
     }
 
-    /// The socket tells of room. Returns whether that was waited for.
+    /// Queues the transmit work if a sender is waiting for room (`sk_write_space`). Returns whether
+    /// one is.
+    ///
+    /// # Context
+    ///
+    /// Any context, including softirq.
     pub(super) fn write_space(self: ArcBorrow<'_, Self>) -> bool {
-        // Pairs with the barrier in `look_for_room()`: either the flag is seen here, or the room there. A
-        // UNIX socket's room was made with no more than release ordering (`sock_wfree()`).
+        // Pairs with the barrier in `look_for_room()`: either this sees the flag, or that sees the
+        // room. A UNIX socket frees room with no more than release ordering (`sock_wfree()`).
         smp_mb(Full);
         if !self.sending.full.load(Relaxed) || !self.socket.has_room(RoomFor::Wakeup) {
             return false;
@@ -200,33 +224,35 @@ impl Connection {
         true
     }
 
-    /// The work item.
+    /// Sends the backlog in a worker (`nbd_pending_cmd_work()`).
     pub(super) fn transmit_work(self: ArcBorrow<'_, Self>) {
         self.clear_full();
         self.transmit_backlog();
     }
 
+    /// Queues the transmit work.
     fn queue_transmit(self: ArcBorrow<'_, Self>) {
-        // Where it is queued already it will see whatever we have seen.
+        // If the work is queued already, it will see what this caller has done before.
         let _ = self.table.shared.io.enqueue::<Arc<Self>, 2>(self.into());
     }
 
-    /// A work item of its own, so that it cannot hold up one that is not to wait.
+    /// Queues the retry work. It is a separate work item, so that its delay does not hold up the
+    /// transmit work.
     fn queue_retry(self: ArcBorrow<'_, Self>) {
         let delay = msecs_to_jiffies(NO_MEMORY_DELAY_MS);
         let _ = wq::enqueue_delayed::<Self, 4>(self.into(), delay);
     }
 
-    /// Sends until nothing waits. Whoever has the lock sends for all.
+    /// Sends until the backlog is empty. The holder of the lock sends for all.
     fn transmit_backlog(self: ArcBorrow<'_, Self>) {
         let mut refused = 0;
-        // What is left of a connection that is dead is given back by whoever clears it away.
+        // The reaper gives back what is left on a dead connection.
         while self.is_alive() {
             let Some(mut outbox) = self.sending.outbox.try_lock() else {
                 return;
             };
-            // `mark_dead()` first changes the state and then tries this lock: either it learns of what is sent
-            // here, or nothing is.
+            // `mark_dead()` first changes the state and then tries this lock. So either it learns
+            // what is being sent here, or nothing is sent.
             if !self.is_alive() {
                 return;
             }
@@ -238,8 +264,9 @@ impl Connection {
                 }
                 Ok(StopReason::Full { sent_some }) => {
                     refused = if sent_some { 0 } else { refused + 1 };
-                    // Still with the lock: else the next one who has it might have found room and used it
-                    // up by then, and the socket would tell nobody of more.
+                    // This happens with the lock held. Otherwise the next holder might find room
+                    // and use it up before the flag is set, and the socket would report no more
+                    // room.
                     self.sending.full.xchg(true, Full);
                     drop(outbox);
                     if !self.look_for_room(refused) {
@@ -253,8 +280,8 @@ impl Connection {
                 }
             }
             drop(outbox);
-            // Somebody may have queued more and found the lock taken: pairs with the exchange in
-            // `List::push()`, which orders that before the failed `try_lock()`.
+            // Another task may have queued more and found the lock taken. Pairs with the exchange
+            // in `List::push()`, which orders the push before the failed `try_lock()`.
             smp_mb(Full);
             if !self.has_backlog() {
                 return;
@@ -262,36 +289,45 @@ impl Connection {
         }
     }
 
-    /// Whether all that was begun to be sent was sent and answered. Of a connection that lives this may
-    /// be wrong as soon as it is said; of one that was declared dead it stays true, because nobody begins
-    /// to send. Does not wait for somebody who sends just now, which may take until the socket is ended.
+    /// Returns whether all messages that were staged were sent, and all commands were answered.
+    ///
+    /// For a live connection the answer may be outdated immediately. For one that was marked as
+    /// dead, true stays true, because no sender starts any more. This does not wait for a task that
+    /// is sending, which may take until the socket is shut down; the answer is then false.
     pub(super) fn nothing_outstanding(&self) -> bool {
         let outbox = self.sending.outbox.try_lock();
         outbox.is_some_and(|o| o.transmit.is_empty()) && !self.table.has_open(self.index)
     }
 
-    /// From here on whoever queues a command may send it. Fully ordered: a command that was queued before
-    /// by somebody who still saw `full` is found by the caller, or by whoever has the lock.
+    /// Allows the next task that queues a command to send it.
+    ///
+    /// The exchange is fully ordered: a command that was queued by a task which still saw `full` is
+    /// found by the caller, or by the holder of the lock.
     fn clear_full(&self) {
         self.sending.full.xchg(false, Full);
     }
 
+    /// Returns whether there is anything that no sender has taken yet.
     fn has_backlog(&self) -> bool {
         !self.sending.backlog.is_empty() || self.sending.send_disconnect.load(Acquire)
     }
 
-    /// The socket has taken less than it was given, and nothing at all the last `refused` times; `full` was
-    /// set since, and the lock was let go of. Has the rest sent when it can be. Returns whether that is now.
+    /// Decides how to continue after the socket has taken less than it was given.
+    ///
+    /// `full` was set since, and the lock was released. `refused` is the number of successive
+    /// attempts in which the socket has taken nothing. Returns true if the caller should send now.
+    /// Otherwise the transmit work or the retry work continues.
     fn look_for_room(self: ArcBorrow<'_, Self>, refused: u32) -> bool {
-        // Room that became free before `full` was set was not announced to us; what comes after it is, to a
-        // work item, which does nothing where it finds the lock taken. Pairs with the barrier in
-        // `write_space()`, and with `clear_full()`.
+        // The socket did not report room that became free before `full` was set. It reports any
+        // later room to the transmit work, which does nothing if it finds the lock taken. Pairs
+        // with the barrier in `write_space()`, and with `clear_full()`.
         smp_mb(Full);
         if !self.socket.has_room(RoomFor::Sending) {
             return false;
         }
         if refused > 1 {
-            // There is room, and still it takes nothing: it wants for memory, which nobody announces.
+            // The socket has room and still takes nothing: it lacks memory, and does not report
+            // when there is some.
             self.queue_retry();
             return false;
         }
@@ -299,6 +335,7 @@ impl Connection {
         true
     }
 
+    /// Logs why nothing more can be sent, and marks the connection as dead.
     fn send_failed(self: ArcBorrow<'_, Self>, error: Error) {
         if !self.table.fate.snapshot().is_end_wanted() && self.is_alive() && self.table.log.allow()
         {
@@ -312,6 +349,11 @@ impl Connection {
         self.mark_dead();
     }
 
+    /// Sends until nothing is left, the budget is used up, or the socket takes no more.
+    ///
+    /// # Errors
+    ///
+    /// Those of the socket. The connection cannot be used any more.
     fn transmit_all(&self, outbox: &mut Outbox) -> Result<StopReason> {
         for _ in 0..BUDGET {
             let next = self.stage(outbox);
@@ -332,7 +374,8 @@ impl Connection {
         Ok(StopReason::Budget)
     }
 
-    /// Writes the headers of commands that wait, and stages them. Returns whether some are left.
+    /// Stages the disconnect and as many commands as there is room for. Returns whether any are
+    /// left.
     fn stage(&self, outbox: &mut Outbox) -> Next {
         if outbox.transmit.can_stage()
             && self.sending.send_disconnect.load(Acquire)
@@ -351,7 +394,8 @@ impl Connection {
             };
             match self.wire_of(&request) {
                 Some(wire) => outbox.transmit.stage(&wire, Some(Payload::new(request))),
-                // `queue_rq` has refused what there is no command for, and there is a slot for every tag.
+                // This cannot happen: `queue_rq` fails requests that NBD has no command for, and
+                // each tag has a slot.
                 None => request.overrule(Outcome::Complete(Status::IOERR)),
             }
         }
@@ -362,19 +406,22 @@ impl Connection {
         }
     }
 
+    /// Returns the header of a request, or `None` if NBD has no command for it.
     fn wire_of(&self, request: &Unsent) -> Option<proto::RequestHeader> {
         let (hw_queue, tag) = request.tag();
         wire_of(&request.extent(), self.table.cookie(hw_queue, tag)?)
     }
 
-    /// Gives back what was not sent, or not wholly. A reply does not help it: a server that has
-    /// answered a write that it has not read has not written it.
+    /// Gives back all commands that were not sent completely, and closes the backlog.
+    ///
+    /// This overrules a reply that has arrived: a server that answers a write before it has
+    /// received the data has not written it.
     pub(super) fn give_back_unsent(&self) {
         let outcome = self.table.lost_command_outcome();
         let mut outbox = self.sending.outbox.lock();
         outbox.transmit.give_back(outcome);
         let waiting = core::mem::replace(&mut outbox.waiting, Batch::empty());
-        // Nothing comes after this.
+        // The backlog is closed, so nothing is queued after this.
         for mut batch in [waiting, self.sending.backlog.close()] {
             while let Some(request) = batch.pop() {
                 request.overrule(outcome);

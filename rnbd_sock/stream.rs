@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The two directions of a connection's byte stream: messages that are being sent, and what was
-//! received and not understood yet. As few socket calls as possible.
+//! The byte stream of a connection: the messages that are being sent, and the bytes that were
+//! received and not parsed yet. It makes as few socket calls as possible.
 
 #![forbid(unsafe_code)]
 
@@ -39,24 +39,25 @@ use crate::{
 };
 use kernel::prelude::*;
 
-/// Requests that one call may send.
+/// The maximum number of messages that are staged, and so the maximum that one call sends.
 const STAGED: usize = 64;
-/// Pieces of memory that one call may send or receive.
+/// The maximum number of memory segments that one call sends or receives.
 const PIECES: usize = 128;
-/// Bytes that are received ahead of the data that is being waited for. More would be copied twice when
-/// it is data; less would not hold the headers that a busy server answers writes with.
+/// The number of bytes that are received beyond the awaited data. If these are data, they are
+/// copied twice, so it should not be more. It should not be less either, or it would not hold the
+/// headers of a busy server's replies to writes.
 const READ_AHEAD_BYTES: usize = 512;
 /// A message that is being sent.
 struct Outgoing {
-    /// Where the header lies in the page, and how much of it is left.
+    /// The offset of the unsent rest of the header in the page, and its length.
     header_at: usize,
     header_left: usize,
-    /// The request and its data; none for a disconnect.
+    /// The request and its data; `None` for a disconnect.
     payload: Option<Payload<Unsent>>,
 }
 
 impl Outgoing {
-    /// Counts `bytes` as sent, at most to the end; returns how many are of the next message.
+    /// Advances by at most `bytes`. Returns how many of them belong to the next message.
     fn advance(&mut self, bytes: usize) -> usize {
         let header = bytes.min(self.header_left);
         self.header_at += header;
@@ -69,44 +70,53 @@ impl Outgoing {
         bytes - header - data
     }
 
+    /// Returns whether all of the message was sent.
     fn is_sent(&self) -> bool {
         self.header_left == 0 && self.payload.as_ref().is_none_or(|p| p.left_bytes() == 0)
     }
 }
 
-/// The transmit side's own.
+/// The state of the transmit side. The lock of the outbox protects it.
 pub(crate) struct Transmit {
     headers: IoPage,
     pieces: Pieces,
     staged: Ring<Outgoing>,
-    /// Where the next header goes.
+    /// The offset of the next header in the page.
     next_header: usize,
 }
 
-/// The receive side's own.
+/// The state of the receive side. The receive lock protects it.
 pub(crate) struct Receive {
     buffer: IoPage,
     pieces: Pieces,
-    /// What is received and not understood yet lies between these.
+    /// The range of the bytes in the buffer that were received and not parsed yet.
     start: usize,
     end: usize,
     /// The command whose data is being received.
     pub(crate) current: Option<Payload<Unanswered>>,
-    /// Why nothing more can be received, where that was found in a callback.
+    /// The reason why nothing more can be received, if that was found outside of the receive work.
     pub(crate) failed: Option<Error>,
 }
 
-/// What one call has sent.
+/// The result of sending.
 pub(crate) struct Sent {
     pub(crate) bytes: usize,
-    /// How many requests ended within them.
+    /// The number of requests whose last byte is among these.
     pub(crate) requests: u64,
-    /// It was all that the call was given.
+    /// The socket has taken everything.
     pub(crate) all: bool,
 }
 
 impl Transmit {
-    /// Nothing to send. May sleep.
+    /// Returns a transmit side with nothing to send.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn new() -> Result<Self> {
         Ok(Transmit {
             headers: IoPage::new()?,
@@ -116,17 +126,18 @@ impl Transmit {
         })
     }
 
-    /// Whether another message can be staged.
+    /// Returns whether there is room for another message.
     pub(crate) fn can_stage(&self) -> bool {
         self.staged.len() < STAGED
     }
 
-    /// Whether there is nothing to send.
+    /// Returns whether there is nothing to send.
     pub(crate) fn is_empty(&self) -> bool {
         self.staged.is_empty()
     }
 
-    /// Has every request that was not wholly sent end with `outcome`.
+    /// Ends all requests that were not sent completely with `outcome`, even if their reply has
+    /// arrived.
     pub(crate) fn give_back(&mut self, outcome: Outcome) {
         while let Some(message) = self.staged.pop_front() {
             if let Some(payload) = message.payload {
@@ -135,12 +146,15 @@ impl Transmit {
         }
     }
 
-    /// Sends what is staged, as far as one call can. `next`: whether further messages follow at once. May
-    /// sleep for the socket's lock.
+    /// Sends staged messages with one call. `next` tells whether others will follow at once.
     ///
     /// # Errors
     ///
     /// Those of [`Socket::send()`].
+    ///
+    /// # Context
+    ///
+    /// May sleep for the socket's lock.
     pub(crate) fn send(&mut self, socket: &Socket, next: Next) -> Result<Sent> {
         let mut iov = SendIov::new(&mut self.pieces);
         let mut whole = true;
@@ -162,7 +176,8 @@ impl Transmit {
         })
     }
 
-    /// Counts `bytes` as sent, and lets go of what was sent wholly; returns how many requests.
+    /// Advances by `bytes`, and drops the messages that were sent completely. Returns the number of
+    /// requests among them.
     fn count(&mut self, mut bytes: usize) -> u64 {
         let mut requests = 0;
         while let Some(first) = self.staged.front_mut() {
@@ -171,15 +186,16 @@ impl Transmit {
                 break;
             }
             requests += u64::from(first.payload.is_some());
-            // Letting go of the request may end it, when its reply is already in.
+            // Dropping the handle ends the request if its reply has arrived already.
             drop(self.staged.pop_front());
         }
         requests
     }
 
-    /// Writes a header, and puts the message at the end of what is sent.
+    /// Writes a header and stages the message. The caller has checked [`Self::can_stage()`].
     pub(crate) fn stage(&mut self, wire: &proto::RequestHeader, payload: Option<Payload<Unsent>>) {
-        // Headers of messages that are staged lie behind one another, and there are fewer than fit.
+        // The headers of staged messages follow one another in the page, which has room for more of
+        // them.
         let header_at = self.next_header;
         let message = Outgoing {
             header_at,
@@ -187,14 +203,22 @@ impl Transmit {
             payload,
         };
         self.next_header = (header_at + REQUEST_BYTES) % (STAGED * REQUEST_BYTES);
-        // Neither can fail: the place is within the page, and the caller has looked for room.
+        // Neither can fail: the offset is within the page, and the caller has checked for room.
         let _ = self.headers.write(header_at, &wire.encode());
         let _ = self.staged.push_back(message);
     }
 }
 
 impl Receive {
-    /// Nothing was received. May sleep.
+    /// Returns a receive side that has received nothing.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn new() -> Result<Self> {
         Ok(Receive {
             buffer: IoPage::new()?,
@@ -206,13 +230,21 @@ impl Receive {
         })
     }
 
-    /// How much data is waited for.
+    /// Returns the number of bytes that are missing of the current command's data.
     pub(crate) fn awaited_bytes(&self) -> usize {
         self.current.as_ref().map_or(0, Payload::left_bytes)
     }
 
-    /// Receives into the data that is waited for, and ahead of it. Returns how much it was, and whether
-    /// it was everything that there was room for.
+    /// Receives the awaited data and some bytes beyond it, with one call. Returns the number of
+    /// bytes, and whether there was room for more.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Socket::receive()`].
+    ///
+    /// # Context
+    ///
+    /// May sleep for the socket's lock.
     pub(crate) fn fill(&mut self, socket: &Socket) -> Result<(usize, bool)> {
         let mut iov = RecvIov::new(&mut self.pieces);
         let whole = self.current.as_mut().is_none_or(|p| iov.push_payload(p));
@@ -232,8 +264,18 @@ impl Receive {
         Ok((got, got == offered))
     }
 
-    /// Takes what is needed next from what has come in: data, or a header. Everything that was taken
-    /// before must have been understood.
+    /// Takes from `segment` what is needed next, which is data or a header. Returns the number of
+    /// bytes.
+    ///
+    /// Everything that was received before must have been parsed.
+    ///
+    /// # Errors
+    ///
+    /// Those of copying from the segment.
+    ///
+    /// # Context
+    ///
+    /// Any context, including softirq.
     pub(crate) fn take_from(&mut self, segment: &mut Segment<'_>) -> Result<usize> {
         let before = segment.left_bytes();
         if let Some(payload) = &mut self.current {
@@ -245,13 +287,14 @@ impl Receive {
         Ok(before - segment.left_bytes())
     }
 
-    /// Works through what was received: data goes to the command that waits for it, which is given to
-    /// `complete` when all is there, and each header to `handle`, which answers with the command whose
-    /// data follows it.
+    /// Parses what was received.
+    ///
+    /// Passes each header to `handle`, which returns the command if data follows. Copies data to
+    /// its command, and passes that to `complete` once it has all of its data.
     ///
     /// # Errors
     ///
-    /// Those of `handle`. Nothing of the stream can be understood any more.
+    /// Those of `handle`. The stream cannot be parsed any further.
     pub(crate) fn parse(
         &mut self,
         handle: impl Fn(&[u8; REPLY_BYTES]) -> Result<Option<Payload<Unanswered>>>,
@@ -273,7 +316,7 @@ impl Receive {
         }
     }
 
-    /// Copies what was received ahead to where it belongs.
+    /// Copies bytes that were received ahead to the command that they belong to.
     fn move_to(&mut self, payload: &mut Payload<Unanswered>) -> Result {
         let ahead = self.end - self.start;
         if ahead > 0 && payload.left_bytes() > 0 {
@@ -283,7 +326,7 @@ impl Receive {
         Ok(())
     }
 
-    /// The next reply's header, if it is all there.
+    /// Returns the next reply's header if all of it was received.
     fn next_header(&mut self) -> Result<Option<[u8; REPLY_BYTES]>> {
         let mut header = [0; REPLY_BYTES];
         let there = (self.end - self.start).min(REPLY_BYTES);
@@ -294,7 +337,7 @@ impl Receive {
             self.reset_if_empty();
             return Ok(Some(header));
         }
-        // What there is of a header goes to the front, so that the rest of it has room.
+        // A partial header is moved to the front, so that there is room for the rest of it.
         let (have, _) = header.split_at(there);
         self.buffer.write(0, have)?;
         self.start = 0;
@@ -302,6 +345,7 @@ impl Receive {
         Ok(None)
     }
 
+    /// Moves an empty range to the start of the buffer.
     fn reset_if_empty(&mut self) {
         if self.start == self.end {
             self.start = 0;

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! What has gone over a connection, and when: for administrators, and to tell one that is stuck from one
-//! that has nothing to do.
+//! Counters of a connection's traffic, for administrators, and to tell a stuck connection from an
+//! idle one.
 
 #![forbid(unsafe_code)]
 
@@ -13,25 +13,27 @@ use kernel::{
     },
 };
 
-/// See the module's documentation. Each number is written by one side only, the sender's or the
-/// receiver's, under that side's lock.
+/// The counters of a connection.
+///
+/// Each is written by one side only, the sender or the receiver, under the lock of that side.
 pub(crate) struct Traffic {
     requests_sent: Atomic<u64>,
     bytes_sent: Atomic<u64>,
-    /// When something was sent last while no reply was awaited, in jiffies.
+    /// The time of the last send while no reply was awaited, in jiffies.
     awaiting_since: Atomic<usize>,
     replies: Atomic<u64>,
     bytes_received: Atomic<u64>,
-    /// When something was received last, in jiffies.
+    /// The time of the last receive, in jiffies.
     received_at: Atomic<usize>,
 }
 
+/// Adds to a counter that has only one writer at a time.
 fn add(number: &Atomic<u64>, more: u64) {
     number.store(number.load(Relaxed).wrapping_add(more), Relaxed);
 }
 
 impl Traffic {
-    /// Nothing yet; the times begin now.
+    /// Returns counters that start now.
     pub(crate) fn new() -> Self {
         Traffic {
             requests_sent: Atomic::new(0),
@@ -43,7 +45,7 @@ impl Traffic {
         }
     }
 
-    /// Counts what was sent: `bytes`, and how many requests ended within them.
+    /// Counts `bytes` that were sent, and the requests whose last byte is among them.
     pub(crate) fn sent(&self, bytes: usize, requests: u64) {
         if self.awaited() == 0 {
             self.awaiting_since.store(task::jiffies(), Relaxed);
@@ -52,7 +54,7 @@ impl Traffic {
         add(&self.requests_sent, requests);
     }
 
-    /// Counts what was received.
+    /// Counts bytes that were received.
     pub(crate) fn received(&self, bytes: usize) {
         add(&self.bytes_received, bytes as u64);
         self.received_at.store(task::jiffies(), Relaxed);
@@ -63,18 +65,18 @@ impl Traffic {
         add(&self.replies, 1);
     }
 
-    /// How many replies are awaited.
+    /// Returns the number of replies that are awaited.
     pub(crate) fn awaited(&self) -> u64 {
         let sent = self.requests_sent.load(Relaxed);
         sent.saturating_sub(self.replies.load(Relaxed))
     }
 
-    /// How long nothing has been received.
+    /// Returns the time since the last receive, in jiffies.
     pub(crate) fn idle_jiffies(&self) -> usize {
         task::jiffies().wrapping_sub(self.received_at.load(Relaxed))
     }
 
-    /// For how long replies have been awaited and nothing came, in jiffies.
+    /// Returns the time for which replies have been awaited and nothing was received, in jiffies.
     pub(crate) fn stuck_jiffies(&self) -> usize {
         if self.awaited() == 0 {
             return 0;
@@ -83,7 +85,7 @@ impl Traffic {
         awaiting.min(self.idle_jiffies())
     }
 
-    /// Writes it as `name=value` pairs.
+    /// Writes the counters as `name=value` pairs.
     pub(crate) fn describe(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
