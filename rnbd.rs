@@ -84,7 +84,10 @@ impl kernel::Module for Rnbd {
             if e != EBUSY {
                 return e;
             }
-            pr_err!("cannot have major {}: is nbd.ko loaded?\n", rnbd_dev::MAJOR);
+            pr_err!(
+                "cannot register major {}: is nbd.ko loaded?\n",
+                rnbd_dev::MAJOR
+            );
             EIO
         })?;
         let io = wq::OwnedQueue::new(c"rnbd", wq::Kind::Reclaim)?;
@@ -106,7 +109,7 @@ impl kernel::Module for Rnbd {
             // As in nbd.c, the module is loaded even if some of the devices could not be added. A
             // device may exist already, because user space can use the netlink family by now.
             if let Err(e) = registry.find_or_add(Some(index), None) {
-                pr_err!("cannot make nbd{index} ({e:?})\n");
+                pr_err!("cannot add nbd{index} ({e:?})\n");
             }
         }
         Ok(Rnbd {

@@ -109,6 +109,11 @@ impl_has_work! {
 }
 
 impl Removal {
+    /// Returns a work item that removes `device`.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
     fn new(registry: Arc<Registry>, index: u32, device: Arc<Disk<Nbd>>) -> Result<Arc<Self>> {
         Arc::pin_init(
             pin_init!(Removal {

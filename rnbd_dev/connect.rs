@@ -156,6 +156,8 @@ impl Device {
         task::memalloc_noio(|| self.reconfigure_locked(&mut state, setup))
     }
 
+    /// Reconfigures the device under the configuration lock. The errors are those of
+    /// [`Self::reconfigure()`].
     fn reconfigure_locked(&self, state: &mut State, setup: &Setup<'_>) -> Result {
         if let Some(backend) = &*self.backend.lock() {
             if setup.backend != Some(backend.to_bytes()) {

@@ -251,6 +251,8 @@ impl Device {
         Ok(config.sockets.len())
     }
 
+    /// Creates a session and publishes it, under the configuration lock. The errors are those of
+    /// [`Self::start()`].
     fn start_locked(&self, config: &mut Config, timeout_jiffies: u32) -> Result<Arc<Session>> {
         let options = Options {
             device: self.index,
@@ -279,7 +281,7 @@ impl Device {
     /// - Those of [`Self::set_size()`].
     fn publish_session(&self, config: &mut Config, session: &Arc<Session>) -> Result {
         self.add_file(File::Pid).inspect_err(|_| {
-            pr_err!("nbd{}: cannot make the file pid\n", self.index);
+            pr_err!("nbd{}: cannot create the file pid\n", self.index);
         })?;
         config.started = true;
         config.session = Some(session.clone());

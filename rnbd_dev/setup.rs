@@ -176,7 +176,7 @@ impl Device {
         set.inspect_err(|e| {
             if *e == EBUSY {
                 pr_err!(
-                    "nbd{}: cannot change the block size while requests get no answer\n",
+                    "nbd{}: cannot change the block size while requests are outstanding\n",
                     self.index
                 );
             }

@@ -23,12 +23,12 @@ const CMD_LINK_DEAD: u8 = 4;
 pub(crate) struct Multicast(pub(crate) Arc<Group>);
 
 impl Events for Multicast {
-    /// Multicasts `NBD_CMD_LINK_DEAD` (`nbd_mcast_index()`). The message is lost if there is no
-    /// memory.
+    /// Multicasts `NBD_CMD_LINK_DEAD` (`nbd_mcast_index()`). It may be lost, for lack
+    /// of memory or because a member of the group does not keep up.
     fn link_dead(&self, device: u32) {
         let index = device.to_ne_bytes();
         if let Err(e) = self.0.multicast(CMD_LINK_DEAD, ATTR_INDEX, &index) {
-            pr_warn!("nbd{device}: cannot tell that a link is dead ({e:?})\n");
+            pr_warn!("nbd{device}: cannot multicast NBD_CMD_LINK_DEAD ({e:?})\n");
         }
     }
 }

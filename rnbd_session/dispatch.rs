@@ -212,7 +212,7 @@ impl Session {
         match self.table.fate.exhaust(fate) {
             Exhausted::Changed => return None,
             Exhausted::Now if !fate.is_end_wanted() => pr_err!(
-                "nbd{}: no connection left, I/O fails until the device is connected anew\n",
+                "nbd{}: no connection left, I/O fails until the device is reconnected\n",
                 self.table.device
             ),
             Exhausted::Now | Exhausted::Before => {}
