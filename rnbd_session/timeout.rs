@@ -8,7 +8,10 @@ use crate::{
     kapi::{
         block::{
             mq::TimeoutStatus,
-            request::TimedOutRequest, //
+            request::{
+                SinceTimeout,
+                TimedOutRequest, //
+            },
         },
         task, //
     },
@@ -27,14 +30,28 @@ impl Session {
     ///
     /// May sleep.
     pub(crate) fn timeout(&self, rq: TimedOutRequest<'_>) -> TimeoutStatus {
-        let (hw_queue, tag) = rq.tag();
-        let Some(slot) = self.table.slot(hw_queue, tag) else {
+        let Some(tag) = rq.tag() else {
+            // It was requeued, and is not started.
+            return TimeoutStatus::Done;
+        };
+        let Some(slot) = self.table.slot(tag.0, tag.1) else {
+            // There is a slot for each tag.
             return TimeoutStatus::ResetTimer;
         };
         // The lock is taken before the slot is read. A connection is replaced under this lock and
         // after its commands were given back, so this is the connection that the slot names.
         let connections = self.connections.lock();
         let (index, unclaimed) = slot.status();
+        // While the lock was waited for, the request may have been given back, and sent again over
+        // a connection that is not to blame (`cmd->cookie == nsock->cookie` in nbd.c). This comes
+        // after the slot was read, so that the slot's state is that of the request in flight.
+        match rq.since_timeout(tag) {
+            SinceTimeout::InFlight => {}
+            // The block layer has marked it as timed out, maybe after it was started again. Only
+            // its timer clears that.
+            SinceTimeout::Restarted => return TimeoutStatus::ResetTimer,
+            SinceTimeout::NotStarted => return TimeoutStatus::Done,
+        }
         let count = connections.len();
         let Some(place) = connections.get(usize::from(index)) else {
             return TimeoutStatus::ResetTimer;
@@ -42,7 +59,7 @@ impl Session {
         let connection = place.connection.clone();
         drop(connections);
         if !unclaimed && connection.traffic().idle_jiffies() < rq.timeout_jiffies() as usize {
-            // Its data is arriving, or it is just ending.
+            // Its data is arriving. (Or it is ending this moment: C has that race, too.)
             return TimeoutStatus::ResetTimer;
         }
         if count == 1 && self.table.timeout_jiffies() == 0 {
