@@ -30,13 +30,16 @@ use kernel::{
 impl Session {
     /// Replaces a dead connection by one over `socket` (`nbd_genl_reconnect_sock_cb()`).
     ///
-    /// If no connection is dead and `stuck_jiffies` is not 0, replaces one whose server has owed
-    /// replies, and sent nothing, for that long. Returns false if there is nothing to replace.
+    /// If no connection is dead and `stuck_jiffies` is not 0, replaces one whose server has not
+    /// replied, or not read, for that long. Returns false if there is nothing to replace.
     ///
     /// # Errors
     ///
     /// - `EBUSY`: the socket is in use by another device or by another part of the kernel.
     /// - `ENOTCONN`: the socket is not connected.
+    ///
+    ///   After either a stuck connection was kept, unless somebody took or shut down the socket at
+    ///   this very moment; then user space is told that the connection is dead.
     /// - `EINVAL`: `disk` is not the session's.
     /// - `ENODEV`: the module is being unloaded.
     /// - `ENOMEM`.
@@ -50,28 +53,45 @@ impl Session {
         socket: &Socket,
         stuck_jiffies: usize,
     ) -> Result<bool> {
-        let mut connections = self.connections.lock();
+        let (mut connections, index, prepared) = loop {
+            let Some(index) = Self::find_replaceable(&self.connections.lock(), stuck_jiffies)
+            else {
+                return Ok(false);
+            };
+            // Memory is allocated before a connection that still works is shut down, and without
+            // the lock, which the timeout handler takes. The allocations must not wait for
+            // writeback, which may be waiting for this very connection.
+            let prepared = task::memalloc_noio(|| {
+                let index = u16::try_from(index).map_err(|_| EINVAL)?;
+                Connection::prepare(index, self.table.clone(), socket.clone())
+            })?;
+            let connections = self.connections.lock();
+            // Meanwhile a stuck connection may have recovered, or another one may have died.
+            if Self::find_replaceable(&connections, stuck_jiffies) == Some(index) {
+                break (connections, index, prepared);
+            }
+        };
         // Requests stop waiting for the new connection even if this fails.
         let _replaced = ScopeGuard::new(|| self.replacing.store(false, Release));
-        let Some(index) = Self::find_replaceable(&connections, stuck_jiffies) else {
-            return Ok(false);
-        };
         let places = connections.get_mut(index).zip(self.slots.get(index));
         let (place, slot) = places.ok_or(EINVAL)?;
-        let number = place.connection.index();
-        // Memory is allocated before a connection that still works is shut down. The allocations
-        // must not wait for writeback, which may be waiting for this very connection.
-        let prepared = task::memalloc_noio(|| {
-            Connection::prepare(number, self.table.clone(), socket.clone())
-        })?;
-        self.end_stuck(&place.connection, socket)?;
+        let ended = self.end_stuck(&place.connection, socket)?;
         // The new connection has the same index as the old one, so nothing may be in flight under
         // it.
         place.connection.wait_reaped();
         let end_was_wanted = self.table.fate.snapshot().is_end_wanted();
-        let new = task::memalloc_noio(|| prepared.take_socket())?;
-        slot.replace(disk, new.clone())
-            .inspect_err(|_| new.as_arc_borrow().mark_dead())?;
+        let new = task::memalloc_noio(|| prepared.take_socket());
+        let new = new.and_then(|new| {
+            slot.replace(disk, new.clone())
+                .inspect_err(|_| new.as_arc_borrow().mark_dead())?;
+            Ok(new)
+        });
+        let new = new.inspect_err(|_| {
+            if ended {
+                // It is lost after all, and was not reported.
+                place.connection.as_arc_borrow().queue_link_dead();
+            }
+        })?;
         place.connection = new.clone();
         place.reconnects = place.reconnects.saturating_add(1);
         self.waiting_since.store(0, Relaxed);
@@ -96,22 +116,22 @@ impl Session {
         if dead.is_some() || stuck_jiffies == 0 {
             return dead;
         }
-        let stuck = |place: &Place| place.connection.traffic().stuck_jiffies();
+        let stuck = |place: &Place| place.connection.stuck_jiffies();
         let by_time = places.iter().map(stuck).enumerate();
         let longest = by_time.max_by_key(|(_, jiffies)| *jiffies);
         let (index, _) = longest.filter(|(_, jiffies)| *jiffies >= stuck_jiffies)?;
         Some(index)
     }
 
-    /// Marks a stuck connection as dead, which is to be replaced by one over `socket`. Does nothing
+    /// Marks a stuck connection as dead, which is to be replaced by one over `socket`. Returns false
     /// if it is dead already.
     ///
     /// # Errors
     ///
     /// `EBUSY` and `ENOTCONN`: `socket` cannot be used, and the stuck connection was kept.
-    fn end_stuck(&self, connection: &Arc<Connection>, socket: &Socket) -> Result {
+    fn end_stuck(&self, connection: &Arc<Connection>, socket: &Socket) -> Result<bool> {
         if !connection.is_alive() {
-            return Ok(());
+            return Ok(false);
         }
         // A connection that may still work is not shut down for a socket that cannot be used.
         if socket.is_hooked() {
@@ -128,10 +148,10 @@ impl Session {
             "nbd{}: connection {}: stuck for {} seconds, replacing it\n",
             self.table.device,
             connection.index(),
-            connection.traffic().stuck_jiffies() / task::HZ as usize
+            connection.stuck_jiffies() / task::HZ as usize
         );
         self.replacing.store(true, Release);
         connection.as_arc_borrow().mark_dead_for_replacement();
-        Ok(())
+        Ok(true)
     }
 }

@@ -289,6 +289,22 @@ impl Connection {
         }
     }
 
+    /// Returns for how long the server has owed a reply, or has not read, and was silent, in
+    /// jiffies; 0 if it owes nothing.
+    pub(crate) fn stuck_jiffies(&self) -> usize {
+        // A request counts as sent with its last byte, which the socket of a server that does not
+        // read may never take.
+        let partly_sent = || {
+            let outbox = self.sending.outbox.try_lock();
+            outbox.is_some_and(|o| !o.transmit.is_empty())
+        };
+        if self.traffic.awaited() > 0 || partly_sent() {
+            self.traffic.silent_jiffies()
+        } else {
+            0
+        }
+    }
+
     /// Returns whether all messages that were staged were sent, and all commands were answered.
     ///
     /// For a live connection the answer may be outdated immediately. For one that was marked as

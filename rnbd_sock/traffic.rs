@@ -76,11 +76,9 @@ impl Traffic {
         task::jiffies().wrapping_sub(self.received_at.load(Relaxed))
     }
 
-    /// Returns the time for which replies have been awaited and nothing was received, in jiffies.
-    pub(crate) fn stuck_jiffies(&self) -> usize {
-        if self.awaited() == 0 {
-            return 0;
-        }
+    /// Returns the time for which nothing was received, in jiffies, counted from the last send after
+    /// which no reply was awaited.
+    pub(super) fn silent_jiffies(&self) -> usize {
         let awaiting = task::jiffies().wrapping_sub(self.awaiting_since.load(Relaxed));
         awaiting.min(self.idle_jiffies())
     }

@@ -30,6 +30,7 @@ pub fn tests() -> Vec<Test> {
         test!(news_under_load),
         test!(reconfigure_revives_a_device),
         test!(a_device_revived_after_nbd_disconnect_is_as_new),
+        test!(requests_fail_with_the_only_connection),
         test!(reads_wait_for_a_new_connection),
         test!(requests_in_flight_are_sent_again),
         test!(requests_wait_no_longer_than_told),
@@ -37,6 +38,7 @@ pub fn tests() -> Vec<Test> {
         test!(one_of_two_connections_comes_back),
         test!(connections_come_and_go_under_load),
         test!(a_stuck_connection_is_replaced).parameters("nbds_max=1 replace_stuck=1"),
+        test!(a_connection_that_is_not_read_is_replaced).parameters("nbds_max=1 replace_stuck=1"),
     ]
 }
 
@@ -330,6 +332,45 @@ fn connections_come_and_go_under_load(_: &Guest) {
         thread::sleep(Duration::from_millis(300));
         done.store(true, Ordering::Relaxed);
     });
+}
+
+/// Neither a timeout nor dead_conn_timeout is set.
+fn requests_fail_with_the_only_connection(guest: &Guest) {
+    let link = Setup::new(MIB).attach().settle();
+    let direct = link.direct();
+    link.server.script(|conn, _| conn.stall());
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| read_one(&direct, 0));
+        link.server.wait_for_command(Command::Read);
+        link.kill_server();
+        let ended = wait_until(Duration::from_secs(3), || reader.is_finished()).is_ok();
+        match guest.expected("requests-of-a-lost-connection-do-not-hang") {
+            Driver::Nbd => {
+                assert!(!ended);
+                link.disconnect().expect("to disconnect");
+            }
+            Driver::Rnbd => assert!(ended, "the read hangs"),
+        }
+        assert_eq!(reader.join().unwrap(), Err(Errno::IO));
+    });
+}
+
+/// A write that does not fit into the socket is never sent to its last byte.
+fn a_connection_that_is_not_read_is_replaced(_: &Guest) {
+    let link = Setup::new(16 * MIB).attach().settle();
+    let direct = link.direct();
+    link.server.script(|conn, _| conn.stall());
+    let data = Buffer::filled(8 << 20, |data| pattern(5, 0, data));
+    thread::scope(|scope| {
+        let writer = scope.spawn(|| direct.write_all_at(&data, 0));
+        link.server.wait_for_command(Command::Write);
+        thread::sleep(Duration::from_millis(1500));
+        assert!(!writer.is_finished());
+        link.server.be_honest();
+        assert_eq!(link.revive(), Ok(()));
+        writer.join().unwrap().expect("to write");
+    });
+    assert_pattern(5, 0, &link.server.peek(0, data.len()));
 }
 
 fn unconnected() -> OwnedFd {
