@@ -23,15 +23,15 @@ use crate::{
             Dispatch,
             Expiry,
             Operations,
-            TagSet, //
-            TimeoutStatus,
+            TagSet,
+            TimeoutStatus, //
         },
         published::Published,
         request::{
             NewRequest,
             QueueStatus,
-            Status, //
-            TimedOutRequest,
+            Status,
+            TimedOutRequest, //
         },
     },
     rnbd_session::Session,
@@ -59,7 +59,8 @@ use kernel::{
 pub(crate) const MAJOR: u32 = 43;
 /// The number of tags of a hardware queue, which is that of nbd.c.
 pub(crate) const QUEUE_DEPTH: u32 = 128;
-/// The time in seconds after which a request is logged as possibly stuck if no timeout is set.
+/// The request timeout in seconds if none is set. A request of the only connection is then logged as
+/// possibly stuck, and otherwise sent on another connection.
 pub(crate) const DEFAULT_TIMEOUT_SECONDS: u32 = 30;
 
 /// What the module parameters determine for every device.
@@ -88,7 +89,8 @@ pub(crate) trait Remover: Send + Sync {
 pub(crate) struct State {
     /// The configuration. It exists from the first open, or the netlink connect, to the last put.
     pub(crate) config: Option<KBox<Config>>,
-    /// The request timeout in jiffies; 0 means that requests do not time out (`tag_set.timeout`).
+    /// The request timeout in jiffies, 0 if none is set (`tag_set.timeout`). A request of one of
+    /// several connections then times out after [`DEFAULT_TIMEOUT_SECONDS`].
     pub(crate) timeout_jiffies: u32,
     /// A task is starting the device and has dropped the lock meanwhile.
     ///
@@ -280,7 +282,8 @@ impl Device {
     ///
     /// # Context
     ///
-    /// May sleep. It never waits for a server.
+    /// May sleep. It waits for requests in flight for at most five seconds, while a holder of the lock
+    /// changes the block size of a running device.
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
         let mut state = self.state.lock();
         while state.starting {

@@ -278,7 +278,8 @@ impl Registry {
     }
 }
 
-/// Returns the lowest index that is free or belongs to an unused device (`nbd_find_get_unused()`).
+/// Returns the lowest index of an unused device or, if there is none, the lowest free index
+/// (`nbd_find_get_unused()`).
 fn first_unused(devices: &Devices) -> u32 {
     let unused = devices.iter().find(|(_, device)| device.is_unused());
     if let Some((index, _)) = unused {

@@ -70,7 +70,7 @@ pub(crate) struct Options {
     pub(crate) depth: u32,
     /// The server's transmission flags (`NBD_FLAG_*`).
     pub(crate) flags: u32,
-    /// The request timeout in jiffies; 0 means that requests do not time out.
+    /// The request timeout in jiffies, 0 if none is set.
     pub(crate) timeout_jiffies: u32,
     /// The time in jiffies for which requests wait for a new connection (`dead_conn_timeout`).
     pub(crate) dead_timeout_jiffies: u64,

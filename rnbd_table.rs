@@ -66,7 +66,7 @@ pub(crate) struct Table {
     pub(crate) log: Ratelimit,
     depth: u32,
     slots: KVVec<Slot<Parked>>,
-    /// The request timeout in jiffies; 0 means that requests do not time out.
+    /// The request timeout in jiffies, 0 if none is set.
     timeout_jiffies: Atomic<u32>,
     pub(crate) fate: Fate,
     /// The number of connections that were not reaped yet.
@@ -181,12 +181,12 @@ impl Table {
         }
     }
 
-    /// Returns the request timeout in jiffies; 0 means that requests do not time out.
+    /// Returns the request timeout in jiffies, 0 if none is set.
     pub(crate) fn timeout_jiffies(&self) -> u32 {
         self.timeout_jiffies.load(Relaxed)
     }
 
-    /// Sets the request timeout in jiffies; 0 means that requests do not time out.
+    /// Sets the request timeout in jiffies, 0 if none is set.
     pub(crate) fn set_timeout_jiffies(&self, jiffies: u32) {
         self.timeout_jiffies.store(jiffies, Relaxed);
     }

@@ -30,6 +30,24 @@ impl TaskId {
     pub(crate) fn current() -> Self {
         TaskId(Task::current_raw().addr())
     }
+
+    /// Returns the identity of the current process: that of its first thread.
+    pub(crate) fn current_process() -> Self {
+        // SAFETY: The current task is valid, and so is the leader of its thread group while it runs.
+        TaskId(unsafe { (*Task::current_raw()).group_leader }.addr())
+    }
+}
+
+/// Returns whether the current task was killed and does not return to user space any more
+/// (`fatal_signal_pending()`).
+pub(crate) fn is_killed() -> bool {
+    // SAFETY: The current task is valid. Others set bits of the pending signals meanwhile; C reads
+    // them without a lock, too.
+    let pending = unsafe {
+        let task = Task::current_raw();
+        (&raw const (*task).pending.signal.sig[0]).read_volatile()
+    };
+    pending & (1 << (bindings::SIGKILL - 1)) != 0
 }
 
 /// Returns how many times the current task has gone to sleep by itself, as opposed to being
@@ -161,19 +179,20 @@ pub(crate) fn memalloc_noio<R>(f: impl FnOnce() -> R) -> R {
 /// Returns the state to be passed to [`memalloc_noio_restore()`].
 pub(super) fn memalloc_noio_save() -> u32 {
     let task = Task::current_raw();
-    // SAFETY: The current task is valid, and nothing but the task itself changes its flags.
-    let flags = unsafe { &mut (*task).flags };
-    let old = *flags & bindings::PF_MEMALLOC_NOIO;
-    *flags |= bindings::PF_MEMALLOC_NOIO;
-    old
+    // SAFETY: The current task is valid. Only the task itself changes its flags, and softirqs that
+    // interrupt it, which restore them.
+    unsafe {
+        let old = (*task).flags & bindings::PF_MEMALLOC_NOIO;
+        (*task).flags |= bindings::PF_MEMALLOC_NOIO;
+        old
+    }
 }
 
 /// Restores what [`memalloc_noio_save()`] changed. The same task must call it.
 pub(super) fn memalloc_noio_restore(old: u32) {
     let task = Task::current_raw();
-    // SAFETY: The current task is valid, and nothing but the task itself changes its flags.
-    let flags = unsafe { &mut (*task).flags };
-    *flags = *flags & !bindings::PF_MEMALLOC_NOIO | old;
+    // SAFETY: As in `memalloc_noio_save()`.
+    unsafe { (*task).flags = (*task).flags & !bindings::PF_MEMALLOC_NOIO | old };
 }
 
 /// The number of jiffies per second.

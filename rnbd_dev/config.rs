@@ -4,8 +4,8 @@
 #![forbid(unsafe_code)]
 
 use super::debugfs::{
-    FileData, //
-    Files,
+    FileData,
+    Files, //
 };
 use crate::{
     kapi::{
@@ -45,6 +45,8 @@ pub(crate) struct Config {
     /// The session. It exists from its start to the last put.
     pub(super) session: Option<Arc<Session>>,
     pub(super) disconnect_requested: bool,
+    /// The process whose `NBD_DO_IT` was interrupted by a signal. It may call it again.
+    pub(super) interrupted: Option<TaskId>,
     /// The device was configured by netlink: of the ioctls, only those that disconnect are allowed
     /// (`NBD_RT_BOUND`).
     pub(super) bound: bool,
@@ -61,6 +63,15 @@ pub(crate) struct Config {
 }
 
 impl Config {
+    /// Returns the session if the current process waits for it in `NBD_DO_IT` again, after a signal.
+    pub(super) fn resume(&mut self) -> Option<Arc<Session>> {
+        if self.interrupted != Some(TaskId::current_process()) {
+            return None;
+        }
+        self.interrupted = None;
+        self.session.clone()
+    }
+
     /// Returns an empty configuration with one reference, which belongs to the caller.
     ///
     /// # Errors
@@ -77,6 +88,7 @@ impl Config {
             started: false,
             session: None,
             disconnect_requested: false,
+            interrupted: None,
             bound: false,
             held_by_netlink: false,
             disconnect_on_close: false,

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! The netlink requests to connect and to reconfigure a device. Each is one step under the
-//! configuration lock.
+//! The netlink requests to connect and to reconfigure a device. Each is one step for everybody who
+//! takes the configuration lock by [`Device::lock()`].
 
 #![forbid(unsafe_code)]
 
@@ -49,7 +49,8 @@ impl Device {
     ///   accept.
     /// - `EBADF`, `ENOTSOCK`: a file descriptor is not that of a socket.
     /// - `ENOTCONN`: a socket is not connected, and never was.
-    /// - `EBUSY`: a socket is in use by another device or by another part of the kernel.
+    /// - `EBUSY`: a socket is in use by another device or by another part of the kernel, or the
+    ///   disk's limits are.
     /// - `ENODEV`: the module is being unloaded.
     /// - `ENOMEM`, and those of creating a sysfs file.
     ///
@@ -66,8 +67,8 @@ impl Device {
             Err(e) if e == ENXIO => return Ok(false),
             Err(e) => return Err(e),
         }
-        // The lock is held until the device has started. In between the device would look
-        // connected, and could be disconnected.
+        // The lock, or `State::starting`, is held until the device has started. In between the device
+        // would look connected, and could be disconnected.
         let set_up = self.set_up(&mut state, setup);
         let started = set_up.and_then(|()| self.start(state));
         started.map(|_| true).inspect_err(|_| self.put_config())

@@ -20,11 +20,12 @@ use crate::{
             disk::Sectors,
             gendisk::File, //
         },
-        task, //
+        task::{
+            self,
+            TaskId, //
+        },
     },
-    pure::{
-        proto::flags, //
-    },
+    pure::proto::flags,
     rnbd_session::{
         Options,
         Session, //
@@ -73,6 +74,7 @@ impl Device {
     ///
     /// May sleep.
     pub(crate) fn close(&self, openers: u32) {
+        self.end_interrupted_session();
         let disconnect = openers == 0
             && self
                 .with_config(|config| Ok(config.disconnect_on_close))
@@ -81,6 +83,18 @@ impl Device {
             self.disconnect_and_put();
         }
         self.put_config();
+    }
+
+    /// Ends the session if the current process, which closes the device, was interrupted in
+    /// `NBD_DO_IT`: it does not wait for the session again.
+    fn end_interrupted_session(&self) {
+        // It fails only if there is no configuration.
+        let _ = self.with_config(|config| {
+            if config.resume().is_some() {
+                config.end();
+            }
+            Ok(())
+        });
     }
 
     /// Creates a configuration with one reference (`nbd_alloc_and_init_config()`). The device must
@@ -175,6 +189,10 @@ impl Device {
     /// Runs a session until its last connection was reaped, or a signal arrives (`NBD_DO_IT`,
     /// `nbd_start_device_ioctl()`).
     ///
+    /// Only a signal that kills the process ends the session. After any other one, a stop or a
+    /// debugger among them, the process waits for the same session if it calls this again, which the
+    /// kernel does by itself if no handler was run.
+    ///
     /// # Errors
     ///
     /// - Those of [`Self::start()`].
@@ -184,20 +202,35 @@ impl Device {
     ///
     /// May sleep, for as long as the session lasts.
     pub(crate) fn run(&self) -> Result {
-        let session = self.start(self.lock())?;
-        self.scan_partitions_later();
-        let signal = session.table().wait_all_reaped_interruptible();
-        if signal {
+        let mut state = self.lock();
+        let session = match state.config_mut()?.resume() {
+            Some(session) => {
+                drop(state);
+                session
+            }
+            None => {
+                let session = self.start(state)?;
+                self.scan_partitions_later();
+                session
+            }
+        };
+        let interrupted = session.table().wait_all_reaped_interruptible();
+        if interrupted && !task::is_killed() {
+            return self.with_config(|config| {
+                config.interrupted = Some(TaskId::current_process());
+                Err(ERESTARTSYS)
+            });
+        }
+        if interrupted {
             session.end();
         }
         self.with_config(|_| {
             self.reset_size();
+            if interrupted {
+                return Err(ERESTARTSYS);
+            }
             Ok(())
-        })?;
-        if signal {
-            return Err(ERESTARTSYS);
-        }
-        Ok(())
+        })
     }
 
     /// Starts the device: takes over the sockets and publishes a session (`nbd_start_device()`).
@@ -354,6 +387,7 @@ impl Device {
             self.send_disconnect(config);
             config.end();
             config.setup_by = None;
+            config.interrupted = None;
             config.bound = false;
             Ok(core::mem::take(&mut config.held_by_netlink))
         });
@@ -376,6 +410,7 @@ impl Device {
             config.end();
             config.sockets = KVec::new();
             config.setup_by = None;
+            config.interrupted = None;
             self.disk.force_media_change();
             // This happens under the lock: a task that returns from `NBD_DO_IT` still has the
             // device open, and is counted as an opener.

@@ -183,7 +183,7 @@ impl Device {
         })
     }
 
-    /// Sets the request timeout in seconds; 0 means that requests do not time out
+    /// Sets the request timeout in seconds, 0 if none is set
     /// (`nbd_set_cmd_timeout()`).
     pub(crate) fn set_timeout_seconds(&self, seconds: usize) -> Result {
         self.apply_timeout(&mut self.lock(), seconds as u64);

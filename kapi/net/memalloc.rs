@@ -106,7 +106,8 @@ impl Settings {
         };
         // SAFETY: As above. `sk_flags` is also read without the lock, so the access is volatile.
         unsafe { flags.write_volatile(*flags | MEMALLOC_FLAG) };
-        // SAFETY: As above. These fields are used only with the lock.
+        // SAFETY: As above. UNIX sockets also read `sk_allocation` without the lock, as a word, which
+        // is never read torn.
         unsafe {
             (*sk).sk_allocation = ALLOCATION;
             (*sk).sk_use_task_frag = false;

@@ -4,14 +4,20 @@
 
 use std::fs::OpenOptions;
 
+use rustix::io::Errno;
+
 use crate::device::{assert_pattern, pattern};
 use crate::proto;
-use crate::sys::{Buffer, MIB, ioctl_number};
+use crate::sys::{self, Buffer, MIB, ioctl_number};
 
 pub fn main(arguments: &[String]) {
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["fill", mib] => fill(mib.parse().expect("a number of MiB")),
         ["attach", device, size] => attach(device, size.parse().expect("a size")),
+        ["attach-once", device, size] => {
+            sys::handle_and_ignore(libc::SIGUSR1, false);
+            attach(device, size.parse().expect("a size"));
+        }
         _ => panic!("helper: {arguments:?}?"),
     }
 }
@@ -28,9 +34,12 @@ fn attach(device: &str, size: u64) {
         (proto::SET_SIZE, size),
         (proto::SET_FLAGS, crate::device::USUAL_FLAGS),
         (proto::SET_SOCK, 0),
-        (proto::DO_IT, 0),
     ] {
         ioctl_number(&device, request, argument).expect("an ioctl");
+    }
+    match ioctl_number(&device, proto::DO_IT, 0) {
+        Ok(_) | Err(Errno::INTR) => {}
+        Err(error) => panic!("NBD_DO_IT: {error}"),
     }
 }
 

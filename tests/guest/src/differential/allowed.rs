@@ -44,6 +44,9 @@ pub fn meant(
     if past.forgot_sockets.contains(&true) {
         return Some("clear-sock-forgets-sockets");
     }
+    if past.signalled {
+        return Some("signals-leave-the-session");
+    }
     None
 }
 
@@ -92,6 +95,8 @@ struct Past {
     /// Devices that have forgotten their sockets with one of the drivers, until the last file is closed.
     forgot_sockets: [bool; 3],
     flags_while_running: bool,
+    /// A process in NBD_DO_IT has had a signal.
+    signalled: bool,
     long_timeout: bool,
     manners: Vec<Manner>,
 }
@@ -142,6 +147,7 @@ impl Past {
                 self.long_timeout |= attributes.iter().any(long);
             }
             Op::Serve { manner, .. } => self.manners.push(*manner),
+            Op::Signal => self.signalled = true,
             _ => {}
         }
     }

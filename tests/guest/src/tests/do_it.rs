@@ -14,6 +14,7 @@ use rustix::io::Errno;
 
 use crate::debug_kernel::enough;
 use crate::device::{self, Plan, SOON, assert_usable};
+use crate::driver::Driver;
 use crate::harness::{Guest, Test, run_on, say, seed, wait_until};
 use crate::proto::{
     CAN_MULTI_CONN, CLEAR_SOCK, Command, DISCONNECT, DO_IT, SET_BLKSIZE, SET_FLAGS, SET_SIZE,
@@ -31,7 +32,8 @@ pub fn tests() -> Vec<Test> {
         test!(answers_0_after_clear_sock),
         test!(answers_eintr_after_a_signal),
         test!(answers_eintr_after_a_signal_that_cuts_a_disconnect_short),
-        test!(answers_ebusy_when_a_signal_restarts_it),
+        test!(goes_on_when_a_signal_restarts_it),
+        test!(goes_on_when_it_is_called_again_after_a_signal),
         test!(pid_is_the_task_that_called_it),
         test!(two_at_the_same_time),
         test!(says_goodbye_on_every_connection),
@@ -105,12 +107,45 @@ fn answers_eintr_after_a_signal_that_cuts_a_disconnect_short(_: &Guest) {
     assert_usable(0);
 }
 
-fn answers_ebusy_when_a_signal_restarts_it(_: &Guest) {
+fn goes_on_when_a_signal_restarts_it(guest: &Guest) {
     sys::handle_and_ignore(libc::SIGUSR2, true);
     let mut rig = Plan::new(1 << 20).attach();
     sys::signal_thread(rig.client.tid, libc::SIGUSR2);
-    // The signal ended the connection; the second call finds the device still set up.
-    assert_eq!(rig.client.wait(), Err(Errno::BUSY));
+    match guest.expected("signals-leave-the-session") {
+        // The signal ended the connection; the second call finds the device still set up.
+        Driver::Nbd => assert_eq!(rig.client.wait(), Err(Errno::BUSY)),
+        Driver::Rnbd => {
+            assert!(rig.client.still_runs_after(Duration::from_millis(200)));
+            rig.direct()
+                .read_exact_at(&mut Buffer::new(4096), 0)
+                .unwrap();
+            assert_eq!(rig.disconnect(), Ok(0));
+        }
+    }
+    assert_usable(0);
+}
+
+fn goes_on_when_it_is_called_again_after_a_signal(guest: &Guest) {
+    sys::handle_and_ignore(libc::SIGUSR1, false);
+    let mut rig = Plan::new(1 << 20).hold().attach();
+    sys::signal_thread(rig.client.tid, libc::SIGUSR1);
+    let direct = rig.direct();
+    let again = thread::spawn(|| ioctl_number(device::open(0, 0).unwrap(), DO_IT, 0));
+    match guest.expected("signals-leave-the-session") {
+        Driver::Nbd => assert_eq!(again.join().unwrap(), Err(Errno::BUSY)),
+        Driver::Rnbd => {
+            direct.read_exact_at(&mut Buffer::new(4096), 0).unwrap();
+            thread::sleep(Duration::from_millis(200));
+            assert!(!again.is_finished());
+            // Whoever has not been interrupted is refused as before.
+            let third = ioctl_number(rig.open(), DO_IT, 0);
+            assert_eq!(third, Err(Errno::BUSY));
+            assert_eq!(ioctl_number(rig.open(), DISCONNECT, 0), Ok(0));
+            assert_eq!(again.join().unwrap(), Ok(0));
+        }
+    }
+    drop(direct);
+    rig.client.go_on();
     assert_usable(0);
 }
 

@@ -30,6 +30,8 @@ pub fn tests() -> Vec<Test> {
         test!(client_is_killed),
         test!(client_is_killed_with_requests_in_flight),
         test!(client_is_killed_while_a_write_is_stuck),
+        test!(client_is_stopped_and_goes_on),
+        test!(client_leaves_after_a_signal),
         test!(nobody_waits_for_room_in_a_socket),
         test!(server_dies_with_dirty_pages),
         test!(server_dies_under_load_again_and_again),
@@ -137,9 +139,13 @@ struct ClientProcess(Child);
 
 impl ClientProcess {
     fn start(server: &Server, transport: Transport, size: u64) -> Self {
+        Self::start_as("attach", server, transport, size)
+    }
+
+    fn start_as(helper: &str, server: &Server, transport: Transport, size: u64) -> Self {
         let socket = server.connect(transport);
         let child = Process::new("/proc/self/exe")
-            .args(["helper", "attach", "/dev/nbd0", &size.to_string()])
+            .args(["helper", helper, "/dev/nbd0", &size.to_string()])
             .stdin(Stdio::from(socket))
             .spawn();
         let client = Self(child.expect("a child"));
@@ -209,13 +215,75 @@ fn client_is_killed_while_a_write_is_stuck(guest: &Guest) {
         client.signal(Signal::KILL);
         let ended = wait_until(Duration::from_secs(3), || write.is_finished()).is_ok();
         match guest.expected("killed-clients-free-stuck-writes") {
-            Driver::Nbd => assert!(!ended),
-            Driver::Rnbd => assert!(ended, "the write hangs"),
+            Driver::Nbd => {
+                assert!(!ended);
+                assert!(
+                    client.0.try_wait().unwrap().is_none(),
+                    "the client has died"
+                );
+            }
+            Driver::Rnbd => {
+                assert!(ended, "the write hangs");
+                client.assert_dies();
+            }
         }
         server.kill();
         assert_eq!(write.join().unwrap(), Err(Errno::IO));
     });
     client.assert_dies();
+    assert_usable(0);
+}
+
+/// Job control, debuggers and the freezer stop a process and let it go on.
+fn client_is_stopped_and_goes_on(guest: &Guest) {
+    for transport in [Transport::Tcp4, Transport::Unix] {
+        let server = Server::new();
+        let mut client = ClientProcess::start(&server, transport, 1 << 20);
+        let direct = device::open(0, libc::O_DIRECT).unwrap();
+        client.signal(Signal::STOP);
+        let stat = format!("/proc/{}/stat", Pid::from_child(&client.0));
+        let stopped = wait_until(SOON, || fs::read_to_string(&stat).unwrap().contains(") T "));
+        assert!(stopped.is_ok(), "it does not stop");
+        client.signal(Signal::CONT);
+        let running = wait_until(SOON, || {
+            !fs::read_to_string(&stat).unwrap().contains(") T ")
+        });
+        assert!(running.is_ok(), "it does not go on");
+        let read = errno(direct.read_exact_at(&mut Buffer::new(4096), 0));
+        match guest.expected("signals-leave-the-session") {
+            Driver::Nbd => assert_eq!(read, Err(Errno::IO)),
+            Driver::Rnbd => {
+                assert_eq!(read, Ok(()));
+                assert!(client.0.try_wait().unwrap().is_none(), "it has ended");
+                // It still is the one that waits.
+                client.signal(Signal::KILL);
+            }
+        }
+        client.assert_dies();
+        let ended = wait_until(SOON, || server.living() == 0);
+        assert!(ended.is_ok(), "the session has not ended with it");
+        assert_eq!(
+            errno(direct.read_exact_at(&mut Buffer::new(4096), 0)),
+            Err(Errno::IO)
+        );
+    }
+    assert_usable(0);
+}
+
+/// A signal has interrupted NBD_DO_IT, and the process ends without calling it again.
+fn client_leaves_after_a_signal(_: &Guest) {
+    let server = Server::new();
+    let mut client = ClientProcess::start_as("attach-once", &server, Transport::Unix, 1 << 20);
+    let direct = device::open(0, libc::O_DIRECT).unwrap();
+    client.signal(Signal::USR1);
+    client.assert_dies();
+    let ended = wait_until(SOON, || server.living() == 0);
+    assert!(ended.is_ok(), "the session has not ended with it");
+    assert_eq!(
+        errno(direct.read_exact_at(&mut Buffer::new(4096), 0)),
+        Err(Errno::IO)
+    );
+    drop(direct);
     assert_usable(0);
 }
 
