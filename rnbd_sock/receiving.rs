@@ -58,8 +58,8 @@ use crate::{
     },
     pure::{
         cmd::{
-            ClaimError, //
-            Cookie,
+            ClaimError,
+            Cookie, //
         },
         proto::{
             ReplyHeader,

@@ -12,8 +12,8 @@ use super::request::{
     Handle,
     NewRequest,
     Pdu,
-    QueueStatus, //
-    TimedOutRequest,
+    QueueStatus,
+    TimedOutRequest, //
 };
 use crate::kapi::bindings;
 use core::{
