@@ -93,7 +93,9 @@ impl Device {
         if let Some(backend) = setup.backend {
             *self.backend.lock() = Some(c_string(backend)?);
         }
-        self.add_file(File::Backend)?;
+        self.add_file(File::Backend).inspect_err(|_| {
+            pr_err!("nbd{}: cannot create the file backend\n", self.index);
+        })?;
         config.has_backend_file = true;
         Ok(())
     }

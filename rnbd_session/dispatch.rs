@@ -229,7 +229,14 @@ impl Session {
         }
         let now = task::jiffies() | 1;
         let since = match self.waiting_since.cmpxchg(0, now, Full) {
-            Ok(_) => now,
+            Ok(_) => {
+                pr_warn!(
+                    "nbd{}: no connection left, requests wait for up to {} seconds for another\n",
+                    self.table.device,
+                    patience / u64::from(task::HZ)
+                );
+                now
+            }
             Err(since) => since,
         };
         (now.wrapping_sub(since) as u64) < patience
