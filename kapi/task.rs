@@ -50,6 +50,14 @@ pub(crate) fn is_killed() -> bool {
     pending & (1 << (bindings::SIGKILL - 1)) != 0
 }
 
+/// Returns whether the current task is exiting (`PF_EXITING`), as it is when its files are closed
+/// at its end.
+pub(crate) fn is_exiting() -> bool {
+    // SAFETY: The current task is valid. Only the task itself changes its flags, and softirqs that
+    // interrupt it, which restore them.
+    unsafe { (*Task::current_raw()).flags & bindings::PF_EXITING != 0 }
+}
+
 /// Returns how many times the current task has gone to sleep by itself, as opposed to being
 /// preempted (`nvcsw`).
 pub(crate) fn voluntary_switches() -> usize {

@@ -14,6 +14,7 @@ use crate::{
             Socket, //
         },
         task::{
+            self,
             ModuleRef,
             TaskId, //
         },
@@ -45,8 +46,8 @@ pub(crate) struct Config {
     /// The session. It exists from its start to the last put.
     pub(super) session: Option<Arc<Session>>,
     pub(super) disconnect_requested: bool,
-    /// The process whose `NBD_DO_IT` was interrupted by a signal. It may call it again.
-    pub(super) interrupted: Option<TaskId>,
+    /// The task whose `NBD_DO_IT` was interrupted by a signal. Its process may call it again.
+    pub(super) interrupted: Option<Interrupted>,
     /// The device was configured by netlink: of the ioctls, only those that disconnect are allowed
     /// (`NBD_RT_BOUND`).
     pub(super) bound: bool,
@@ -62,14 +63,37 @@ pub(crate) struct Config {
     _module: ModuleRef,
 }
 
+/// A task that a signal has interrupted in `NBD_DO_IT`.
+pub(super) struct Interrupted {
+    task: TaskId,
+    process: TaskId,
+}
+
+impl Interrupted {
+    /// The current task.
+    pub(super) fn current() -> Self {
+        Interrupted {
+            task: TaskId::current(),
+            process: TaskId::current_process(),
+        }
+    }
+}
+
 impl Config {
     /// Returns the session if the current process waits for it in `NBD_DO_IT` again, after a signal.
     pub(super) fn resume(&mut self) -> Option<Arc<Session>> {
-        if self.interrupted != Some(TaskId::current_process()) {
-            return None;
-        }
-        self.interrupted = None;
+        let process = TaskId::current_process();
+        self.interrupted.take_if(|i| i.process == process)?;
         self.session.clone()
+    }
+
+    /// Returns whether the current task, which closes the device, was interrupted in `NBD_DO_IT`
+    /// and does not wait again: the same thread closes the device, or the process exits.
+    pub(super) fn is_abandoned(&self) -> bool {
+        self.interrupted.as_ref().is_some_and(|i| {
+            i.task == TaskId::current()
+                || (i.process == TaskId::current_process() && task::is_exiting())
+        })
     }
 
     /// Returns an empty configuration with one reference, which belongs to the caller.

@@ -4,7 +4,10 @@
 #![forbid(unsafe_code)]
 
 use super::{
-    config::Config,
+    config::{
+        Config,
+        Interrupted, //
+    },
     debugfs::{
         self,
         FileData, //
@@ -20,10 +23,7 @@ use crate::{
             disk::Sectors,
             gendisk::File, //
         },
-        task::{
-            self,
-            TaskId, //
-        },
+        task, //
     },
     pure::proto::flags,
     rnbd_session::{
@@ -74,7 +74,7 @@ impl Device {
     ///
     /// May sleep.
     pub(crate) fn close(&self, openers: u32) {
-        self.end_interrupted_session();
+        self.end_abandoned_session();
         let disconnect = openers == 0
             && self
                 .with_config(|config| Ok(config.disconnect_on_close))
@@ -85,12 +85,13 @@ impl Device {
         self.put_config();
     }
 
-    /// Ends the session if the current process, which closes the device, was interrupted in
-    /// `NBD_DO_IT`: it does not wait for the session again.
-    fn end_interrupted_session(&self) {
+    /// Ends the session if nobody waits for its end in `NBD_DO_IT` again
+    /// ([`Config::is_abandoned()`]).
+    fn end_abandoned_session(&self) {
         // It fails only if there is no configuration.
         let _ = self.with_config(|config| {
-            if config.resume().is_some() {
+            if config.is_abandoned() {
+                config.interrupted = None;
                 config.end();
             }
             Ok(())
@@ -217,7 +218,7 @@ impl Device {
         let interrupted = session.table().wait_all_reaped_interruptible();
         if interrupted && !task::is_killed() {
             return self.with_config(|config| {
-                config.interrupted = Some(TaskId::current_process());
+                config.interrupted = Some(Interrupted::current());
                 Err(ERESTARTSYS)
             });
         }

@@ -580,7 +580,7 @@ impl TimedOutRequest<'_> {
         if state != bindings::mq_rq_state_MQ_RQ_IN_FLIGHT {
             return SinceTimeout::NotStarted;
         }
-        let overdue = task::jiffies().wrapping_sub(deadline as usize) as isize;
+        let overdue = task::jiffies().wrapping_sub(deadline) as isize;
         if overdue < 0 || self.tag() != Some(tag) {
             return SinceTimeout::Restarted;
         }
