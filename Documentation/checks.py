@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: GPL-2.0
 #
 # A Sphinx extension. Pages link to files of the repository by their paths, which a git host understands;
-# in HTML such a link leads to the page that was made of the file. And it compares the pages with the tree:
-# a file, an anchor, a test or a target of the Makefile that a page names and that does not exist is a
-# warning. So is a file of the driver that the page on the design does not name.
+# in HTML such a link leads to the page that was made of the file. It also compares the pages with the
+# repository: a file, an anchor, a test or a target of the Makefile that a page names and that does not exist
+# is a warning. So is a file of the driver that is missing in the tree that the page on the design shows.
 
 import re
 from fnmatch import fnmatch
@@ -22,6 +22,11 @@ PLACEHOLDERS = {"module::test", "group::test"}
 FILE = re.compile(r"(?:\.ci|Documentation|kapi|pure|rnbd_\w+|tests|tools)/[\w./*-]+|rnbd\w*\.rs|\w+\.rst")
 TARGET = re.compile(r"^(?:[$#] )?make ([a-z][a-z_-]*)", re.M)
 PATTERN = re.compile(r"make (?:check|check-debug|misuse) [^\n]*?\bT=\"?([\w:,]+)")
+# A line of a tree: the indentation, one or more paths, and what they contain.
+BRANCH = re.compile(r"( *)((?:[\w./*-]+ )*[\w./*-]+) {2,}\S.*")
+# What is a path even where it stands alone: it has a dot, a slash or a star, or begins with a capital letter.
+PATH = re.compile(r".*[./*].*|[A-Z]\w+")
+DESIGN = "Documentation/design"
 
 
 def guest_tests():
@@ -74,12 +79,46 @@ class Names:
                     yield f"no test's name contains {pattern}"
 
 
+def branches(text):
+    """The depth and the paths of each line of a tree; nothing if the literal block `text` shows no tree."""
+    lines = [BRANCH.fullmatch(line) for line in text.splitlines() if line.strip()]
+    if len(lines) < 5 or not all(lines):
+        return []
+    tree = [(len(line[1]), line[2].split()) for line in lines]
+    return tree if all(PATH.fullmatch(path) for _, paths in tree for path in paths) else []
+
+
+def check_tree(text):
+    """Returns the files that a tree shows, and the paths in it that do not exist."""
+    files, missing, parents = set(), [], []
+    for depth, paths in branches(text):
+        while parents and parents[-1][0] >= depth:
+            parents.pop()
+        directory = parents[-1][1] if parents else TOP
+        for path in paths:
+            found = list(directory.glob(path.rstrip("/")))
+            if path.endswith("/"):
+                found = [place for place in found if place.is_dir()]
+            if not found:
+                missing.append(str((directory / path).relative_to(TOP)))
+            files.update(place for place in found if place.is_file())
+        # What is indented below a Rust module is in the directory that has the module's name.
+        parents.append((depth, (directory / paths[0].rstrip("/")).with_suffix("")))
+    return files, missing
+
+
 def check_literals(app, doctree):
     for node in doctree.findall(lambda node: isinstance(node, (nodes.literal, nodes.literal_block))):
         is_block = isinstance(node, nodes.literal_block)
         text = node.astext() if is_block else " ".join(node.astext().split())
         for complaint in app.names.missing(text, is_block):
             log.warning(complaint, location=node)
+        if is_block:
+            files, missing = check_tree(text)
+            for path in missing:
+                log.warning(f"there is no file {path}", location=node)
+            if app.env.docname == DESIGN:
+                app.shown_files |= files
 
 
 def has_anchor(doctree, anchor):
@@ -117,13 +156,7 @@ def compare_version(app):
         log.warning(f"CHANGELOG.md begins with {newest}, the Makefile has {app.config.release}")
 
 
-def compare_files():
-    design = (TOP / "Documentation/design.rst").read_text()
-    for pattern in "*.rs", "rnbd_*/**/*.rs", "pure/**/*.rs", "kapi/**/*.rs":
-        for file in TOP.glob(pattern):
-            # Those two only bring in others.
-            if file.name not in ("mod.rs", "bindings.rs") and file.name not in design:
-                log.warning(f"design.rst does not name {file.relative_to(TOP)}")
+def compare_pictures():
     for picture in TOP.glob("Documentation/*.svg"):
         for names in re.findall(r'class="file"[^>]*>([^<]+)<', picture.read_text()):
             for name in names.split():
@@ -133,12 +166,22 @@ def compare_files():
 
 def begin(app):
     app.names = Names()
+    app.shown_files = set()
     compare_version(app)
-    compare_files()
+    compare_pictures()
+
+
+def compare_files(app, env):
+    for pattern in "*.rs", "rnbd_*/**/*.rs", "pure/**/*.rs", "kapi/**/*.rs":
+        # "mod.rs" only declares modules.
+        for file in set(TOP.glob(pattern)) - app.shown_files:
+            if file.name != "mod.rs":
+                log.warning(f"the tree in design.rst lacks {file.relative_to(TOP)}")
 
 
 def setup(app):
     app.connect("builder-inited", begin)
     app.connect("doctree-read", check_literals)
+    app.connect("env-check-consistency", compare_files)
     app.connect("doctree-resolved", resolve_links)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
