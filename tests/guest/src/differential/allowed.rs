@@ -68,7 +68,7 @@ pub fn ignored(
         }
         "debugfs flags" if past.flags_while_running => Some("flags-stay-as-agreed"),
         "debugfs timeout" | "queue/io_timeout" if past.long_timeout => {
-            Some("long-timeouts-are-for-ever")
+            Some("long-timeouts-are-infinite")
         }
         "queue/io_timeout" if other == "30000" && without_timeout => {
             Some("timeouts-end-with-the-connection")

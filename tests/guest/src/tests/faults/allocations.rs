@@ -78,7 +78,7 @@ fn of_loading(guest: &Guest) {
     });
     say(&format!("{missing} times it was loaded without the device"));
     assert!(missing > 0);
-    if guest.expected("loading-says-enomem") == Driver::Rnbd {
+    if guest.expected("loading-returns-enomem") == Driver::Rnbd {
         whole.assert_only_enomem();
         some.assert_only_enomem();
     }
