@@ -15,7 +15,7 @@
 ##   make check              run all tests, or those that match T=pattern
 ##   make check-debug        the tests in the virtual machine on a kernel with KASAN, lockdep, kmemleak
 ##                           and others; the first run builds that kernel, in 15 to 25 minutes
-##   make misuse             show that the driver cannot misuse kapi: what would do so does not compile
+##   make misuse             check that code that misuses kapi does not compile
 ##   make mutate             put faults into the driver, one at a time: does "make check" find each?
 ##   make mutants            the same for all that is compiled on this machine, by cargo-mutants
 ##   make fuzz               look for byte streams that the driver's parser misreads, for SECONDS=60;
@@ -43,7 +43,7 @@
 ##   SECONDS=n               fuzz: for how long
 ##   V=1                     show the commands of the build
 
-# The one place; CHANGELOG.md and the documentation follow it.
+# The only definition; CHANGELOG.md and the documentation must match it.
 VERSION := 0.1.0
 
 ifdef RNBD_INSIDE
@@ -63,7 +63,7 @@ out := $(builds)$(if $(filter debug,$(KERNEL)),/debug)
 workbench := tools/env exec --
 kbuild = $(MAKE) --no-print-directory -C $(KDIR) $(KARGS) M=$(CURDIR)
 
-# refuse,WHY: says why KDIR will not do, and what will.
+# refuse,WHY: prints why KDIR cannot be used, and the alternatives.
 refuse = { echo "rnbd: KDIR=$(KDIR) $(strip $(1))." >&2; \
 	echo 'Set KDIR to a prepared tree, or run "make stock" or "make demo": they make all they need.' >&2; \
 	exit 1; }
