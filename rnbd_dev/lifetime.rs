@@ -169,6 +169,9 @@ impl Device {
         }
         self.disk.invalidate();
         self.disk.reset_limits();
+        // The next session decides whether it is read-only.
+        self.disk.set_read_only(false);
+        self.disk.clear_read_only_of_user();
         if config.size_bytes != 0 {
             self.disk.uevent_change();
         }

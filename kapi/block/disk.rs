@@ -121,10 +121,28 @@ impl DiskRef {
         };
     }
 
-    /// Makes the disk read-only, or writable again.
+    /// Makes the disk read-only, or writable again. Sends a "change" uevent (`DISK_RO`) if this
+    /// changes anything.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(crate) fn set_read_only(&self, ro: bool) {
         // SAFETY: By the type invariant, the disk is valid.
         unsafe { bindings::set_disk_ro(self.as_ptr(), ro) };
+    }
+
+    /// Clears the read-only mark that user space sets on the whole disk with `BLKROSET`. The one of
+    /// [`Self::set_read_only()`] stays: the disk is read-only if it has either.
+    pub(crate) fn clear_read_only_of_user(&self) {
+        // SAFETY: The first block device lives as long as the disk. Its flags are only ever changed
+        // atomically (`bdev_clear_flag()`).
+        unsafe {
+            bindings::atomic_and(
+                !(bindings::BD_READ_ONLY as i32),
+                &raw mut (*self.part0()).__bd_flags,
+            )
+        };
     }
 
     /// Makes the next open read the partition table.

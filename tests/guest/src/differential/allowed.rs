@@ -32,6 +32,9 @@ pub fn meant(
     if any(&writes_as_agreed) {
         return Some("flags-stay-as-agreed");
     }
+    if any(&decides_anew) {
+        return Some("read-only-ends-with-the-session");
+    }
     if any(&must_be_connected) {
         return Some("sockets-must-be-connected");
     }
@@ -73,6 +76,10 @@ pub fn ignored(
         "queue/io_timeout" if other == "30000" && without_timeout => {
             Some("timeouts-end-with-the-connection")
         }
+        "ro" if (right, other) == ("1", "0") => Some("read-only-ends-with-the-session"),
+        "uevents" if without_read_only(right) == without_read_only(other) => {
+            Some("read-only-ends-with-the-session")
+        }
         "queue/nr_requests" if (right, other) == ("256", "128") => Some("no-scheduler-by-default"),
         _ => None,
     }
@@ -98,6 +105,8 @@ struct Past {
     /// A process in NBD_DO_IT has had a signal.
     signalled: bool,
     long_timeout: bool,
+    /// Devices that BLKROSET was used on.
+    marked: [bool; 3],
     manners: Vec<Manner>,
 }
 
@@ -169,6 +178,7 @@ impl Past {
                 self.forgot_sockets[device] |= self.added[device] && !self.started[device];
             }
             Request::SetFlags(_) => self.flags_while_running |= self.started[device],
+            Request::SetReadOnly(value) => self.marked[device] |= value != 0,
             Request::SetTimeout(seconds) => self.long_timeout |= is_long(seconds),
             _ => {}
         }
@@ -235,6 +245,33 @@ fn keeps_meaning(past: &Past, difference: &Difference<'_>) -> bool {
 
 fn is_errno(answer: &str, errno: i32) -> bool {
     answer.starts_with(&format!("Err(Os {{ code: {errno},"))
+}
+
+/// The device was marked as read-only by BLKROSET, and still is with nbd.ko, though it was closed.
+fn decides_anew(past: &Past, difference: &Difference<'_>) -> bool {
+    let (key, nbd, rnbd) = *difference;
+    let file = match &past.op {
+        Some(Op::Write { file, .. } | Op::Sync { file } | Op::Ioctl { file, .. }) => *file,
+        _ => return false,
+    };
+    let marked = past.files[file].is_some_and(|device| past.marked[device as usize]);
+    let asks = matches!(
+        past.op,
+        Some(Op::Ioctl {
+            request: Request::GetReadOnly,
+            ..
+        })
+    );
+    let refused = moves_data(past.op.as_ref()) && is_errno(nbd, libc::EPERM);
+    key == "answer" && marked && nbd != rnbd && (asks || refused)
+}
+
+/// Uevents without those of a read-only mark.
+fn without_read_only(uevents: &str) -> Vec<&str> {
+    let events = uevents.split(", ");
+    events
+        .filter(|event| !event.is_empty() && !event.contains(" DISK_RO="))
+        .collect()
 }
 
 /// One of the sockets is not connected.

@@ -17,6 +17,7 @@ mod io;
 mod ioctl;
 mod journals;
 mod late_writes;
+mod leftovers;
 mod limits;
 mod long;
 mod module;
@@ -42,6 +43,7 @@ pub fn all() -> Vec<Test> {
         do_it::tests(),
         geometry::tests(),
         limits::tests(),
+        leftovers::tests(),
         io::tests(),
         completions::tests(),
         multi::tests(),
