@@ -341,6 +341,9 @@ impl Device {
         config.debugfs_data = Some(data);
         self.disk
             .set_read_only(config.flags & flags::READ_ONLY != 0);
+        // A write to `queue/write_cache` since the last session must not keep this one from
+        // flushing.
+        self.disk.reset_limits();
         self.session.publish(session.clone()).map_err(|_| EBUSY)?;
         self.set_size(config, config.size_bytes, config.block_bytes)
     }

@@ -101,18 +101,21 @@ impl DiskRef {
         locked.commit()
     }
 
-    /// Clears the features of the disk. The block size stays.
+    /// Clears the features of the disk, and what user space has written to `queue/write_cache`. The
+    /// block size stays, and so do the other settings that user space has made in sysfs.
     ///
     /// # Context
     ///
-    /// May sleep. No request may be in flight or arrive: another task that holds the lock of the
-    /// limits may wait for requests, and this function waits for that lock without a limit.
+    /// May sleep. Requests that are in flight or arrive must end without a server: another task that
+    /// holds the lock of the limits may wait for them, and this function waits for that lock without
+    /// a limit.
     pub(crate) fn reset_limits(&self) {
         // SAFETY: By the type invariant, the queue is valid.
         unsafe { bindings::mutex_lock(&raw mut (*self.queue()).limits_lock) };
         // SAFETY: The lock was taken above.
         let mut locked = unsafe { self.locked_limits() };
         locked.change(Features::default(), None);
+        locked.new.flags &= !bindings::BLK_FLAG_WRITE_CACHE_DISABLED;
         // The block layer rejects only inconsistent limits, and these are consistent.
         let _ = locked.commit();
     }

@@ -2,7 +2,7 @@
 
 //! What a session leaves behind for the next one on the same device.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
 use rustix::io::Errno;
@@ -11,7 +11,7 @@ use crate::device::{self, Plan, Rig, USUAL_FLAGS, errno};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test};
 use crate::netlink::{Link, Netlink, Setup};
-use crate::proto::READ_ONLY;
+use crate::proto::{Command, READ_ONLY};
 use crate::server::{Server, Transport};
 use crate::sys::{Buffer, ioctl_pointer};
 use crate::test;
@@ -20,6 +20,9 @@ pub fn tests() -> Vec<Test> {
     vec![
         test!(the_read_only_mark),
         test!(a_read_only_export_stays_read_only),
+        test!(the_write_cache_setting),
+        test!(the_write_cache_setting_of_an_idle_device),
+        test!(settings_of_the_queue),
     ]
 }
 
@@ -66,6 +69,13 @@ fn connect(server: Server, flags: u64) -> Link {
 }
 
 impl Session {
+    fn server(&self) -> &Server {
+        match self {
+            Self::Ioctl(rig) => &rig.server,
+            Self::Netlink(link) => &link.server,
+        }
+    }
+
     /// Ends it, and waits until the device is free.
     fn end(self) {
         match self {
@@ -140,6 +150,102 @@ fn a_read_only_export_stays_read_only(_: &Guest) {
         assert!(is_read_only(&device));
         assert_eq!(write_one(&device), Err(Errno::PERM));
         drop(device);
+        session.end();
+    }
+}
+
+// --- Settings of the queue ----------------------------------------------------
+
+fn set(name: &str, value: &str) {
+    let path = format!("/sys/block/nbd0/queue/{name}");
+    fs::write(&path, value).unwrap_or_else(|error| panic!("{path}: {error}"));
+}
+
+fn queue(name: &str) -> String {
+    device::sysfs(0, &format!("queue/{name}"))
+}
+
+/// Whether fsync reaches the server.
+fn fsync_flushes(session: &Session) -> bool {
+    let device = device::open(0, 0).unwrap();
+    device.write_all_at(&[1; 4096], 0).unwrap();
+    device.sync_all().unwrap();
+    !session.server().requests_of(Command::Flush).is_empty()
+}
+
+/// A session that was told that it has no write cache does not tell the next one.
+fn the_write_cache_setting(guest: &Guest) {
+    let stays = guest.expected("write-cache-is-decided-anew") == Driver::Nbd;
+    for first in FRONTS {
+        for next in FRONTS {
+            let session = first.start(Server::new(), USUAL_FLAGS);
+            assert_eq!(queue("write_cache"), "write back");
+            set("write_cache", "write through");
+            assert_eq!(queue("write_cache"), "write through");
+            assert!(!fsync_flushes(&session), "it is heeded in its own session");
+            session.end();
+            let session = next.start(Server::new(), USUAL_FLAGS);
+            assert_eq!(queue("write_cache") == "write through", stays);
+            assert_eq!(fsync_flushes(&session), !stays);
+            set("write_cache", "write back");
+            session.end();
+        }
+    }
+}
+
+/// Nor does one that comes late, such as from a program that was told of the last session.
+fn the_write_cache_setting_of_an_idle_device(guest: &Guest) {
+    let stays = guest.expected("write-cache-is-decided-anew") == Driver::Nbd;
+    for front in FRONTS {
+        front.start(Server::new(), USUAL_FLAGS).end();
+        set("write_cache", "write through");
+        let session = front.start(Server::new(), USUAL_FLAGS);
+        assert_eq!(fsync_flushes(&session), !stays);
+        set("write_cache", "write back");
+        session.end();
+    }
+}
+
+/// What the guide says of each.
+fn settings_of_the_queue(guest: &Guest) {
+    let cache = match guest.expected("write-cache-is-decided-anew") {
+        Driver::Nbd => "write through",
+        Driver::Rnbd => "write back",
+    };
+    for front in FRONTS {
+        // nbd-client's ioctls always set one.
+        let stays = front == Front::Netlink
+            && guest.expected("timeouts-end-with-the-connection") == Driver::Nbd;
+        let timeout = if stays { "1200" } else { "30000" };
+        let settings = [
+            // What it is set to, and what the next session has.
+            ("write_cache", "write through", cache),
+            ("rotational", "1", "0"),
+            ("io_timeout", "1200", timeout),
+            ("read_ahead_kb", "4096", "4096"),
+            ("scheduler", "none", "[none]"),
+            ("nr_requests", "32", "32"),
+            ("max_sectors_kb", "64", "64"),
+            ("discard_max_bytes", "1048576", "1048576"),
+            ("nomerges", "2", "2"),
+            ("rq_affinity", "2", "2"),
+            ("iostats", "0", "0"),
+            ("iostats_passthrough", "1", "1"),
+            ("add_random", "1", "1"),
+            ("stable_writes", "1", "1"),
+        ];
+        let session = front.start(Server::new(), USUAL_FLAGS);
+        for (name, value, _) in settings {
+            set(name, value);
+        }
+        session.end();
+        let session = front.start(Server::new(), USUAL_FLAGS);
+        for (name, _, next) in settings {
+            let now = queue(name);
+            let is = now.split(' ').any(|word| word == next) || now == next;
+            assert!(is, "{name} is {now}, not {next}");
+        }
+        set("write_cache", "write back");
         session.end();
     }
 }
