@@ -9,7 +9,10 @@
 
 use crate::{
     kapi::{
-        block::gendisk::BlockDevice,
+        block::{
+            disk::OpenMutexHeld,
+            gendisk::BlockDevice, //
+        },
         task, //
     },
     rnbd_dev::{
@@ -44,8 +47,8 @@ impl BlockDevice for Nbd {
         device.open()
     }
 
-    fn release(device: &Device, openers: u32) {
-        device.close(openers);
+    fn release(device: &Device, held: &OpenMutexHeld<'_>, openers: u32) {
+        device.close(held, openers);
     }
 
     fn ioctl(device: &Device, cmd: u32, arg: usize) -> Result<usize> {

@@ -71,7 +71,9 @@ impl Device {
         // would look connected, and could be disconnected.
         let set_up = self.set_up(&mut state, setup);
         let started = set_up.and_then(|()| self.start(state));
-        started.map(|_| true).inspect_err(|_| self.put_config())
+        started
+            .map(|_| true)
+            .inspect_err(|_| self.put_config(&self.disk.lock_open_mutex()))
     }
 
     /// Configures the device, up to the start.

@@ -20,7 +20,10 @@ use super::{
 use crate::{
     kapi::{
         block::{
-            disk::Sectors,
+            disk::{
+                OpenMutexHeld,
+                Sectors, //
+            },
             gendisk::File, //
         },
         task, //
@@ -73,16 +76,16 @@ impl Device {
     /// # Context
     ///
     /// May sleep.
-    pub(crate) fn close(&self, openers: u32) {
+    pub(crate) fn close(&self, held: &OpenMutexHeld<'_>, openers: u32) {
         self.end_abandoned_session();
         let disconnect = openers == 0
             && self
                 .with_config(|config| Ok(config.disconnect_on_close))
                 .unwrap_or(false);
-        if disconnect {
-            self.disconnect_and_put();
+        if disconnect && self.disconnect_by_netlink() {
+            self.put_config(held);
         }
-        self.put_config();
+        self.put_config(held);
     }
 
     /// Ends the session if nobody waits for its end in `NBD_DO_IT` again
@@ -119,12 +122,13 @@ impl Device {
     /// Puts a reference to the configuration (`nbd_config_put()`).
     ///
     /// The last put ends the session, frees the configuration, and schedules the removal of the
-    /// device if it is to be destroyed on disconnect.
+    /// device if it is to be destroyed on disconnect. The device has no openers then, and `held`
+    /// keeps new ones out.
     ///
     /// # Context
     ///
     /// May sleep.
-    pub(super) fn put_config(&self) {
+    pub(super) fn put_config(&self, held: &OpenMutexHeld<'_>) {
         let mut state = self.state.lock();
         let last = state.config.as_mut().is_some_and(|config| {
             config.references -= 1;
@@ -134,7 +138,7 @@ impl Device {
             return;
         }
         if let Some(mut config) = state.config.take() {
-            self.tear_down(&mut config);
+            self.tear_down(held, &mut config);
             state.timeout_jiffies = 0;
             self.disk
                 .set_request_timeout(DEFAULT_TIMEOUT_SECONDS * task::HZ);
@@ -159,7 +163,7 @@ impl Device {
 
     /// Undoes what was configured, as in `nbd_config_put()`. The caller holds the configuration
     /// lock.
-    fn tear_down(&self, config: &mut Config) {
+    fn tear_down(&self, held: &OpenMutexHeld<'_>, config: &mut Config) {
         config.remove_debugfs();
         config.end();
         if config.session.is_some() {
@@ -168,6 +172,7 @@ impl Device {
             drop(gone);
         }
         self.disk.invalidate();
+        held.drop_partitions();
         self.disk.reset_limits();
         // The next session decides whether it is read-only.
         self.disk.set_read_only(false);
@@ -388,6 +393,16 @@ impl Device {
     ///
     /// May sleep.
     pub(crate) fn disconnect_and_put(&self) {
+        if self.disconnect_by_netlink() {
+            // The session has ended, so nobody holds this lock for long.
+            self.put_config(&self.disk.lock_open_mutex());
+        }
+    }
+
+    /// Sends a disconnect on all connections, and waits until they are reaped.
+    ///
+    /// Returns whether netlink's reference to the configuration is now the caller's to put.
+    fn disconnect_by_netlink(&self) -> bool {
         // This is one step under the lock, since a device that is configured later must not be
         // disconnected. It fails only if there is no configuration.
         let put = self.with_config(|config| {
@@ -398,9 +413,7 @@ impl Device {
             config.bound = false;
             Ok(core::mem::take(&mut config.held_by_netlink))
         });
-        if put.unwrap_or(false) {
-            self.put_config();
-        }
+        put.unwrap_or(false)
     }
 
     /// Ends the session at once and drops the sockets (`NBD_CLEAR_SOCK`, `nbd_clear_sock_ioctl()`).
@@ -425,7 +438,7 @@ impl Device {
             Ok(core::mem::take(&mut config.held_by_netlink))
         })?;
         if put {
-            self.put_config();
+            self.put_config(&self.disk.lock_open_mutex());
         }
         Ok(())
     }

@@ -7,12 +7,16 @@
 //! C header: [`include/linux/blkdev.h`](srctree/include/linux/blkdev.h)
 
 use crate::kapi::bindings;
+use core::ops::Deref;
 use kernel::{
     sync::atomic::{
         Atomic,
         Relaxed, //
     },
-    types::Opaque, //
+    types::{
+        NotThreadSafe,
+        Opaque, //
+    }, //
 };
 
 /// A number of sectors of 512 bytes.
@@ -207,5 +211,88 @@ impl DiskRef {
     pub(crate) fn set_request_timeout(&self, jiffies: u32) {
         // SAFETY: By the type invariant, the queue is valid.
         unsafe { bindings::blk_queue_rq_timeout(self.queue(), jiffies) };
+    }
+
+    /// Takes the `open_mutex`: until the returned guard is dropped, nobody opens or closes the disk
+    /// or its partitions.
+    ///
+    /// # Context
+    ///
+    /// May sleep. Another task may hold the lock while it reads the partition table or writes dirty
+    /// pages, so the requests of the disk must end without a server. The lock must not be taken in
+    /// [`BlockDevice::open()`] and [`BlockDevice::release()`], which are called with it.
+    ///
+    /// [`BlockDevice::open()`]: super::gendisk::BlockDevice::open
+    /// [`BlockDevice::release()`]: super::gendisk::BlockDevice::release
+    pub(crate) fn lock_open_mutex(&self) -> OpenMutexGuard<'_> {
+        // SAFETY: By the type invariant, the disk is valid.
+        unsafe { bindings::mutex_lock(&raw mut (*self.as_ptr()).open_mutex) };
+        // INVARIANT: The lock was taken above, and is released when the guard is dropped.
+        OpenMutexGuard(OpenMutexHeld {
+            disk: self,
+            _task: NotThreadSafe,
+        })
+    }
+}
+
+/// The proof that the current task holds the `open_mutex` of a disk.
+///
+/// # Invariants
+///
+/// The current task holds the lock as long as this value exists.
+pub(crate) struct OpenMutexHeld<'a> {
+    disk: &'a DiskRef,
+    _task: NotThreadSafe,
+}
+
+impl<'a> OpenMutexHeld<'a> {
+    /// Returns the proof for a task that does not release the lock by itself.
+    ///
+    /// # Safety
+    ///
+    /// The current task must hold the `open_mutex` of `disk` until the returned value is gone.
+    pub(super) unsafe fn new(disk: &'a DiskRef) -> Self {
+        // INVARIANT: By this function's safety requirements.
+        OpenMutexHeld {
+            disk,
+            _task: NotThreadSafe,
+        }
+    }
+
+    /// Removes all partitions of the disk, and sets its size to zero. If one is still open, they
+    /// all stay.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub(crate) fn drop_partitions(&self) {
+        // A disk without sectors is not searched for partitions again.
+        self.disk.set_capacity(Sectors(0));
+        // SAFETY: By the type invariants, the disk is valid and the current task holds its
+        // `open_mutex`. A failure means that a partition is open, or that the disk is being removed
+        // together with its partitions.
+        unsafe { bindings::bdev_disk_changed(self.disk.as_ptr(), false) };
+    }
+}
+
+/// A guard that releases the `open_mutex` of a disk when it is dropped.
+///
+/// # Invariants
+///
+/// The lock was taken by [`DiskRef::lock_open_mutex()`].
+pub(crate) struct OpenMutexGuard<'a>(OpenMutexHeld<'a>);
+
+impl<'a> Deref for OpenMutexGuard<'a> {
+    type Target = OpenMutexHeld<'a>;
+
+    fn deref(&self) -> &OpenMutexHeld<'a> {
+        &self.0
+    }
+}
+
+impl Drop for OpenMutexGuard<'_> {
+    fn drop(&mut self) {
+        // SAFETY: By the type invariants, the disk is valid and the current task holds the lock.
+        unsafe { bindings::mutex_unlock(&raw mut (*self.0.disk.as_ptr()).open_mutex) };
     }
 }

@@ -10,6 +10,7 @@
 use super::{
     disk::{
         DiskRef,
+        OpenMutexHeld,
         QueueId, //
     },
     limits::FixedLimits,
@@ -53,7 +54,7 @@ pub(crate) trait BlockDevice: Operations {
 
     /// Called when the disk or one of its partitions was closed, with the disk's `open_mutex` held.
     /// `openers` is the number of remaining openers.
-    fn release(disk: &GenDisk<Self>, openers: u32);
+    fn release(disk: &GenDisk<Self>, held: &OpenMutexHeld<'_>, openers: u32);
 
     /// Called for an ioctl that the block layer does not handle itself, native or compat.
     fn ioctl(disk: &GenDisk<Self>, cmd: u32, arg: usize) -> Result<usize>;
@@ -256,7 +257,9 @@ impl<T: BlockDevice> Disk<T> {
         // SAFETY: By this function's safety requirements. The block layer calls it for disks with
         // `FOPS`.
         let disk = unsafe { GenDisk::from_raw(disk) };
-        T::release(disk, disk.disk.openers());
+        // SAFETY: The block layer calls this with the `open_mutex` held (`blkdev_put_whole()`).
+        let held = unsafe { OpenMutexHeld::new(&disk.disk) };
+        T::release(disk, &held, disk.disk.openers());
     }
 
     /// Implements `block_device_operations.ioctl` and `.compat_ioctl`.

@@ -4,6 +4,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
 
 use rustix::io::Errno;
 
@@ -11,10 +12,12 @@ use crate::device::{self, Plan, Rig, USUAL_FLAGS, errno};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test};
 use crate::netlink::{Link, Netlink, Setup};
+use crate::programs::sh;
 use crate::proto::{Command, READ_ONLY};
 use crate::server::{Server, Transport};
-use crate::sys::{Buffer, ioctl_pointer};
+use crate::sys::{Buffer, ioctl_number, ioctl_pointer};
 use crate::test;
+use crate::uevents::Uevents;
 
 pub fn tests() -> Vec<Test> {
     vec![
@@ -23,6 +26,9 @@ pub fn tests() -> Vec<Test> {
         test!(the_write_cache_setting),
         test!(the_write_cache_setting_of_an_idle_device),
         test!(settings_of_the_queue),
+        test!(partitions),
+        test!(partitions_without_minors).parameters("nbds_max=1 max_part=0"),
+        test!(partitions_in_use),
     ]
 }
 
@@ -30,6 +36,7 @@ const SIZE: u64 = 8 << 20;
 
 const BLKROSET: u32 = 0x125d;
 const BLKROGET: u32 = 0x125e;
+const BLKRRPART: u32 = 0x125f;
 
 /// A session by either front end.
 enum Session {
@@ -248,4 +255,74 @@ fn settings_of_the_queue(guest: &Guest) {
         set("write_cache", "write back");
         session.end();
     }
+}
+
+// --- Partitions ---------------------------------------------------------------
+
+/// An image with a GPT of two partitions.
+fn partitioned_image() -> Vec<u8> {
+    let mut rig = Plan::new(SIZE).attach();
+    sh("printf 'label: gpt\\n2048,2048\\n4096,4096\\n' | sfdisk --no-tell-kernel -q /dev/nbd0");
+    assert_eq!(rig.disconnect(), Ok(0));
+    rig.server.peek(0, SIZE as usize)
+}
+
+/// Starts a session with an image whose partitions are looked for, whatever max_part is.
+fn start_with(image: &[u8], front: Front) -> Session {
+    let server = Server::new();
+    server.poke(0, image);
+    let session = front.start(server, USUAL_FLAGS);
+    let device = File::open("/dev/nbd0").unwrap();
+    assert_eq!(ioctl_number(device, BLKRRPART, 0), Ok(0));
+    assert!(has_partition());
+    session
+}
+
+fn has_partition() -> bool {
+    Path::new("/sys/block/nbd0/nbd0p1").exists() || Path::new("/dev/nbd0p2").exists()
+}
+
+/// They go with the session, and not only when somebody opens the device.
+fn partitions(guest: &Guest) {
+    let stay = guest.expected("partitions-end-with-the-session") == Driver::Nbd;
+    let image = partitioned_image();
+    for front in FRONTS {
+        let session = start_with(&image, front);
+        let mut uevents = Uevents::listen();
+        session.end();
+        assert_eq!(has_partition(), stay);
+        if !stay {
+            uevents.expect(&["ACTION=remove", "DEVNAME=nbd0p1"]);
+            uevents.expect(&["ACTION=remove", "DEVNAME=nbd0p2"]);
+        }
+        // Neither are they there in the next session, which has none.
+        let session = front.start(Server::new(), USUAL_FLAGS);
+        drop(File::open("/dev/nbd0").unwrap());
+        let max_part = fs::read_to_string("/sys/module/rnbd/parameters/max_part");
+        if !stay || max_part.is_ok_and(|max_part| max_part.trim() != "0") {
+            assert!(!has_partition());
+        }
+        session.end();
+    }
+}
+
+fn partitions_without_minors(guest: &Guest) {
+    partitions(guest);
+}
+
+/// One that is in use stays for as long.
+fn partitions_in_use(guest: &Guest) {
+    let stay = guest.expected("partitions-end-with-the-session") == Driver::Nbd;
+    let image = partitioned_image();
+    let Session::Netlink(link) = start_with(&image, Front::Netlink) else {
+        unreachable!("a session by netlink");
+    };
+    let partition = File::open("/dev/nbd0p1").unwrap();
+    link.disconnect().unwrap();
+    assert!(has_partition());
+    let read = partition.read_exact_at(&mut Buffer::new(4096), 0);
+    assert_eq!(errno(read), Err(Errno::IO));
+    drop(partition);
+    link.wait_free();
+    assert_eq!(has_partition(), stay);
 }
