@@ -175,11 +175,7 @@ impl Device {
         held.drop_partitions();
         self.disk.reset_limits();
         // The next session decides whether it is read-only.
-        self.disk.set_read_only(false);
         self.disk.clear_read_only_of_user();
-        if config.size_bytes != 0 {
-            self.disk.uevent_change();
-        }
         if config.started {
             self.remove_file(File::Pid);
         }
@@ -189,6 +185,15 @@ impl Device {
         }
         // This is reset even if the sysfs file was not created: the next backend is another one.
         *self.backend.lock() = None;
+        if config.started {
+            // What happens from now on is not about the image.
+            self.disk.force_media_change();
+        }
+        // udev looks at the device when it receives an event, so these come last.
+        self.disk.set_read_only(false);
+        if config.size_bytes != 0 {
+            self.disk.uevent_change();
+        }
     }
 }
 
@@ -344,13 +349,19 @@ impl Device {
         // As in nbd.c, the device works even without these files.
         config.debugfs_files = debugfs::add_files(&self.debugfs, self.index, data.clone()).ok();
         config.debugfs_data = Some(data);
-        self.disk
-            .set_read_only(config.flags & flags::READ_ONLY != 0);
+        // The image gets a `diskseq` of its own.
+        self.disk.force_media_change();
         // A write to `queue/write_cache` since the last session must not keep this one from
         // flushing.
         self.disk.reset_limits();
         self.session.publish(session.clone()).map_err(|_| EBUSY)?;
-        self.set_size(config, config.size_bytes, config.block_bytes)
+        self.apply_size(config, config.size_bytes, config.block_bytes)?;
+        // udev looks at the device when it receives an event, so these come last. Until the disk is
+        // read-only, the session refuses writes.
+        self.disk
+            .set_read_only(config.flags & flags::READ_ONLY != 0);
+        self.disk.uevent_change();
+        Ok(())
     }
 
     /// Sends a disconnect on all connections (`NBD_DISCONNECT`).

@@ -147,6 +147,22 @@ impl Device {
         size_bytes: u64,
         block_bytes: u32,
     ) -> Result {
+        if !self.apply_size(config, size_bytes, block_bytes)? {
+            self.disk.uevent_change();
+        }
+        Ok(())
+    }
+
+    /// Sets the size and the block size in bytes. The errors and the context are those of
+    /// [`Self::set_size()`].
+    ///
+    /// Returns false if a uevent is still to be sent.
+    pub(super) fn apply_size(
+        &self,
+        config: &mut Config,
+        size_bytes: u64,
+        block_bytes: u32,
+    ) -> Result<bool> {
         if i64::try_from(size_bytes).is_err() {
             return Err(EINVAL);
         }
@@ -156,18 +172,14 @@ impl Device {
         config.size_bytes = size_bytes;
         config.block_bytes = block_bytes;
         if !config.started {
-            return Ok(());
+            return Ok(true);
         }
         if let Some(data) = &config.debugfs_data {
             data.size_bytes.store(size_bytes, Relaxed);
             data.block_bytes.store(block_bytes, Relaxed);
         }
         self.scan_partitions_later();
-        let told = self.disk.set_capacity_and_notify(Sectors(size_bytes >> 9));
-        if !told {
-            self.disk.uevent_change();
-        }
-        Ok(())
+        Ok(self.disk.set_capacity_and_notify(Sectors(size_bytes >> 9)))
     }
 
     /// Sets the limits of the disk, and logs a failure for which requests in flight are the reason.

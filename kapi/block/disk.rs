@@ -171,7 +171,8 @@ impl DiskRef {
         unsafe { bindings::invalidate_disk(self.as_ptr()) };
     }
 
-    /// Reports a media change to user space, and drops what is cached of the disk.
+    /// Gives the disk a new sequence number (`diskseq`), reports a media change to whoever uses the
+    /// disk exclusively, and drops what is cached of it. Sends no uevent.
     ///
     /// # Context
     ///

@@ -5,12 +5,16 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use rustix::io::Errno;
 
-use crate::device::{self, Plan, Rig, USUAL_FLAGS, errno};
+use crate::device::{self, Plan, Rig, SOON, USUAL_FLAGS, errno};
 use crate::driver::Driver;
-use crate::harness::{Guest, Test};
+use crate::harness::{Guest, Test, wait_until};
 use crate::netlink::{Link, Netlink, Setup};
 use crate::programs::sh;
 use crate::proto::{Command, READ_ONLY};
@@ -29,6 +33,8 @@ pub fn tests() -> Vec<Test> {
         test!(partitions),
         test!(partitions_without_minors).parameters("nbds_max=1 max_part=0"),
         test!(partitions_in_use),
+        test!(the_sequence_number_of_the_disk),
+        test!(events_come_when_all_is_set),
     ]
 }
 
@@ -325,4 +331,85 @@ fn partitions_in_use(guest: &Guest) {
     drop(partition);
     link.wait_free();
     assert_eq!(has_partition(), stay);
+}
+
+// --- Identity -----------------------------------------------------------------
+
+fn diskseq() -> u64 {
+    device::sysfs(0, "diskseq").parse().expect("a number")
+}
+
+/// Each image has another one, by which udev tells them apart.
+fn the_sequence_number_of_the_disk(guest: &Guest) {
+    let netlink_keeps = guest.expected("images-have-a-diskseq") == Driver::Nbd;
+    for front in FRONTS {
+        let keeps = netlink_keeps && front == Front::Netlink;
+        let mut last = diskseq();
+        for _ in 0..3 {
+            let mut uevents = Uevents::listen();
+            let session = front.start(Server::new(), USUAL_FLAGS);
+            let now = diskseq();
+            if keeps {
+                assert_eq!(now, last);
+            } else {
+                assert!(now > last, "{last}, {now}: an image is not an idle device");
+            }
+            let number = format!("DISKSEQ={now}");
+            uevents.expect(&["ACTION=change", "DEVNAME=nbd0", &number]);
+            uevents.rest();
+            session.end();
+            if !keeps {
+                assert!(diskseq() > now, "an idle device is not the last image");
+            }
+            let number = format!("DISKSEQ={}", diskseq());
+            if !netlink_keeps {
+                uevents.expect(&["ACTION=change", "DEVNAME=nbd0", &number]);
+            }
+            last = diskseq();
+        }
+    }
+}
+
+/// When udev hears of a change, the size and `pid` are what they are going to be.
+fn events_come_when_all_is_set(guest: &Guest) {
+    // Those who hear it later delay the driver.
+    let crowd: Vec<Uevents> = (0..400).map(|_| Uevents::listen()).collect();
+    let mut uevents = Uevents::listen();
+    let (stop, seen) = (AtomicBool::new(false), Mutex::new(Vec::new()));
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                for event in uevents.rest() {
+                    let size = device::sysfs(0, "size");
+                    let pid = device::pid(0).is_some();
+                    let has = |line: &str| event.lines().any(|have| have == line);
+                    if has("ACTION=change") && has("DEVNAME=nbd0") {
+                        seen.lock().unwrap().push((event.clone(), size, pid));
+                    }
+                }
+            }
+        });
+        let watched = || {
+            let any = wait_until(SOON, || !seen.lock().unwrap().is_empty());
+            assert!(any.is_ok(), "no uevent");
+            thread::sleep(Duration::from_millis(20));
+            std::mem::take(&mut *seen.lock().unwrap())
+        };
+        let mut wrong = Vec::new();
+        for round in 0..20 {
+            let front = FRONTS[round % 2];
+            let session = front.start(Server::new(), USUAL_FLAGS | READ_ONLY);
+            let connected = watched();
+            session.end();
+            let ended = watched();
+            let sectors = (SIZE / 512).to_string();
+            wrong.extend(connected.into_iter().filter(|e| e.1 != sectors || !e.2));
+            wrong.extend(ended.into_iter().filter(|e| e.1 != "0" || e.2));
+        }
+        stop.store(true, Ordering::Relaxed);
+        if guest.expected("events-come-last") == Driver::Rnbd {
+            assert!(wrong.is_empty(), "{wrong:#?}");
+        }
+    });
+    drop(crowd);
 }
