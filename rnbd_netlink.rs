@@ -163,14 +163,24 @@ impl Netlink {
 
     /// Disconnects a device (`nbd_genl_disconnect()`).
     ///
+    /// The index may belong to another user of the device by now. A message with a backend
+    /// identifier is for the device that has this backend only. nbd.c ignores the identifier.
+    ///
     /// # Errors
     ///
     /// - `EPERM`: the sender does not have `CAP_SYS_ADMIN`.
+    /// - `EINVAL`: the device does not have the backend that the message names.
     /// - Those of [`Self::device()`].
     fn disconnect(&self, info: &Info<'_>) -> Result {
         check_capable(info)?;
-        self.device(info)?.disconnect_and_put();
-        Ok(())
+        let backend = info.attr(ATTR_BACKEND_IDENTIFIER).map(|a| a.string());
+        let device = self.device(info)?;
+        device.disconnect_and_put(backend).inspect_err(|_| {
+            info.complain(
+                Some(ATTR_BACKEND_IDENTIFIER),
+                c"the device has another backend",
+            );
+        })
     }
 
     /// Changes a device or replaces its dead connections (`nbd_genl_reconfigure()`).

@@ -82,7 +82,8 @@ impl Device {
             && self
                 .with_config(|config| Ok(config.disconnect_on_close))
                 .unwrap_or(false);
-        if disconnect && self.disconnect_by_netlink() {
+        // This fails only for a device with another backend than the one that is named.
+        if disconnect && self.disconnect_by_netlink(None).unwrap_or(false) {
             self.put_config(held);
         }
         self.put_config(held);
@@ -400,31 +401,56 @@ impl Device {
     /// Disconnects the device, waits until all connections are reaped, and puts netlink's reference
     /// (`nbd_disconnect_and_put()`).
     ///
+    /// If `backend` is given, only a device that was connected with this backend identifier is
+    /// disconnected.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL`: the device was connected without a backend identifier or with another one, or it
+    /// has no configuration although an identifier was given.
+    ///
     /// # Context
     ///
     /// May sleep.
-    pub(crate) fn disconnect_and_put(&self) {
-        if self.disconnect_by_netlink() {
+    pub(crate) fn disconnect_and_put(&self, backend: Option<&[u8]>) -> Result {
+        if self.disconnect_by_netlink(backend)? {
             // The session has ended, so nobody holds this lock for long.
             self.put_config(&self.disk.lock_open_mutex());
         }
+        Ok(())
     }
 
-    /// Sends a disconnect on all connections, and waits until they are reaped.
+    /// Sends a disconnect on all connections, and waits until they are reaped. The arguments and
+    /// errors are those of [`Self::disconnect_and_put()`].
     ///
     /// Returns whether netlink's reference to the configuration is now the caller's to put.
-    fn disconnect_by_netlink(&self) -> bool {
+    fn disconnect_by_netlink(&self, backend: Option<&[u8]>) -> Result<bool> {
         // This is one step under the lock, since a device that is configured later must not be
-        // disconnected. It fails only if there is no configuration.
-        let put = self.with_config(|config| {
+        // disconnected.
+        let mut state = self.lock();
+        if backend.is_some_and(|backend| !self.has_backend(backend)) {
+            pr_err!(
+                "nbd{}: not disconnected: the device has another backend\n",
+                self.index
+            );
+            return Err(EINVAL);
+        }
+        let put = state.config.as_mut().is_some_and(|config| {
             self.send_disconnect(config);
             config.end();
             config.setup_by = None;
             config.interrupted = None;
             config.bound = false;
-            Ok(core::mem::take(&mut config.held_by_netlink))
+            core::mem::take(&mut config.held_by_netlink)
         });
-        put.unwrap_or(false)
+        Ok(put)
+    }
+
+    /// Returns whether the device was connected with this backend identifier. The answer does not
+    /// change while the configuration lock is held.
+    fn has_backend(&self, backend: &[u8]) -> bool {
+        let ours = self.backend.lock();
+        ours.as_ref().is_some_and(|ours| ours.to_bytes() == backend)
     }
 
     /// Ends the session at once and drops the sockets (`NBD_CLEAR_SOCK`, `nbd_clear_sock_ioctl()`).

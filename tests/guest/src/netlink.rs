@@ -2,7 +2,7 @@
 
 //! The generic netlink family "nbd" (linux/nbd-netlink.h), and a device that is connected with it.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io::{self, Cursor};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
@@ -10,7 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use neli::attr::Attribute;
-use neli::consts::nl::NlmF;
+use neli::consts::nl::{NlmF, NlmsgerrAttr};
 use neli::consts::socket::{Msg, NlFamily};
 use neli::genl::{AttrTypeBuilder, Genlmsghdr, GenlmsghdrBuilder, Nlattr, NlattrBuilder};
 use neli::nl::{NlPayload, Nlmsghdr, NlmsghdrBuilder};
@@ -132,6 +132,8 @@ pub struct Netlink {
     socket: NlSocket,
     pub family: Family,
     sequence: Cell<u32>,
+    /// What the kernel said to the last command that it refused, if it was to say something.
+    words: RefCell<Option<String>>,
 }
 
 impl Netlink {
@@ -153,6 +155,7 @@ impl Netlink {
                 groups: Vec::new(),
             },
             sequence: Cell::new(0),
+            words: RefCell::default(),
         };
         netlink.family = netlink.resolve("nbd")?;
         Ok(netlink)
@@ -222,7 +225,16 @@ impl Netlink {
             match received.nl_payload() {
                 NlPayload::Payload(payload) => answer = Some(payload.clone()),
                 NlPayload::Ack(_) => return Ok(answer),
-                NlPayload::Err(error) => return Err(Errno::from_raw_os_error(-error.error())),
+                NlPayload::Err(error) => {
+                    let mut attrs = error.ext_ack().iter();
+                    let words = attrs.find(|a| *a.nla_type().nla_type() == NlmsgerrAttr::Msg);
+                    let words = words.map(|words| {
+                        let words = words.payload().as_ref().strip_suffix(&[0]);
+                        String::from_utf8_lossy(words.expect("a terminated string")).into_owned()
+                    });
+                    self.words.replace(words);
+                    return Err(Errno::from_raw_os_error(-error.error()));
+                }
                 other => panic!("the kernel said {other:?}"),
             }
         }
@@ -276,6 +288,22 @@ impl Netlink {
 
     pub fn disconnect(&self, index: u32) -> SysResult<()> {
         self.ask(DISCONNECT, vec![attr(INDEX, index)]).map(drop)
+    }
+
+    /// Disconnects a device if it has this image.
+    pub fn disconnect_backend(&self, index: u32, backend: &[u8]) -> SysResult<()> {
+        let setup = Setup::change(index).backend_bytes(backend);
+        self.ask(DISCONNECT, setup.attrs()).map(drop)
+    }
+
+    /// Has the kernel say why it refuses a command; see [`Self::words`].
+    pub fn want_words(&self) {
+        self.socket.enable_ext_ack(true).expect("NETLINK_EXT_ACK");
+    }
+
+    /// What the kernel said to the last command that it refused.
+    pub fn words(&self) -> Option<String> {
+        self.words.take()
     }
 
     /// The devices, or one of them, and whether they are connected.

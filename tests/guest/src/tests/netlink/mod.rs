@@ -4,6 +4,7 @@
 
 mod connect;
 mod failover;
+mod identity;
 mod lifetimes;
 mod reconfigure;
 mod sharing;
@@ -23,6 +24,7 @@ const MIB: u64 = 1 << 20;
 pub fn tests() -> Vec<Test> {
     [
         connect::tests(),
+        identity::tests(),
         lifetimes::tests(),
         reconfigure::tests(),
         failover::tests(),
