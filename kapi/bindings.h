@@ -25,6 +25,7 @@
 //bindgen: --allowlist-function lock_sock_nested
 //bindgen: --allowlist-function release_sock
 //bindgen: --allowlist-function tcp_read_sock
+//bindgen: --allowlist-function tcp_sock_set_nodelay
 //bindgen: --allowlist-function tcp_stream_memory_free
 
 /* Macros with casts, which bindgen cannot evaluate. Kbuild strips the prefix from the names. */

@@ -172,6 +172,9 @@ impl Socket {
     /// The socket is also set up for writing out dirty memory, until the returned guard is dropped: see
     /// [`Settings::change()`] and [`LockClass::give()`].
     ///
+    /// `TCP_NODELAY` is set, as in `drivers/nvme/host/tcp.c`, and stays set: a request must not wait
+    /// for the acknowledgement of the one before, and a program can forget the option.
+    ///
     /// # Errors
     ///
     /// - `EBUSY`: another user in the kernel, which may be another owner, uses the socket, or may have kept
@@ -207,6 +210,7 @@ impl Socket {
             // SAFETY: `self` keeps `sk` valid, and the socket is still locked.
             unsafe { Settings::change(self.sk()) }
         };
+        self.set_nodelay();
         // SAFETY: `self` keeps `sk` valid, which is a TCP or UNIX socket.
         let lock_class = unsafe { LockClass::give(self.sk()) };
         // INVARIANT: The hook was installed on `self` above.

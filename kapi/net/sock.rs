@@ -303,6 +303,20 @@ impl Socket {
         state == bindings::TCP_ESTABLISHED && shutdown == 0
     }
 
+    /// Makes TCP send data at once, without waiting for the acknowledgement of earlier data
+    /// (`TCP_NODELAY`). Does nothing on a UNIX socket, which never waits.
+    ///
+    /// # Context
+    ///
+    /// Process context, without a lock of the socket. May sleep.
+    pub(super) fn set_nodelay(&self) {
+        if self.is_tcp() {
+            // The `struct sock` of `kernel::bindings` and ours are the same type in C.
+            // SAFETY: By the type invariant, `sk` is valid, and it is a TCP socket.
+            unsafe { bindings::tcp_sock_set_nodelay(self.sk().cast()) };
+        }
+    }
+
     /// Takes the socket's lock, as system calls do (`lock_sock()`), until the guard is dropped. May sleep.
     pub(super) fn lock(&self) -> Locked<'_> {
         // The `struct sock` of `kernel::bindings` and ours are the same type in C.

@@ -5,6 +5,7 @@
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::io::{IoSlice, IoSliceMut, Read, Seek, SeekFrom, Write};
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Barrier, Mutex};
@@ -14,7 +15,7 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 use rustix::fs::FallocateFlags;
 use rustix::io::Errno;
-use rustix::net::sockopt::set_socket_send_buffer_size;
+use rustix::net::sockopt::{set_socket_send_buffer_size, set_tcp_nodelay, tcp_nodelay};
 
 use crate::debug_kernel::enough;
 use crate::device::{self, Plan, Rig, USUAL_FLAGS, assert_pattern, errno, pattern};
@@ -22,11 +23,12 @@ use crate::driver::Driver;
 use crate::harness::{Guest, Test, Until, run_on, say, wait_until};
 use crate::netlink::{Netlink, Setup};
 use crate::proto::{
-    CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, Command, READ_ONLY, SEND_FLUSH, SEND_TRIM, SEND_WRITE_ZEROES,
+    self, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, Command, READ_ONLY, SEND_FLUSH, SEND_TRIM,
+    SEND_WRITE_ZEROES,
 };
 use crate::server::{Server, Transport};
 use crate::stacks;
-use crate::sys::{Buffer, ioctl_pointer};
+use crate::sys::{Buffer, ioctl_number, ioctl_pointer};
 use crate::test;
 
 pub fn tests() -> Vec<Test> {
@@ -59,6 +61,7 @@ pub fn tests() -> Vec<Test> {
         test!(more_than_one_turn_sends),
         test!(what_is_queued_last_is_sent),
         test!(nothing_is_kept_back),
+        test!(programs_that_forget_tcp_nodelay),
         test!(random_concurrent_io_is_consistent),
         test!(two_devices_do_not_mix),
     ]
@@ -780,6 +783,53 @@ fn random_concurrent_io_is_consistent(_: &Guest) {
         if version != 0 {
             assert_pattern(version, offset, &rig.server.peek(offset, BLOCK));
         }
+    }
+}
+
+/// A program dials, forgets the option, and hands the socket over.
+fn programs_that_forget_tcp_nodelay(guest: &Guest) {
+    let driver = guest.expected("tcp-nodelay-is-set");
+    let set = driver == Driver::Rnbd;
+    let nodelay = |socket: &OwnedFd| tcp_nodelay(socket).unwrap();
+    let server = Server::new();
+    let forgetful = |transport| {
+        let socket = server.connect(transport);
+        set_tcp_nodelay(&socket, false).unwrap();
+        let kept = socket.try_clone().unwrap();
+        (socket, kept)
+    };
+    for transport in [Transport::Tcp4, Transport::Tcp6, Transport::Tls] {
+        // By ioctl.
+        let (socket, kept) = forgetful(transport);
+        let plan = Plan::new(MIB as u64);
+        let mut client = plan.start_over(vec![socket]);
+        client.wait_ready(MIB as u64);
+        assert_eq!(nodelay(&kept), set, "{transport:?}");
+        let direct = device::open(0, libc::O_DIRECT).unwrap();
+        direct.write_all_at(&written(1, 0, 4 * KIB), 0).unwrap();
+        assert_eq!(ioctl_number(&direct, proto::DISCONNECT, 0), Ok(0));
+        drop(direct);
+        assert_eq!(client.wait(), Ok(0));
+        assert_eq!(nodelay(&kept), set, "it stays");
+        // By netlink: for a new device, and in the place of a dead connection.
+        let (socket, kept) = forgetful(transport);
+        let netlink = Netlink::open();
+        let setup = Setup::new(MIB as u64).index(1).dead_timeout(5);
+        assert_eq!(netlink.connect(&setup.sockets([socket])), Ok(1));
+        assert_eq!(nodelay(&kept), set, "{transport:?}");
+        let news = Netlink::listen();
+        server.kill();
+        assert_eq!(news.expect_dead_link(), 1);
+        let (socket, kept) = forgetful(transport);
+        assert!(!nodelay(&kept), "not yet");
+        let change = Setup::change(1).sockets([socket]);
+        assert_eq!(netlink.reconfigure(&change), Ok(()));
+        assert_eq!(nodelay(&kept), set, "{transport:?}");
+        let direct = device::open(1, libc::O_DIRECT).unwrap();
+        direct.write_all_at(&written(2, 0, 4 * KIB), 0).unwrap();
+        drop(direct);
+        netlink.disconnect(1).unwrap();
+        assert_eq!(nodelay(&kept), set, "it stays");
     }
 }
 
