@@ -25,7 +25,7 @@ mod rnbd_table;
 mod rnbd_translate;
 
 use kapi::{
-    block::gendisk::Major,
+    block::major::Major,
     net::{
         genl::{
             Group,

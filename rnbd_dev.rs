@@ -30,9 +30,9 @@ use crate::{
         request::{
             NewRequest,
             QueueStatus,
-            Status,
-            TimedOutRequest, //
+            Status, //
         },
+        timed_out::TimedOutRequest, //
     },
     rnbd_session::Session,
     rnbd_shared::Shared, //

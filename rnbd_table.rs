@@ -8,12 +8,14 @@
 #![forbid(unsafe_code)]
 
 use crate::{
-    kapi::block::request::{
-        Outcome,
-        Parked,
-        Side,
-        Status,
-        Unanswered, //
+    kapi::block::{
+        parked::Parked,
+        request::{
+            Outcome,
+            Side,
+            Status,
+            Unanswered, //
+        },
     },
     pure::{
         cmd::{

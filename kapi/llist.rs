@@ -201,7 +201,8 @@ impl<T: Linked> Batch<T> {
         }
         // SAFETY: By the type invariant, `raw` was returned by `into_raw()` and was not taken back.
         self.oldest = unsafe { T::next(raw) }.load(Relaxed);
-        // SAFETY: As above; the batch no longer refers to the item.
+        // SAFETY: By the type invariant, `raw` was returned by `into_raw()`. The batch no longer refers to
+        // the item, so it is taken back once.
         Some(unsafe { T::from_raw(raw) })
     }
 }

@@ -8,7 +8,7 @@ use crate::{
     kapi::{
         block::{
             mq::TimeoutStatus,
-            request::{
+            timed_out::{
                 SinceTimeout,
                 TimedOutRequest, //
             },

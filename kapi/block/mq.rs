@@ -8,12 +8,14 @@
 //!
 //! See also `Documentation/block/blk-mq.rst`.
 
-use super::request::{
-    Handle,
-    NewRequest,
-    Pdu,
-    QueueStatus,
-    TimedOutRequest, //
+use super::{
+    request::{
+        Handle,
+        NewRequest,
+        Pdu,
+        QueueStatus, //
+    },
+    timed_out::TimedOutRequest, //
 };
 use crate::kapi::bindings;
 use core::{

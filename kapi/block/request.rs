@@ -30,8 +30,7 @@
 
 use crate::kapi::{
     bindings,
-    llist::Linked,
-    task, //
+    llist::Linked, //
 };
 use core::{
     marker::PhantomData,
@@ -158,7 +157,7 @@ pub(crate) struct NewRequest {
 ///
 /// `rq` was started and has not ended. `Pdu::handles` includes this handle.
 pub(super) struct Handle {
-    rq: NonNull<bindings::request>,
+    pub(super) rq: NonNull<bindings::request>,
 }
 
 /// The transmit side's handle: while it exists, the request's data may be sent.
@@ -169,7 +168,7 @@ pub(crate) struct Unsent(Handle);
 /// The handle of the code that decides how the request ends.
 ///
 /// Dropping it without a decision fails the request.
-pub(crate) struct Unanswered(Handle);
+pub(crate) struct Unanswered(pub(super) Handle);
 
 /// What `queue_rq` returns to the block layer. Only a [`NewRequest`] creates it, by being started
 /// or refused.
@@ -200,7 +199,7 @@ pub(crate) struct Extent {
 /// # Safety
 ///
 /// `rq` must point to a request that is not freed, or given to another driver, during the call.
-unsafe fn extent(rq: NonNull<bindings::request>) -> Extent {
+pub(super) unsafe fn extent(rq: NonNull<bindings::request>) -> Extent {
     // SAFETY: By this function's safety requirements, `rq` is valid. While the driver owns it,
     // these fields do not change. A request that timed out may end at the same time, which changes
     // them; what is read then is only logged.
@@ -474,122 +473,5 @@ unsafe impl Linked for Unsent {
         // SAFETY: By this function's safety requirements, `raw` was returned by `into_raw()`. The
         // handle that this gave up keeps the request in flight.
         unsafe { &pdu(NonNull::new_unchecked(raw)).next }
-    }
-}
-
-/// A place for one [`Unanswered`], where it waits for whoever will decide.
-///
-/// # Invariants
-///
-/// `ptr` is null, or a request of which this object owns the `Unanswered` handle.
-pub(crate) struct Parked {
-    ptr: Atomic<*mut bindings::request>,
-}
-
-impl Parked {
-    /// Creates an empty place.
-    pub(crate) fn empty() -> Self {
-        Parked {
-            ptr: Atomic::new(core::ptr::null_mut()),
-        }
-    }
-
-    fn exchange(&self, new: *mut bindings::request) -> Option<Unanswered> {
-        // INVARIANT: The ownership of the handle in `ptr` moves to the returned value.
-        NonNull::new(self.ptr.xchg(new, Full)).map(|rq| Unanswered(Handle { rq }))
-    }
-
-    /// Puts a handle in, and returns the one that was there before.
-    pub(crate) fn put(&self, request: Unanswered) -> Option<Unanswered> {
-        self.exchange(ManuallyDrop::new(request).0.rq.as_ptr())
-    }
-
-    /// Takes the handle out.
-    pub(crate) fn take(&self) -> Option<Unanswered> {
-        self.exchange(core::ptr::null_mut())
-    }
-}
-
-impl Drop for Parked {
-    fn drop(&mut self) {
-        drop(self.take());
-    }
-}
-
-/// What has become of a request that timed out.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum SinceTimeout {
-    /// It is still in flight.
-    InFlight,
-    /// It was requeued and started again, so that it has a new deadline.
-    Restarted,
-    /// It has ended, or was requeued and not started again.
-    NotStarted,
-}
-
-/// A request that has timed out.
-///
-/// The block layer holds a reference to it, but it may end at the same time, or be requeued and
-/// started again. If the queue has an I/O scheduler, another request may then get its tag.
-///
-/// # Invariants
-///
-/// `rq` was passed to `timeout`, which has not returned yet.
-pub(crate) struct TimedOutRequest<'a> {
-    pub(super) rq: NonNull<bindings::request>,
-    pub(super) _call: PhantomData<&'a ()>,
-}
-
-impl TimedOutRequest<'_> {
-    /// Returns the extent of the request. It is only reliable enough for a log, since the request
-    /// may end.
-    pub(crate) fn extent(&self) -> Extent {
-        // SAFETY: By the type invariant, the block layer holds a reference to the request.
-        unsafe { extent(self.rq) }
-    }
-
-    /// Returns the number of the request's hardware queue, and its tag; `None` if it was requeued
-    /// and has no tag.
-    ///
-    /// Only [`Self::since_timeout()`] tells whether the tag is still that of this request.
-    pub(crate) fn tag(&self) -> Option<(u32, u32)> {
-        // SAFETY: By the type invariant, the block layer holds a reference to the request. Another
-        // CPU may change the tag at the same time; a word is never read torn.
-        let tag = unsafe { (&raw const (*self.rq.as_ptr()).tag).read_volatile() };
-        // SAFETY: As above. The hardware context lives as long as the queue has requests.
-        let hw_queue = unsafe { (*(*self.rq.as_ptr()).mq_hctx).queue_num };
-        // `BLK_MQ_NO_TAG` is -1.
-        Some((hw_queue, u32::try_from(tag).ok()?))
-    }
-
-    /// Returns what has become of the request, which had `tag` before.
-    ///
-    /// If it is [`SinceTimeout::InFlight`], then what was read of the driver's data of this tag
-    /// since was that of this request, and from before it was requeued: `blk_add_timer()` writes
-    /// the new deadline before the driver can start anything for it.
-    pub(crate) fn since_timeout(&self, tag: (u32, u32)) -> SinceTimeout {
-        let rq = self.rq.as_ptr();
-        // SAFETY: By the type invariant, the block layer holds a reference to the request. Another
-        // CPU may change these at the same time; a word is never read torn.
-        let (state, deadline) = unsafe {
-            (
-                (&raw const (*rq).state).read_volatile(),
-                (&raw const (*rq).deadline).read_volatile(),
-            )
-        };
-        if state != bindings::mq_rq_state_MQ_RQ_IN_FLIGHT {
-            return SinceTimeout::NotStarted;
-        }
-        let overdue = task::jiffies().wrapping_sub(deadline) as isize;
-        if overdue < 0 || self.tag() != Some(tag) {
-            return SinceTimeout::Restarted;
-        }
-        SinceTimeout::InFlight
-    }
-
-    /// Returns the time after which the request timed out, in jiffies.
-    pub(crate) fn timeout_jiffies(&self) -> u32 {
-        // SAFETY: By the type invariant, the block layer holds a reference to the request.
-        unsafe { (*self.rq.as_ptr()).timeout }
     }
 }

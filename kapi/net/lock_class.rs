@@ -98,7 +98,7 @@ impl LockClass {
         // SAFETY: The lock is held, and the copy is from the same lock.
         unsafe { Self::put_back(&raw mut (*sk).sk_lock.dep_map, &self.socket) };
         if let Some((lock, saved)) = &self.tls {
-            // SAFETY: As above.
+            // SAFETY: The lock of TLS is held, too, and the copy is from the same lock.
             unsafe { Self::put_back(&raw mut (*lock.as_ptr()).dep_map, saved) };
         }
         // SAFETY: Both locks were taken above.
@@ -151,7 +151,7 @@ impl LockClass {
         // writes to it.
         unsafe { map.write(hidden) };
         smp_mb(Full);
-        // SAFETY: As above.
+        // SAFETY: By this function's safety requirements, the lock of `map` is held.
         unsafe { (&raw mut (*map).key).write_volatile(saved.key) };
     }
 

@@ -104,15 +104,15 @@ impl Settings {
                 low_water_bytes: *low_water,
             }
         };
-        // SAFETY: As above. `sk_flags` is also read without the lock, so the access is volatile.
+        // SAFETY: `sk` is valid and locked. `sk_flags` is also read without the lock, so the access is volatile.
         unsafe { flags.write_volatile(*flags | MEMALLOC_FLAG) };
-        // SAFETY: As above. UNIX sockets also read `sk_allocation` without the lock, as a word, which
-        // is never read torn.
+        // SAFETY: `sk` is valid and locked. UNIX sockets also read `sk_allocation` without the lock, as a
+        // word, which is never read torn.
         unsafe {
             (*sk).sk_allocation = ALLOCATION;
             (*sk).sk_use_task_frag = false;
         }
-        // SAFETY: As above. `sk_rcvlowat` is also read without the lock, so the access is volatile.
+        // SAFETY: `sk` is valid and locked. `sk_rcvlowat` is also read without the lock, so the access is volatile.
         unsafe { low_water.write_volatile(1) };
         was
     }
@@ -157,7 +157,8 @@ impl Settings {
             }
             (*sk).sk_use_task_frag = self.uses_task_frag;
         }
-        // SAFETY: As above, with a volatile access as in `change()`.
+        // SAFETY: `sk` is valid and locked. `sk_rcvlowat` is also read without the lock, so the access is
+        // volatile.
         unsafe {
             if *low_water == 1 {
                 low_water.write_volatile(self.low_water_bytes);

@@ -9,6 +9,7 @@ pub(crate) mod hook;
 pub(crate) mod iov;
 mod lock_class;
 mod memalloc;
+mod message;
 mod owner;
 mod saved;
 pub(crate) mod sock;

@@ -248,7 +248,7 @@ impl Unanswered {
     }
 }
 
-/// `kapi::block::request::Parked`: room for one handle.
+/// `kapi::block::parked::Parked`: room for one handle.
 pub(crate) struct Parked(Atomic<*mut Tag>);
 
 impl Parked {
