@@ -3,7 +3,7 @@
 //! Ends of connections while there is work to do: whoever ends them, nobody hangs, nothing that
 //! was acknowledged is lost, and the device can be connected again.
 
-use std::fs;
+use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::process::{Child, Command as Process, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -162,6 +162,15 @@ impl ClientProcess {
         let dead = wait_until(SOON, || self.0.try_wait().unwrap().is_some());
         assert!(dead.is_ok(), "the client does not die");
     }
+
+    /// Somebody else has the device open.
+    fn assert_dies_with_session(&mut self, server: &Server, direct: &File) {
+        self.assert_dies();
+        let ended = wait_until(SOON, || server.living() == 0);
+        assert!(ended.is_ok(), "the session has not ended with it");
+        let read = errno(direct.read_exact_at(&mut Buffer::new(4096), 0));
+        assert_eq!(read, Err(Errno::IO));
+    }
 }
 
 impl Drop for ClientProcess {
@@ -259,13 +268,7 @@ fn client_is_stopped_and_goes_on(guest: &Guest) {
                 client.signal(Signal::KILL);
             }
         }
-        client.assert_dies();
-        let ended = wait_until(SOON, || server.living() == 0);
-        assert!(ended.is_ok(), "the session has not ended with it");
-        assert_eq!(
-            errno(direct.read_exact_at(&mut Buffer::new(4096), 0)),
-            Err(Errno::IO)
-        );
+        client.assert_dies_with_session(&server, &direct);
     }
     assert_usable(0);
 }
@@ -276,13 +279,7 @@ fn client_leaves_after_a_signal(_: &Guest) {
     let mut client = ClientProcess::start_as("attach-once", &server, Transport::Unix, 1 << 20);
     let direct = device::open(0, libc::O_DIRECT).unwrap();
     client.signal(Signal::USR1);
-    client.assert_dies();
-    let ended = wait_until(SOON, || server.living() == 0);
-    assert!(ended.is_ok(), "the session has not ended with it");
-    assert_eq!(
-        errno(direct.read_exact_at(&mut Buffer::new(4096), 0)),
-        Err(Errno::IO)
-    );
+    client.assert_dies_with_session(&server, &direct);
     drop(direct);
     assert_usable(0);
 }
