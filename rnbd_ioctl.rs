@@ -83,14 +83,8 @@ fn ioctl(device: &Device, cmd: u32, arg: usize) -> Result<usize> {
     if _IOC_TYPE(cmd) != TYPE {
         return Err(EINVAL);
     }
-    let only_ends = matches!(cmd, NBD_DISCONNECT | NBD_CLEAR_SOCK);
-    if !only_ends && device.with_config(|config| Ok(config.is_bound()))? {
-        pr_err!(
-            "nbd{}: cannot use ioctl interface on a netlink controlled device\n",
-            device.index
-        );
-        return Err(EINVAL);
-    }
+    // Of a device that was configured by netlink, all but the first two fail. Each operation checks
+    // that under the lock, since netlink can connect a device that is merely open at any time.
     match cmd {
         NBD_DISCONNECT => device.disconnect(),
         NBD_CLEAR_SOCK => device.clear_sockets(),
@@ -103,8 +97,8 @@ fn ioctl(device: &Device, cmd: u32, arg: usize) -> Result<usize> {
         NBD_DO_IT => device.run(),
         // These are accepted for compatibility only. The end of a session clears the queue, and
         // there is no list of requests to print.
-        NBD_CLEAR_QUE | NBD_PRINT_DEBUG => Ok(()),
-        _ => Err(ENOTTY),
+        NBD_CLEAR_QUE | NBD_PRINT_DEBUG => device.check_ioctl(),
+        _ => device.check_ioctl().and(Err(ENOTTY)),
     }
     .map(|()| 0)
 }

@@ -221,6 +221,14 @@ impl ModuleRef {
     }
 }
 
+impl Clone for ModuleRef {
+    fn clone(&self) -> Self {
+        // SAFETY: `self` holds a reference, so the module is not being unloaded.
+        unsafe { bindings::__module_get((&raw const bindings::__this_module).cast_mut()) };
+        ModuleRef(())
+    }
+}
+
 impl Drop for ModuleRef {
     fn drop(&mut self) {
         // SAFETY: `get()` took the reference.

@@ -39,6 +39,8 @@ pub(crate) struct Config {
     pub(super) size_bytes: u64,
     pub(super) block_bytes: u32,
     pub(super) sockets: KVec<Socket>,
+    /// A program has begun to set the device up by ioctl.
+    pub(super) set_up_by_ioctl: bool,
     /// The task that passes sockets by ioctl. No other task may add sockets (`task_setup`).
     pub(super) setup_by: Option<TaskId>,
     /// The device was started. It is not started again before the last put.
@@ -55,12 +57,15 @@ pub(crate) struct Config {
     pub(super) held_by_netlink: bool,
     /// The last close disconnects the device (`NBD_RT_DISCONNECT_ON_CLOSE`).
     pub(super) disconnect_on_close: bool,
+    /// The device has been opened since netlink began to connect it. Until then, no close is one for
+    /// which [`Self::disconnect_on_close`] is meant.
+    pub(super) opened_since_connect: bool,
     pub(super) has_backend_file: bool,
     /// The data that the debugfs files show, and the files.
     pub(super) debugfs_data: Option<Arc<FileData>>,
     pub(super) debugfs_files: Option<Files>,
     pub(super) dead_timeout_jiffies: u64,
-    _module: ModuleRef,
+    module: ModuleRef,
 }
 
 /// A task that a signal has interrupted in `NBD_DO_IT`.
@@ -102,12 +107,25 @@ impl Config {
     ///
     /// `ENODEV`: the module is being unloaded.
     pub(super) fn new() -> Result<Self> {
-        Ok(Config {
+        Ok(Self::empty(ModuleRef::get().ok_or(ENODEV)?))
+    }
+
+    /// Forgets everything but the references.
+    pub(super) fn reset(&mut self) {
+        *self = Config {
+            references: self.references,
+            ..Self::empty(self.module.clone())
+        };
+    }
+
+    fn empty(module: ModuleRef) -> Self {
+        Config {
             references: 1,
             flags: 0,
             size_bytes: 0,
             block_bytes: DEFAULT_BLOCK_BYTES,
             sockets: KVec::new(),
+            set_up_by_ioctl: false,
             setup_by: None,
             started: false,
             session: None,
@@ -116,12 +134,19 @@ impl Config {
             bound: false,
             held_by_netlink: false,
             disconnect_on_close: false,
+            opened_since_connect: false,
             has_backend_file: false,
             debugfs_data: None,
             debugfs_files: None,
             dead_timeout_jiffies: 0,
-            _module: ModuleRef::get().ok_or(ENODEV)?,
-        })
+            module,
+        }
+    }
+
+    /// Returns whether the device is merely open: nothing has been set up since the first open, and
+    /// no session was started.
+    pub(super) fn is_idle(&self) -> bool {
+        !self.set_up_by_ioctl && !self.bound && !self.started
     }
 
     /// Returns whether the session was disconnected or has run out of connections
@@ -160,10 +185,5 @@ impl Config {
         for socket in self.idle_sockets() {
             socket.end(Ending::Polite);
         }
-    }
-
-    /// Returns whether the device was configured by netlink.
-    pub(crate) fn is_bound(&self) -> bool {
-        self.bound
     }
 }

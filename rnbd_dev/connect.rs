@@ -40,6 +40,9 @@ pub(crate) struct Setup<'a> {
 impl Device {
     /// Configures and starts the device (`nbd_genl_connect()`).
     ///
+    /// A device that programs merely have open can be connected: they have it open afterwards as if
+    /// they had opened it then.
+    ///
     /// Returns false if the device is in use or about to be removed.
     ///
     /// # Errors
@@ -59,21 +62,44 @@ impl Device {
     /// May sleep.
     pub(crate) fn connect(&self, setup: &Setup<'_>) -> Result<bool> {
         let mut state = self.lock();
-        if state.config.is_some() {
+        if !self.take_config(&mut state)? {
             return Ok(false);
         }
-        match self.new_config(&mut state) {
-            Ok(config) => config.bound = true,
-            Err(e) if e == ENXIO => return Ok(false),
-            Err(e) => return Err(e),
-        }
-        // The lock, or `State::starting`, is held until the device has started. In between the device
-        // would look connected, and could be disconnected.
-        let set_up = self.set_up(&mut state, setup);
-        let started = set_up.and_then(|()| self.start(state));
+        // The lock, or `State::starting`, is held until the device has started, or everything has been
+        // undone. In between the device would look connected, and could be disconnected.
+        let (mut state, started) = match self.set_up(&mut state, setup) {
+            Ok(()) => self.start(state),
+            Err(e) => (state, Err(e)),
+        };
         started
             .map(|_| true)
-            .inspect_err(|_| self.put_config(&self.disk.lock_open_mutex()))
+            .inspect_err(|_| self.undo_connect(&mut state))
+    }
+
+    /// Takes a reference to the configuration for netlink: to a new one, or to that of a device that
+    /// is merely open.
+    ///
+    /// Returns false if the device is in use or about to be removed.
+    ///
+    /// # Errors
+    ///
+    /// `ENODEV` and `ENOMEM`; see [`Self::connect()`].
+    fn take_config(&self, state: &mut State) -> Result<bool> {
+        match &mut state.config {
+            Some(config) if config.is_idle() => {
+                config.references += 1;
+                // A disconnect that was requested before this is not one of this session.
+                config.disconnect_requested = false;
+            }
+            Some(_) => return Ok(false),
+            None => match self.new_config(state) {
+                Ok(_) => {}
+                Err(e) if e == ENXIO => return Ok(false),
+                Err(e) => return Err(e),
+            },
+        }
+        state.config_mut()?.bound = true;
+        Ok(true)
     }
 
     /// Configures the device, up to the start.

@@ -63,7 +63,10 @@ impl Device {
             self.scan_partitions_later();
         }
         match &mut state.config {
-            Some(config) => config.references += 1,
+            Some(config) => {
+                config.references += 1;
+                config.opened_since_connect |= config.bound;
+            }
             None => {
                 self.new_config(&mut state)?;
             }
@@ -78,10 +81,9 @@ impl Device {
     /// May sleep.
     pub(crate) fn close(&self, held: &OpenMutexHeld<'_>, openers: u32) {
         self.end_abandoned_session();
-        let disconnect = openers == 0
-            && self
-                .with_config(|config| Ok(config.disconnect_on_close))
-                .unwrap_or(false);
+        // A close that belongs to an open before the connect says nothing about the session.
+        let wanted = |c: &mut Config| Ok(c.disconnect_on_close && c.opened_since_connect);
+        let disconnect = openers == 0 && self.with_config(wanted).unwrap_or(false);
         // This fails only for a device with another backend than the one that is named.
         if disconnect && self.disconnect_by_netlink(None).unwrap_or(false) {
             self.put_config(held);
@@ -130,7 +132,12 @@ impl Device {
     ///
     /// May sleep.
     pub(super) fn put_config(&self, held: &OpenMutexHeld<'_>) {
-        let mut state = self.state.lock();
+        self.put_config_locked(Some(held), &mut self.state.lock());
+    }
+
+    /// Puts a reference to the configuration under the configuration lock; see
+    /// [`Self::put_config()`]. Without `held`, the device must not have got its size.
+    fn put_config_locked(&self, held: Option<&OpenMutexHeld<'_>>, state: &mut State) {
         let last = state.config.as_mut().is_some_and(|config| {
             config.references -= 1;
             config.references == 0
@@ -140,11 +147,29 @@ impl Device {
         }
         if let Some(mut config) = state.config.take() {
             self.tear_down(held, &mut config);
-            state.timeout_jiffies = 0;
-            self.disk
-                .set_request_timeout(DEFAULT_TIMEOUT_SECONDS * task::HZ);
+            self.reset_timeout(state);
             self.mark_unused();
         }
+    }
+
+    /// Undoes a connect that has failed, under the configuration lock, and puts netlink's reference.
+    ///
+    /// Programs that have the device open find it as they have opened it.
+    pub(super) fn undo_connect(&self, state: &mut State) {
+        if let Some(config) = state.config.as_mut().filter(|c| c.references > 1) {
+            self.tear_down(None, config);
+            config.reset();
+            self.reset_timeout(state);
+            self.usage.lock().destroy_on_disconnect = false;
+        }
+        self.put_config_locked(None, state);
+    }
+
+    /// Resets the request timeout, under the configuration lock.
+    fn reset_timeout(&self, state: &mut State) {
+        state.timeout_jiffies = 0;
+        self.disk
+            .set_request_timeout(DEFAULT_TIMEOUT_SECONDS * task::HZ);
     }
 
     /// Marks the device as unused, and schedules its removal if it is to be destroyed on
@@ -162,9 +187,9 @@ impl Device {
         }
     }
 
-    /// Undoes what was configured, as in `nbd_config_put()`. The caller holds the configuration
-    /// lock.
-    fn tear_down(&self, held: &OpenMutexHeld<'_>, config: &mut Config) {
+    /// Undoes what was configured, as in `nbd_config_put()`, and removes the partitions if `held` is
+    /// given. A device that has not got its size has none. The caller holds the configuration lock.
+    fn tear_down(&self, held: Option<&OpenMutexHeld<'_>>, config: &mut Config) {
         config.remove_debugfs();
         config.end();
         if config.session.is_some() {
@@ -173,7 +198,9 @@ impl Device {
             drop(gone);
         }
         self.disk.invalidate();
-        held.drop_partitions();
+        if let Some(held) = held {
+            held.drop_partitions();
+        }
         self.disk.reset_limits();
         // The next session decides whether it is read-only.
         self.disk.clear_read_only_of_user();
@@ -210,21 +237,23 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// - Those of [`Self::start()`].
+    /// - Those of [`Self::lock_for_ioctl()`] and [`Self::start()`].
     /// - `ERESTARTSYS`: a signal has interrupted the wait.
     ///
     /// # Context
     ///
     /// May sleep, for as long as the session lasts.
     pub(crate) fn run(&self) -> Result {
-        let mut state = self.lock();
+        let mut state = self.lock_for_ioctl()?;
         let session = match state.config_mut()?.resume() {
             Some(session) => {
                 drop(state);
                 session
             }
             None => {
-                let session = self.start(state)?;
+                let (state, started) = self.start(state);
+                drop(state);
+                let session = started?;
                 self.scan_partitions_later();
                 session
             }
@@ -249,6 +278,7 @@ impl Device {
     }
 
     /// Starts the device: takes over the sockets and publishes a session (`nbd_start_device()`).
+    /// Returns the lock as well, whether this succeeds or not.
     ///
     /// # Errors
     ///
@@ -263,12 +293,25 @@ impl Device {
     /// # Context
     ///
     /// May sleep. It drops the configuration lock while it changes the number of hardware queues.
-    pub(super) fn start(&self, mut state: MutexGuard<'_, State>) -> Result<Arc<Session>> {
-        let sockets = self.check_startable(state.config_mut()?)?;
+    pub(super) fn start<'a>(
+        &'a self,
+        mut state: MutexGuard<'a, State>,
+    ) -> (MutexGuard<'a, State>, Result<Arc<Session>>) {
+        let startable = state.config_mut().and_then(|c| self.check_startable(c));
+        let sockets = match startable {
+            Ok(sockets) => sockets,
+            Err(e) => return (state, Err(e)),
+        };
         let mut state = self.set_hw_queues(state, sockets as u32);
+        let started = self.start_locked(&mut state);
+        (state, started)
+    }
+
+    /// Starts the device under the configuration lock. The errors are those of [`Self::start()`].
+    fn start_locked(&self, state: &mut State) -> Result<Arc<Session>> {
         let timeout_jiffies = state.timeout_jiffies;
         let config = state.config_mut()?;
-        let session = self.start_locked(config, timeout_jiffies)?;
+        let session = self.create_session(config, timeout_jiffies)?;
         // The session has its own references to the sockets, and drops those of connections that
         // are replaced.
         config.sockets = KVec::new();
@@ -301,7 +344,7 @@ impl Device {
 
     /// Creates a session and publishes it, under the configuration lock. The errors are those of
     /// [`Self::start()`].
-    fn start_locked(&self, config: &mut Config, timeout_jiffies: u32) -> Result<Arc<Session>> {
+    fn create_session(&self, config: &mut Config, timeout_jiffies: u32) -> Result<Arc<Session>> {
         let options = Options {
             device: self.index,
             shared: self.shared.clone(),

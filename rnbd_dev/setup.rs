@@ -36,27 +36,77 @@ use crate::{
 };
 use kernel::{
     prelude::*,
-    sync::atomic::Relaxed, //
+    sync::{
+        atomic::Relaxed,
+        MutexGuard, //
+    },
 };
 
 /// The longest timeout in jiffies: `MAX_JIFFY_OFFSET`, limited to what 32 bits can hold.
 const MAX_JIFFIES: u32 = u32::MAX / 4;
 
 impl Device {
+    /// Takes the configuration lock for an ioctl. Netlink cannot connect the device before the lock
+    /// is dropped.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL`: the device was configured by netlink.
+    ///
+    /// # Context
+    ///
+    /// May sleep, like [`Self::lock()`].
+    pub(super) fn lock_for_ioctl(&self) -> Result<MutexGuard<'_, State>> {
+        let state = self.lock();
+        if state.config.as_ref().is_some_and(|c| c.bound) {
+            pr_err!(
+                "nbd{}: cannot use ioctl interface on a netlink controlled device\n",
+                self.index
+            );
+            return Err(EINVAL);
+        }
+        Ok(state)
+    }
+
+    /// Checks that the device can be used by ioctl.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::lock_for_ioctl()`].
+    pub(crate) fn check_ioctl(&self) -> Result {
+        drop(self.lock_for_ioctl()?);
+        Ok(())
+    }
+
+    /// Calls `f`, which sets up something by ioctl, under the configuration lock. If it succeeds,
+    /// netlink cannot connect the device before the last close.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::lock_for_ioctl()`], `ENODEV` if the device has no configuration, and those
+    /// of `f`.
+    fn set_up_by_ioctl(&self, f: impl FnOnce(&mut Config) -> Result) -> Result {
+        let mut state = self.lock_for_ioctl()?;
+        let config = state.config_mut()?;
+        f(config)?;
+        config.set_up_by_ioctl = true;
+        Ok(())
+    }
+
     /// Adds a socket to those that the device will use (`nbd_add_socket()`).
     ///
     /// # Errors
     ///
     /// - `EINVAL`: the file descriptor is out of range, or its socket is neither TCP nor a UNIX
-    ///   stream socket.
+    ///   stream socket, or the device was configured by netlink.
     /// - `EBADF`, `ENOTSOCK`: the file descriptor is not that of a socket.
     /// - `ENOTCONN`: the socket is not connected, and never was.
     /// - `EBUSY`: the device was started already, or another task is configuring it.
     /// - `ENODEV`: the device has no configuration.
     /// - `ENOMEM`.
     pub(crate) fn add_socket(&self, fd: usize) -> Result {
-        let fd = i32::try_from(fd).map_err(|_| EINVAL)?;
-        self.with_config(|config| {
+        self.set_up_by_ioctl(|config| {
+            let fd = i32::try_from(fd).map_err(|_| EINVAL)?;
             if config.started {
                 pr_err!(
                     "nbd{}: cannot add a socket to a running device\n",
@@ -100,18 +150,18 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// Those of [`Self::set_size()`], and `ENODEV` if the device has no configuration.
+    /// Those of [`Self::set_up_by_ioctl()`] and of [`Self::set_size()`].
     pub(crate) fn set_size_bytes(&self, size_bytes: usize) -> Result {
-        self.with_config(|config| self.set_size(config, size_bytes as u64, config.block_bytes))
+        self.set_up_by_ioctl(|config| self.set_size(config, size_bytes as u64, config.block_bytes))
     }
 
     /// Sets the size in units of the block size (`NBD_SET_SIZE_BLOCKS`).
     ///
     /// # Errors
     ///
-    /// Those of [`Self::set_size()`], and `ENODEV` if the device has no configuration.
+    /// Those of [`Self::set_up_by_ioctl()`] and of [`Self::set_size()`].
     pub(crate) fn set_size_blocks(&self, blocks: usize) -> Result {
-        self.with_config(|config| {
+        self.set_up_by_ioctl(|config| {
             let size_bytes = (blocks as u64)
                 .checked_mul(u64::from(config.block_bytes))
                 .ok_or(EINVAL)?;
@@ -123,10 +173,12 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// Those of [`Self::set_size()`], and `ENODEV` if the device has no configuration.
+    /// Those of [`Self::set_up_by_ioctl()`] and of [`Self::set_size()`].
     pub(crate) fn set_block_bytes(&self, bytes: usize) -> Result {
-        let bytes = checked_block_bytes(bytes as u64)?;
-        self.with_config(|config| self.set_size(config, config.size_bytes, bytes))
+        self.set_up_by_ioctl(|config| {
+            let bytes = checked_block_bytes(bytes as u64)?;
+            self.set_size(config, config.size_bytes, bytes)
+        })
     }
 
     /// Sets the size and the block size in bytes (`nbd_set_size()`). If the device runs, this takes
@@ -197,8 +249,14 @@ impl Device {
 
     /// Sets the request timeout in seconds, 0 if none is set
     /// (`nbd_set_cmd_timeout()`).
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::set_up_by_ioctl()`].
     pub(crate) fn set_timeout_seconds(&self, seconds: usize) -> Result {
-        self.apply_timeout(&mut self.lock(), seconds as u64);
+        let mut state = self.lock_for_ioctl()?;
+        self.apply_timeout(&mut state, seconds as u64);
+        state.config_mut()?.set_up_by_ioctl = true;
         Ok(())
     }
 
@@ -224,9 +282,9 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// `ENODEV`: the device has no configuration.
+    /// Those of [`Self::set_up_by_ioctl()`].
     pub(crate) fn set_flags(&self, flags: usize) -> Result {
-        self.with_config(|config| {
+        self.set_up_by_ioctl(|config| {
             config.flags = flags as u32;
             Ok(())
         })

@@ -44,6 +44,9 @@ pub fn meant(
     if is_malformed(past.op.as_ref()) && differs.iter().all(both_refuse) {
         return Some("malformed-messages-change-nothing");
     }
+    if any(&|past, difference| takes_an_open_device(past, difference, &nbd[at])) {
+        return Some("connect-takes-an-open-device");
+    }
     if past.forgot_sockets.contains(&true) {
         return Some("clear-sock-forgets-sockets");
     }
@@ -99,6 +102,8 @@ struct Past {
     /// Devices that were given a socket which was then taken away, before they were started.
     added: [bool; 3],
     started: [bool; 3],
+    /// Devices for which something was set by ioctl, until the last file is closed.
+    set_up: [bool; 3],
     /// Devices that have forgotten their sockets with one of the drivers, until the last file is closed.
     forgot_sockets: [bool; 3],
     flags_while_running: bool,
@@ -164,6 +169,7 @@ impl Past {
     /// With the last file goes what was configured, unless it runs.
     fn close(&mut self, device: Dev) {
         let index = device as usize;
+        self.set_up[index] &= self.files.contains(&Some(device));
         if !self.files.contains(&Some(device)) && !self.started[index] {
             self.added[index] = false;
             self.forgot_sockets[index] = false;
@@ -171,6 +177,15 @@ impl Past {
     }
 
     fn add_ioctl(&mut self, device: usize, request: Request) {
+        self.set_up[device] |= matches!(
+            request,
+            Request::SetSock(_)
+                | Request::SetBlksize(_)
+                | Request::SetSize(_)
+                | Request::SetSizeBlocks(_)
+                | Request::SetTimeout(_)
+                | Request::SetFlags(_)
+        );
         match request {
             Request::SetSock(_) => self.added[device] = true,
             Request::DoIt => self.started[device] = true,
@@ -286,6 +301,23 @@ fn must_be_connected(past: &Past, difference: &Difference<'_>) -> bool {
         _ => false,
     };
     key == "answer" && given && is_errno(rnbd, libc::ENOTCONN)
+}
+
+/// The device is merely open: nothing was set by ioctl, and there was no session since the first open.
+fn takes_an_open_device(past: &Past, difference: &Difference<'_>, seen: &Step) -> bool {
+    let (key, nbd, _) = *difference;
+    let Some(Op::Connect {
+        device: Some(device),
+        ..
+    }) = &past.op
+    else {
+        return false;
+    };
+    key == "answer"
+        && is_errno(nbd, libc::EBUSY)
+        && past.files.contains(&Some(*device))
+        && !past.set_up[*device as usize]
+        && value(seen, &format!("{device:?} pid")) == "-"
 }
 
 /// The server has ended a connection without answering, and no other is left.

@@ -1,21 +1,33 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Whose device it is: messages that are meant for another one than the index leads to by now.
+//! Whose device it is: one that programs merely have open, and messages that are meant for another one than
+//! the index leads to by now.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Barrier, RwLock};
+use std::thread;
+use std::time::Duration;
 
+use fastrand::Rng;
 use rustix::io::Errno;
 
-use super::{MIB, move_data};
-use crate::device::{self, Plan};
+use super::{MIB, move_data, read_one, sysfs_exists, try_connect, wait_destroyed};
+use crate::debug_kernel::enough;
+use crate::device::{self, Plan, SOON, USUAL_FLAGS};
 use crate::driver::Driver;
-use crate::harness::{Guest, Test};
-use crate::netlink::{Netlink, Setup};
-use crate::programs::sh;
+use crate::harness::{Guest, Test, Until, say, seed, wait_until};
+use crate::netlink::{
+    DESTROY_ON_DISCONNECT, DISCONNECT_ON_CLOSE, Link, Netlink, Setup, descriptor,
+};
+use crate::programs::{sh, try_sh};
+use crate::proto::{self, CAN_MULTI_CONN, HAS_FLAGS, READ_ONLY};
 use crate::server::{Server, Transport};
-use crate::sys::Buffer;
+use crate::sys::{Buffer, ioctl_number};
 use crate::test;
+use crate::tests::user_space::serve;
 
 pub fn tests() -> Vec<Test> {
     vec![
@@ -23,6 +35,14 @@ pub fn tests() -> Vec<Test> {
         test!(disconnect_names_an_image_where_there_is_none),
         test!(disconnect_of_the_one_before),
         test!(nbd_client_disconnects_an_image_with_a_name),
+        test!(connect_a_device_that_is_merely_open),
+        test!(connect_a_device_that_is_being_set_up),
+        test!(closes_of_opens_from_before),
+        test!(destroyed_after_the_close_of_an_open_from_before),
+        test!(a_failed_connect_leaves_an_open_device_alone),
+        test!(connect_while_others_open_and_close),
+        test!(connect_against_ioctls),
+        test!(nbd_client_connects_a_device_that_is_merely_open),
     ]
 }
 
@@ -137,4 +157,336 @@ fn nbd_client_disconnects_an_image_with_a_name(_: &Guest) {
     let link = Setup::new(MIB).index(0).backend("image-7").attach();
     sh("nbd-client -d /dev/nbd0");
     link.wait_free();
+}
+
+/// Connects a device that is open, where the driver can do that.
+fn attach_open(guest: &Guest, setup: &Setup) -> Option<Link> {
+    let link = setup.try_attach();
+    match guest.expected("connect-takes-an-open-device") {
+        Driver::Nbd => {
+            assert_eq!(link.map(drop), Err(Errno::BUSY), "open");
+            None
+        }
+        Driver::Rnbd => Some(link.expect("to connect an open device")),
+    }
+}
+
+/// As udev, blkid or a shell may have it, for a moment or for long.
+fn connect_a_device_that_is_merely_open(guest: &Guest) {
+    let open = device::open(0, libc::O_DIRECT).unwrap();
+    let second = device::open(0, 0).unwrap();
+    let setup = Setup::new(MIB).index(0);
+    let Some(link) = attach_open(guest, &setup) else {
+        return;
+    };
+    assert_eq!(device::sysfs(0, "size"), "2048");
+    move_data(&open, 0, 1);
+    move_data(&link.direct(), 128 << 10, 2);
+    for request in [
+        proto::SET_SOCK,
+        proto::SET_BLKSIZE,
+        proto::SET_SIZE,
+        proto::SET_SIZE_BLOCKS,
+        proto::SET_TIMEOUT,
+        proto::SET_FLAGS,
+        proto::DO_IT,
+        proto::CLEAR_QUE,
+        proto::PRINT_DEBUG,
+        0xab0b,
+    ] {
+        let answer = ioctl_number(&open, request, 0);
+        assert_eq!(answer, Err(Errno::INVAL), "{request:#x}");
+    }
+    drop((second, open));
+    assert_eq!(link.netlink.status(Some(0)), [(0, true)]);
+    move_data(&link.direct(), 0, 3);
+    // What was connected, and is still open, is not merely open.
+    let open = link.direct();
+    assert_eq!(link.disconnect(), Ok(()));
+    assert_eq!(try_connect(&setup), Err(Errno::BUSY));
+    drop(open);
+    link.wait_free();
+    // A disconnect of nothing is not one of what is connected later.
+    let open = device::open(0, libc::O_DIRECT).unwrap();
+    assert_eq!(link.netlink.disconnect(0), Ok(()));
+    assert_eq!(ioctl_number(&open, proto::DISCONNECT, 0), Ok(0));
+    let news = Netlink::listen();
+    let link = setup.dead_timeout(10).attach();
+    assert_eq!(read_one(&open, 0), Ok(()));
+    link.server.kill();
+    assert_eq!(news.expect_dead_link(), 0);
+    assert_eq!(link.revive(), Ok(()));
+    assert_eq!(read_one(&open, 0), Ok(()));
+}
+
+fn connect_a_device_that_is_being_set_up(guest: &Guest) {
+    let server = Server::new();
+    let socket = server.connect(Transport::Unix);
+    let number = descriptor(&socket) as u64;
+    let setup = Setup::new(MIB).index(0);
+    for (request, argument) in [
+        (proto::SET_SOCK, number),
+        (proto::SET_BLKSIZE, 4096),
+        (proto::SET_SIZE, MIB),
+        (proto::SET_SIZE_BLOCKS, 1024),
+        (proto::SET_TIMEOUT, 20),
+        (proto::SET_FLAGS, HAS_FLAGS),
+    ] {
+        let open = device::open(0, 0).unwrap();
+        assert_eq!(ioctl_number(&open, request, argument), Ok(0));
+        assert_eq!(try_connect(&setup), Err(Errno::BUSY), "{request:#x}");
+        assert_eq!(ioctl_number(&open, request, argument), Ok(0), "its own");
+    }
+    // What sets up nothing.
+    for (request, argument, answer) in [
+        (proto::CLEAR_SOCK, 0, Ok(0)),
+        (proto::CLEAR_QUE, 0, Ok(0)),
+        (proto::PRINT_DEBUG, 0, Ok(0)),
+        (proto::DISCONNECT, 0, Ok(0)),
+        (proto::SET_BLKSIZE, 3000, Err(Errno::INVAL)),
+        (proto::SET_SOCK, 9999, Err(Errno::BADF)),
+        (proto::DO_IT, 0, Err(Errno::INVAL)),
+    ] {
+        let open = device::open(0, 0).unwrap();
+        let answered = ioctl_number(&open, request, argument);
+        assert_eq!(answered, answer, "{request:#x}");
+        let link = attach_open(guest, &setup);
+        drop(open);
+        if let Some(link) = link {
+            assert_eq!(read_one(&link.direct(), 0), Ok(()), "{request:#x}");
+            assert_eq!(link.disconnect(), Ok(()));
+            link.wait_free();
+        }
+    }
+}
+
+/// The last close disconnects a device that was asked to have that; but not the close of a program that was
+/// there before, if nobody has opened the device since.
+fn closes_of_opens_from_before(guest: &Guest) {
+    let setup = Setup::new(MIB).index(0).client_flags(DISCONNECT_ON_CLOSE);
+    let old = device::open(0, 0).unwrap();
+    let Some(link) = attach_open(guest, &setup) else {
+        return;
+    };
+    drop(old);
+    assert_eq!(link.netlink.status(Some(0)), [(0, true)]);
+    let direct = link.direct();
+    assert_eq!(read_one(&direct, 0), Ok(()));
+    drop(direct);
+    link.wait_free();
+    // One from before is the last after one from afterwards.
+    let old = device::open(0, libc::O_DIRECT).unwrap();
+    let link = setup.attach();
+    drop(link.direct());
+    assert_eq!(read_one(&old, 0), Ok(()));
+    drop(old);
+    link.wait_free();
+}
+
+fn destroyed_after_the_close_of_an_open_from_before(guest: &Guest) {
+    let setup = Setup::new(MIB).index(1).client_flags(DESTROY_ON_DISCONNECT);
+    let old = device::open(1, 0).unwrap();
+    let Some(link) = attach_open(guest, &setup) else {
+        return;
+    };
+    move_data(&link.direct(), 0, 1);
+    assert_eq!(link.disconnect(), Ok(()));
+    assert!(sysfs_exists(1));
+    drop(old);
+    wait_destroyed(1);
+}
+
+fn a_failed_connect_leaves_an_open_device_alone(guest: &Guest) {
+    let server = Server::new();
+    let netlink = Netlink::open();
+    let taken = server.connect(Transport::Unix);
+    let numbers = [descriptor(&taken)];
+    let other = Setup::new(MIB).index(1).descriptors(&numbers);
+    assert_eq!(netlink.connect(&other), Ok(1));
+    let sockets = |count| (0..count).map(|_| server.connect(Transport::Unix));
+    let right = Setup::new(MIB).index(0);
+    let setup = right
+        .clone()
+        .backend("image")
+        .timeout(7)
+        .client_flags(DESTROY_ON_DISCONNECT | DISCONNECT_ON_CLOSE);
+    let driver = guest.expected("connect-takes-an-open-device");
+    for again_by_ioctl in [false, true] {
+        let open = device::open(0, libc::O_DIRECT).unwrap();
+        for (setup, errno) in [
+            (setup.clone().descriptors(&[9999]), Errno::BADF),
+            (
+                setup.clone().size(u64::MAX).sockets(sockets(1)),
+                Errno::INVAL,
+            ),
+            (
+                setup.clone().block_size(3000).sockets(sockets(1)),
+                Errno::INVAL,
+            ),
+            (setup.clone().sockets(sockets(2)), Errno::INVAL),
+            // This one fails late: where the sockets are taken over.
+            (setup.clone().descriptors(&numbers), Errno::BUSY),
+        ] {
+            let answer = netlink.connect(&setup);
+            if driver == Driver::Nbd {
+                assert_eq!(answer, Err(Errno::BUSY), "open");
+                continue;
+            }
+            assert_eq!(answer, Err(errno));
+            assert_eq!(device::sysfs(0, "size"), "0");
+            assert_eq!(device::sysfs(0, "queue/io_timeout"), "30000");
+            assert_eq!(device::pid(0), None);
+            assert!(!Path::new("/sys/block/nbd0/backend").exists());
+        }
+        if again_by_ioctl {
+            let mut rig = Plan::new(MIB).attach();
+            assert_eq!(read_one(&open, 0), Ok(()));
+            assert_eq!(rig.disconnect(), Ok(0));
+        } else if let Some(link) = attach_open(guest, &right) {
+            assert_eq!(read_one(&open, 0), Ok(()));
+            assert_eq!(link.disconnect(), Ok(()));
+        }
+        drop(open);
+        let free = wait_until(SOON, || netlink.status(Some(0)) == [(0, false)]);
+        assert!(free.is_ok(), "it stays in use, or was destroyed");
+    }
+    netlink.disconnect(1).unwrap();
+}
+
+/// Right after loading the module, udev opens every device, and closes it again.
+fn connect_while_others_open_and_close(guest: &Guest) {
+    let driver = guest.expected("connect-takes-an-open-device");
+    let (done, seed) = (AtomicBool::new(false), seed());
+    // Closed where a device is to become free: who has opened it while it was connected has to close it
+    // first.
+    let gate = RwLock::new(());
+    let server = Server::new();
+    let netlink = Netlink::open();
+    let taken = server.connect(Transport::Unix);
+    let taken = Setup::new(MIB).sockets([taken]);
+    assert_eq!(netlink.connect(&taken.clone().index(1)), Ok(1));
+    thread::scope(|scope| {
+        let until_done = Until(&done);
+        for worker in 0..3 {
+            let (done, gate) = (&done, &gate);
+            let mut random = Rng::with_seed(seed + worker);
+            scope.spawn(move || {
+                while !done.load(Ordering::Relaxed) {
+                    let pass = gate.read().unwrap();
+                    let open = device::open(0, libc::O_DIRECT).unwrap();
+                    if random.bool() {
+                        thread::sleep(Duration::from_micros(random.u64(..300)));
+                    }
+                    // There may be nothing to read yet.
+                    let _ = open.read_at(&mut Buffer::new(4096), 0);
+                    drop((open, pass));
+                    thread::sleep(Duration::from_micros(random.u64(..500)));
+                }
+            });
+        }
+        for round in 0..enough(150, 30) {
+            // Fails when it has got as far as to take the socket over. nbd.ko would take it.
+            if round % 3 == 0 && driver == Driver::Rnbd {
+                let answer = netlink.connect(&taken.clone().index(0));
+                assert_eq!(answer, Err(Errno::BUSY), "a socket of another device");
+            }
+            // The number of hardware queues changes, which takes a while.
+            let sockets = (0..=round % 2).map(|_| server.connect(Transport::Unix));
+            let setup = Setup::new(MIB)
+                .index(0)
+                .flags(USUAL_FLAGS | CAN_MULTI_CONN)
+                .sockets(sockets);
+            let answer = netlink.connect(&setup);
+            match driver {
+                Driver::Nbd => assert!(matches!(answer, Ok(0) | Err(Errno::BUSY)), "{answer:?}"),
+                Driver::Rnbd => assert_eq!(answer, Ok(0), "round {round}"),
+            }
+            if answer.is_ok() {
+                thread::sleep(Duration::from_millis(2));
+                let open = device::open(0, libc::O_DIRECT).unwrap();
+                assert_eq!(read_one(&open, 0), Ok(()), "somebody's close has ended it");
+            }
+            let _closed = gate.write().unwrap();
+            netlink.disconnect(0).unwrap();
+            let free = wait_until(SOON, || netlink.status(Some(0)) == [(0, false)]);
+            assert!(free.is_ok(), "round {round}");
+        }
+        drop(until_done);
+    });
+    netlink.disconnect(1).unwrap();
+}
+
+/// Two programs set a device up, one by ioctl, one by netlink. One of them has it as a whole.
+fn connect_against_ioctls(guest: &Guest) {
+    let mut random = Rng::with_seed(seed());
+    let server = Server::new();
+    let netlink = Netlink::open();
+    let mut connected = 0;
+    let rounds = enough(400, 60);
+    for _ in 0..rounds {
+        let open = device::open(0, 0).unwrap();
+        let setup = Setup::new(MIB)
+            .index(0)
+            .sockets([server.connect(Transport::Unix)]);
+        let barrier = Barrier::new(2);
+        let pause = Duration::from_micros(random.u64(..400));
+        let (answer, set) = thread::scope(|scope| {
+            let connector = scope.spawn(|| {
+                let netlink = Netlink::open();
+                barrier.wait();
+                netlink.connect(&setup)
+            });
+            barrier.wait();
+            thread::sleep(pause);
+            let set = [
+                (proto::SET_BLKSIZE, 4096),
+                (proto::SET_SIZE, 2 * MIB),
+                (proto::SET_FLAGS, HAS_FLAGS | READ_ONLY),
+                (proto::SET_TIMEOUT, 5),
+            ];
+            let set = set.map(|(request, argument)| ioctl_number(&open, request, argument));
+            (connector.join().unwrap(), set)
+        });
+        match answer {
+            Ok(index) => {
+                connected += 1;
+                assert_eq!(index, 0);
+                assert_eq!(set, [Err(Errno::INVAL); 4]);
+                assert_eq!(device::sysfs(0, "size"), "2048");
+                assert_eq!(device::sysfs(0, "queue/logical_block_size"), "512");
+                assert_eq!(device::sysfs(0, "queue/io_timeout"), "30000");
+                move_data(&device::open(0, libc::O_DIRECT).unwrap(), 0, 1);
+            }
+            Err(errno) => assert_eq!((errno, set), (Errno::BUSY, [Ok(0); 4])),
+        }
+        netlink.disconnect(0).unwrap();
+        drop(open);
+        let free = wait_until(SOON, || netlink.status(Some(0)) == [(0, false)]);
+        assert!(free.is_ok());
+    }
+    say(&format!("{connected} of {rounds} connected"));
+    match guest.expected("connect-takes-an-open-device") {
+        Driver::Nbd => assert_eq!(connected, 0, "open"),
+        Driver::Rnbd => assert!(connected > 0),
+    }
+}
+
+fn nbd_client_connects_a_device_that_is_merely_open(guest: &Guest) {
+    let _ = fs::remove_file("/tmp/nbdkit.sock");
+    let _server = serve(
+        "nbdkit -f -U /tmp/nbdkit.sock memory 1M",
+        "/tmp/nbdkit.sock",
+    );
+    let open = File::open("/dev/nbd0").unwrap();
+    let connected = try_sh("nbd-client -unix /tmp/nbdkit.sock /dev/nbd0");
+    if guest.expected("connect-takes-an-open-device") == Driver::Nbd {
+        assert!(connected.is_err());
+        return;
+    }
+    connected.unwrap();
+    drop(open);
+    sh("dd if=/dev/nbd0 of=/dev/null bs=64k status=none
+        nbd-client -d /dev/nbd0");
+    let gone = wait_until(SOON, || device::pid(0).is_none());
+    assert!(gone.is_ok());
 }
