@@ -8,8 +8,10 @@
 mod config;
 pub(crate) mod connect;
 mod debugfs;
+mod disconnect;
 mod lifetime;
 mod setup;
+mod start;
 
 use crate::{
     kapi::block::{
