@@ -53,6 +53,7 @@ use rnbd_shared::Shared;
 struct Rnbd {
     _netlink: Registration<Netlink>,
     _devices: AllDevices,
+    _scan: wq::OwnedQueue,
     _slow: wq::OwnedQueue,
     _hooks: Hooks,
     _io: wq::OwnedQueue,
@@ -93,10 +94,12 @@ impl kernel::Module for Rnbd {
         let io = wq::OwnedQueue::new(c"rnbd", wq::Kind::Reclaim)?;
         let hooks = Hooks::begin()?;
         let slow = wq::OwnedQueue::new(c"rnbd-slow", wq::Kind::Plain)?;
+        let scan = wq::OwnedQueue::new(c"rnbd-scan", wq::Kind::Plain)?;
         let group = Group::new(events::GROUP)?;
         let shared = Shared {
             io: io.queue(),
             slow: slow.queue(),
+            scan: scan.queue(),
             events: Arc::new(events::Multicast(group.clone()), GFP_KERNEL)?,
         };
         let registry = Registry::new(layout, shared)?;
@@ -115,6 +118,7 @@ impl kernel::Module for Rnbd {
         Ok(Rnbd {
             _netlink: netlink,
             _devices: devices,
+            _scan: scan,
             _slow: slow,
             _hooks: hooks,
             _io: io,

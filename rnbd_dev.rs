@@ -10,6 +10,7 @@ pub(crate) mod connect;
 mod debugfs;
 mod disconnect;
 mod lifetime;
+mod partitions;
 mod setup;
 mod start;
 
@@ -75,16 +76,30 @@ pub(crate) struct Layout {
     /// The time in jiffies for which a connection must have owed replies, and been silent, before
     /// it may be replaced; 0 means never.
     pub(crate) stuck_jiffies: usize,
+    /// The time in jiffies for which requests of a device that was configured by ioctl wait for a new
+    /// connection.
+    pub(crate) dead_timeout_jiffies: u64,
+    /// Partitions are looked for when a device has started.
+    pub(crate) scan_partitions: bool,
 }
 
-/// Removes devices that are no longer in use. The registry implements it.
-pub(crate) trait Remover: Send + Sync {
-    /// Schedules the removal of all devices that are marked as dying.
+/// What is to be done with a device in a work item.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Job {
+    /// To remove it.
+    Remove,
+    /// To read its partition table ([`Device::scan_partitions()`]).
+    Scan,
+}
+
+/// Queues jobs. The registry implements it.
+pub(crate) trait Jobs: Send + Sync {
+    /// Queues work items for the jobs of all devices ([`Device::take_job()`]).
     ///
     /// # Context
     ///
     /// Any task context. The caller may hold the device's locks.
-    fn remove_later(self: Arc<Self>);
+    fn queue_jobs(self: Arc<Self>);
 }
 
 /// The data that the configuration lock protects.
@@ -118,6 +133,8 @@ pub(crate) struct Usage {
     dying: bool,
     /// A work item has begun to remove the device.
     removal_started: bool,
+    /// A work item is to read the partition table.
+    scan_wanted: bool,
 }
 
 /// A disk together with the driver's data for it.
@@ -127,10 +144,13 @@ pub(crate) type Device = GenDisk<Nbd>;
 #[pin_data]
 pub(crate) struct Nbd {
     pub(crate) index: u32,
-    partitions: bool,
+    /// See [`Layout::scan_partitions`]; false also if the device cannot have partitions.
+    scans_partitions: bool,
     /// See [`Layout::stuck_jiffies`].
     pub(crate) stuck_jiffies: usize,
-    remover: Arc<dyn Remover>,
+    /// See [`Layout::dead_timeout_jiffies`].
+    dead_timeout_jiffies: u64,
+    jobs: Arc<dyn Jobs>,
     /// The directory of the driver in debugfs.
     pub(crate) debugfs: Dir,
     /// The PID of the task that started the session, as sysfs shows it; 0 if there is no session.
@@ -146,6 +166,9 @@ pub(crate) struct Nbd {
     /// Waited on until [`State::starting`] is cleared.
     #[pin]
     starting_wait: CondVar,
+    /// Waited on until the first block was read ([`config::Scan`]).
+    #[pin]
+    first_block_read: CondVar,
     /// Nests inside `state`.
     #[pin]
     pub(crate) usage: SpinLock<Usage>,
@@ -168,7 +191,7 @@ pub(crate) fn add(
     layout: Layout,
     debugfs: Dir,
     shared: Shared,
-    remover: Arc<dyn Remover>,
+    jobs: Arc<dyn Jobs>,
 ) -> Result<Disk<Nbd>> {
     let tags = Arc::pin_init(TagSet::new(layout.hw_queues, QUEUE_DEPTH), GFP_KERNEL)?;
     // These are nbd.c's limits.
@@ -191,9 +214,10 @@ pub(crate) fn add(
     Disk::add(tags, limits, numbers, fmt!("nbd{index}"), |queue| {
         try_pin_init!(Nbd {
             index,
-            partitions: layout.part_shift > 0,
+            scans_partitions: layout.scan_partitions && layout.part_shift > 0,
             stuck_jiffies: layout.stuck_jiffies,
-            remover,
+            dead_timeout_jiffies: layout.dead_timeout_jiffies,
+            jobs,
             debugfs,
             shared,
             pid: Atomic::new(0),
@@ -201,6 +225,7 @@ pub(crate) fn add(
             session: queue.published(),
             state <- new_mutex!(state),
             starting_wait <- new_condvar!(),
+            first_block_read <- new_condvar!(),
             usage <- new_spinlock!(Usage::default()),
         })
     })
@@ -240,13 +265,6 @@ impl Operations for Nbd {
 }
 
 impl Device {
-    /// Makes the next open read the partition table, if the device can have partitions.
-    pub(crate) fn scan_partitions_later(&self) {
-        if self.partitions {
-            self.disk.need_partition_scan();
-        }
-    }
-
     /// Returns whether the device is neither in use nor about to be removed.
     pub(crate) fn is_unused(&self) -> bool {
         let usage = self.usage.lock();
@@ -270,14 +288,14 @@ impl Device {
         self.usage.lock().dying
     }
 
-    /// Claims the removal of a dying device.
-    ///
-    /// Returns true to one caller only, which must then remove the device.
-    pub(crate) fn begin_removal(&self) -> bool {
+    /// Takes the next job of the device. The caller must do it.
+    pub(crate) fn take_job(&self) -> Option<Job> {
         let mut usage = self.usage.lock();
-        let begin = usage.dying && !usage.removal_started;
-        usage.removal_started |= begin;
-        begin
+        if usage.dying && !usage.removal_started {
+            usage.removal_started = true;
+            return Some(Job::Remove);
+        }
+        core::mem::take(&mut usage.scan_wanted).then_some(Job::Scan)
     }
 
     /// Takes the configuration lock, after waiting for a start that is in progress.

@@ -6,8 +6,10 @@
 use crate::{
     kapi::{
         param::{
+            DEAD_CONN_TIMEOUT,
             MAX_PART,
             NBDS_MAX,
+            PARTITION_SCAN,
             PRE_DEFINED_CONNECTIONS,
             REPLACE_STUCK, //
         },
@@ -37,6 +39,13 @@ macro_rules! parameters {
             /// replaced.
             REPLACE_STUCK = replace_stuck: 0,
                 "seconds after which RECONFIGURE replaces a connection that is silent and owes replies (default: 0, never)";
+            /// The time in seconds for which requests of a device that was configured by ioctl wait
+            /// for a new connection. It is what `NBD_ATTR_DEAD_CONN_TIMEOUT` is for netlink.
+            DEAD_CONN_TIMEOUT = dead_conn_timeout: 0,
+                "seconds for which I/O waits for a new connection if the device was set up by ioctl (default: 0)";
+            /// Whether partitions are looked for when a device has started.
+            PARTITION_SCAN = partition_scan: 1,
+                "look for partitions when a device is connected (default: 1; 0: only when user space asks for it)";
         }
     };
 }
@@ -67,10 +76,16 @@ pub(crate) fn layout() -> Result<Layout> {
         pr_err!("replace_stuck must be >= 0\n");
         EINVAL
     })?;
+    let dead_seconds = u64::try_from(DEAD_CONN_TIMEOUT.get()).map_err(|_| {
+        pr_err!("dead_conn_timeout must be >= 0\n");
+        EINVAL
+    })?;
     Ok(Layout {
         part_shift,
         hw_queues: connections as u32,
         stuck_jiffies: stuck_seconds * task::HZ as usize,
+        scan_partitions: PARTITION_SCAN.get() != 0,
+        dead_timeout_jiffies: dead_seconds * u64::from(task::HZ),
     })
 }
 

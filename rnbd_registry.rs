@@ -11,9 +11,10 @@ use crate::{
     rnbd_dev::{
         self,
         Device,
+        Job,
+        Jobs,
         Layout,
-        Nbd,
-        Remover, //
+        Nbd, //
     },
     rnbd_shared::Shared, //
 };
@@ -58,85 +59,99 @@ pub(crate) struct Registry {
     #[pin]
     devices: Mutex<Devices>,
     #[pin]
-    sweep: Work<Registry>,
+    jobs: Work<Registry>,
     /// The resources that all devices share. It is the last field, so that it is dropped last: the
     /// module may be unloaded once the last reference to the workqueues is gone.
     shared: Shared,
 }
 
 impl_has_work! {
-    impl HasWork<Self> for Registry { self.sweep }
+    impl HasWork<Self> for Registry { self.jobs }
 }
 
 impl WorkItem for Registry {
     type Pointer = Arc<Registry>;
 
-    /// Removes the devices that are marked as dying.
+    /// Queues the jobs of all devices.
     ///
-    /// Each is removed by a work item of its own, since removing a disk waits for its users, and
-    /// one device must not delay another.
+    /// Each is done by a work item of its own: removing a disk waits for its users, reading its
+    /// partition table for its server, and one device must not delay another.
     fn run(this: Arc<Registry>) {
         loop {
-            let dying = this.with(|devices| {
+            let next = this.with(|devices| {
                 let mut devices = devices.iter();
                 devices
-                    .find(|(_, device)| device.begin_removal())
-                    .map(|(index, device)| (*index, device.clone()))
+                    .find_map(|(index, device)| Some((*index, device.clone(), device.take_job()?)))
             });
-            let Some((index, device)) = dying else {
+            let Some((index, device, job)) = next else {
                 return;
             };
-            match Removal::new(this.clone(), index, device.clone()) {
-                Ok(removal) => drop(this.shared.slow.enqueue(removal)),
+            let queue = match job {
+                Job::Remove => this.shared.slow.clone(),
+                Job::Scan => this.shared.scan.clone(),
+            };
+            match DeviceWork::new(this.clone(), index, device.clone(), job) {
+                Ok(work) => drop(queue.enqueue(work)),
+                Err(_) if job == Job::Scan => device.leave_scan_to_open(),
                 Err(_) => this.remove(index, &device),
             }
         }
     }
 }
 
-/// A device that is being removed (`nbd_dev_remove_work()`).
+/// A job of a device (`nbd_dev_remove_work()`).
 #[pin_data]
-struct Removal {
+struct DeviceWork {
     registry: Arc<Registry>,
     index: u32,
     device: Arc<Disk<Nbd>>,
+    job: Job,
     #[pin]
-    work: Work<Removal>,
+    work: Work<DeviceWork>,
 }
 
 impl_has_work! {
-    impl HasWork<Self> for Removal { self.work }
+    impl HasWork<Self> for DeviceWork { self.work }
 }
 
-impl Removal {
-    /// Returns a work item that removes `device`.
+impl DeviceWork {
+    /// Returns a work item that does `job`.
     ///
     /// # Errors
     ///
     /// `ENOMEM`.
-    fn new(registry: Arc<Registry>, index: u32, device: Arc<Disk<Nbd>>) -> Result<Arc<Self>> {
+    fn new(
+        registry: Arc<Registry>,
+        index: u32,
+        device: Arc<Disk<Nbd>>,
+        job: Job,
+    ) -> Result<Arc<Self>> {
         Arc::pin_init(
-            pin_init!(Removal {
+            pin_init!(DeviceWork {
                 registry,
                 index,
                 device,
-                work <- new_work!("rnbd::removal"),
+                job,
+                work <- new_work!("rnbd::device_work"),
             }),
             GFP_KERNEL,
         )
     }
 }
 
-impl WorkItem for Removal {
-    type Pointer = Arc<Removal>;
+impl WorkItem for DeviceWork {
+    type Pointer = Arc<DeviceWork>;
 
-    fn run(this: Arc<Removal>) {
-        this.registry.remove(this.index, &this.device);
+    fn run(this: Arc<DeviceWork>) {
+        match this.job {
+            Job::Remove => this.registry.remove(this.index, &this.device),
+            Job::Scan => this.device.scan_partitions(),
+        }
     }
 }
 
-impl Remover for Registry {
-    fn remove_later(self: Arc<Self>) {
+impl Jobs for Registry {
+    fn queue_jobs(self: Arc<Self>) {
         // If the work item is queued already, it will find this device as well.
         let slow = self.shared.slow.clone();
         let _ = slow.enqueue(self);
@@ -160,7 +175,7 @@ impl Registry {
                 debugfs: Dir::new(c"nbd"),
                 shared,
                 devices <- new_mutex!(RBTree::new()),
-                sweep <- new_work!("rnbd::sweep"),
+                jobs <- new_work!("rnbd::jobs"),
             }),
             GFP_KERNEL,
         )

@@ -169,6 +169,21 @@ impl Session {
         &self.table
     }
 
+    /// Returns whether requests can be sent now. The answer may be outdated immediately.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub(crate) fn is_served(&self) -> bool {
+        let alive = |place: &Place| place.connection.is_alive();
+        !self.table.fate.snapshot().is_over() && self.connections.lock().iter().any(alive)
+    }
+
+    /// Returns the server's transmission flags.
+    pub(crate) fn flags(&self) -> u32 {
+        self.flags
+    }
+
     /// Sends a disconnect on each connection (`send_disconnects()`).
     ///
     /// # Context

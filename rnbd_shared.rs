@@ -23,6 +23,8 @@ pub(crate) struct Shared {
     pub(crate) io: Arc<Queue>,
     /// The workqueue for work that may wait for memory or I/O, such as removing a disk.
     pub(crate) slow: Arc<Queue>,
+    /// The workqueue for reading partition tables, which may wait for a server.
+    pub(crate) scan: Arc<Queue>,
     /// Notifies user space.
     pub(crate) events: Arc<dyn Events>,
 }

@@ -59,6 +59,13 @@ impl Parking for Parked {
 /// `blk_mq_unique_tag()`.
 const TAG_BITS: u32 = 16;
 
+/// The connections of a session that were not reaped yet.
+struct Unreaped {
+    count: u32,
+    /// How often the last one was reaped. A session that was lost can be started again.
+    losses: u32,
+}
+
 /// The commands in flight of a session, and the session's fate.
 #[pin_data]
 pub(crate) struct Table {
@@ -71,9 +78,8 @@ pub(crate) struct Table {
     /// The request timeout in jiffies, 0 if none is set.
     timeout_jiffies: Atomic<u32>,
     pub(crate) fate: Fate,
-    /// The number of connections that were not reaped yet.
     #[pin]
-    unreaped: Mutex<u32>,
+    unreaped: Mutex<Unreaped>,
     #[pin]
     all_reaped: CondVar,
     /// The resources that all devices share. It is the last field, so that it is dropped last: the
@@ -112,7 +118,7 @@ impl Table {
                 slots,
                 timeout_jiffies: Atomic::new(timeout_jiffies),
                 fate: Fate::new(),
-                unreaped <- new_mutex!(0),
+                unreaped <- new_mutex!(Unreaped { count: 0, losses: 0 }),
                 all_reaped <- new_condvar!(),
             }),
             GFP_KERNEL,
@@ -199,7 +205,7 @@ impl Table {
     ///
     /// May sleep.
     pub(crate) fn add_connection(&self) {
-        *self.unreaped.lock() += 1;
+        self.unreaped.lock().count += 1;
     }
 
     /// Counts a connection as reaped, and wakes up those who wait for the last one.
@@ -209,10 +215,11 @@ impl Table {
     /// May sleep.
     pub(crate) fn remove_connection(&self) {
         let mut unreaped = self.unreaped.lock();
-        *unreaped = unreaped.saturating_sub(1);
-        if *unreaped > 0 {
+        unreaped.count = unreaped.count.saturating_sub(1);
+        if unreaped.count > 0 {
             return;
         }
+        unreaped.losses = unreaped.losses.wrapping_add(1);
         if self.fate.finish_disconnect() {
             pr_info!("nbd{}: disconnected by user request\n", self.device);
         }
@@ -225,17 +232,27 @@ impl Table {
     ///
     /// May sleep.
     pub(crate) fn unreaped_connections(&self) -> u32 {
-        *self.unreaped.lock()
+        self.unreaped.lock().count
     }
 
-    /// Waits until the last connection was reaped, or a signal arrives.
+    /// Returns how often the last connection was reaped.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub(crate) fn losses(&self) -> u32 {
+        self.unreaped.lock().losses
+    }
+
+    /// Waits until the last connection was reaped for more than `losses` times, or a signal arrives.
+    /// Returns immediately if no connection is left.
     ///
     /// Returns true if a signal has interrupted the wait.
-    pub(crate) fn wait_all_reaped_interruptible(&self) -> bool {
+    pub(crate) fn wait_all_reaped_interruptible(&self, losses: u32) -> bool {
         let mut unreaped = self.unreaped.lock();
-        while *unreaped > 0 {
+        while unreaped.count > 0 && unreaped.losses == losses {
             if self.all_reaped.wait_interruptible(&mut unreaped) {
-                return *unreaped > 0;
+                return unreaped.count > 0 && unreaped.losses == losses;
             }
         }
         false
@@ -244,7 +261,7 @@ impl Table {
     /// Waits until the last connection was reaped.
     pub(crate) fn wait_all_reaped(&self) {
         let mut unreaped = self.unreaped.lock();
-        while *unreaped > 0 {
+        while unreaped.count > 0 {
             self.all_reaped.wait(&mut unreaped);
         }
     }

@@ -29,6 +29,15 @@ use kernel::{
 /// The block size in bytes until one is set (`NBD_DEF_BLKSIZE_BITS`).
 pub(super) const DEFAULT_BLOCK_BYTES: u32 = 1024;
 
+/// Whether a partition table is to be read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Scan {
+    /// It was read, or is not to be read.
+    Done,
+    /// It is read as soon as the server replies.
+    Wanted,
+}
+
 /// The configuration of a device, from the first open to the last put (`struct nbd_config`).
 pub(crate) struct Config {
     /// The reference count: one for each open, and one for netlink while it has connected the
@@ -38,16 +47,21 @@ pub(crate) struct Config {
     pub(super) flags: u32,
     pub(super) size_bytes: u64,
     pub(super) block_bytes: u32,
+    /// The block size in bytes that the disk of a started device has.
+    pub(super) running_block_bytes: u32,
     pub(super) sockets: KVec<Socket>,
     /// A program has begun to set the device up by ioctl.
     pub(super) set_up_by_ioctl: bool,
     /// The task that passes sockets by ioctl. No other task may add sockets (`task_setup`).
     pub(super) setup_by: Option<TaskId>,
-    /// The device was started. It is not started again before the last put.
+    /// The device was started. Before the last put, it can only be started again if it
+    /// [was lost](Self::is_lost).
     pub(super) started: bool,
     /// The session. It exists from its start to the last put.
     pub(super) session: Option<Arc<Session>>,
     pub(super) disconnect_requested: bool,
+    /// The sockets were dropped by `NBD_CLEAR_SOCK` since the device was started.
+    pub(super) cleared: bool,
     /// The task whose `NBD_DO_IT` was interrupted by a signal. Its process may call it again.
     pub(super) interrupted: Option<Interrupted>,
     /// The device was configured by netlink: of the ioctls, only those that disconnect are allowed
@@ -61,6 +75,7 @@ pub(crate) struct Config {
     /// which [`Self::disconnect_on_close`] is meant.
     pub(super) opened_since_connect: bool,
     pub(super) has_backend_file: bool,
+    pub(super) scan: Scan,
     /// The data that the debugfs files show, and the files.
     pub(super) debugfs_data: Option<Arc<FileData>>,
     pub(super) debugfs_files: Option<Files>,
@@ -68,28 +83,62 @@ pub(crate) struct Config {
     module: ModuleRef,
 }
 
+/// A session for whose end a task waits in `NBD_DO_IT`.
+pub(super) struct Wait {
+    pub(super) session: Arc<Session>,
+    /// How often the session had lost its last connection when the wait began
+    /// ([`Table::losses()`](crate::rnbd_table::Table::losses)).
+    pub(super) losses: u32,
+}
+
+impl Wait {
+    /// Returns the wait for the next loss of the session.
+    pub(super) fn new(session: Arc<Session>) -> Self {
+        let losses = session.table().losses();
+        Wait { session, losses }
+    }
+}
+
 /// A task that a signal has interrupted in `NBD_DO_IT`.
 pub(super) struct Interrupted {
     task: TaskId,
     process: TaskId,
+    wait: Wait,
 }
 
 impl Interrupted {
-    /// The current task.
-    pub(super) fn current() -> Self {
+    /// The current task, which was interrupted in `wait`.
+    pub(super) fn current(wait: Wait) -> Self {
         Interrupted {
             task: TaskId::current(),
             process: TaskId::current_process(),
+            wait,
         }
     }
 }
 
 impl Config {
-    /// Returns the session if the current process waits for it in `NBD_DO_IT` again, after a signal.
-    pub(super) fn resume(&mut self) -> Option<Arc<Session>> {
+    /// Returns the wait that the current process continues by calling `NBD_DO_IT` again after a
+    /// signal.
+    pub(super) fn resume(&mut self) -> Option<Wait> {
         let process = TaskId::current_process();
-        self.interrupted.take_if(|i| i.process == process)?;
-        self.session.clone()
+        let interrupted = self.interrupted.take_if(|i| i.process == process)?;
+        Some(interrupted.wait)
+    }
+
+    /// Returns whether the session of a device that was configured by ioctl has lost all its
+    /// connections, although nobody has disconnected the device or dropped its sockets.
+    ///
+    /// It can be started again with new sockets.
+    pub(super) fn is_lost(&self) -> bool {
+        let lost = |s: &Arc<Session>| s.table().unreaped_connections() == 0;
+        let wanted = self.disconnect_requested || self.cleared;
+        !self.bound && !wanted && self.session.as_ref().is_some_and(lost)
+    }
+
+    /// Returns whether settings take effect immediately.
+    pub(super) fn is_running(&self) -> bool {
+        self.started && !self.is_lost()
     }
 
     /// Returns whether the current task, which closes the device, was interrupted in `NBD_DO_IT`
@@ -124,18 +173,21 @@ impl Config {
             flags: 0,
             size_bytes: 0,
             block_bytes: DEFAULT_BLOCK_BYTES,
+            running_block_bytes: DEFAULT_BLOCK_BYTES,
             sockets: KVec::new(),
             set_up_by_ioctl: false,
             setup_by: None,
             started: false,
             session: None,
             disconnect_requested: false,
+            cleared: false,
             interrupted: None,
             bound: false,
             held_by_netlink: false,
             disconnect_on_close: false,
             opened_since_connect: false,
             has_backend_file: false,
+            scan: Scan::Done,
             debugfs_data: None,
             debugfs_files: None,
             dead_timeout_jiffies: 0,
@@ -149,15 +201,6 @@ impl Config {
         !self.set_up_by_ioctl && !self.bound && !self.started
     }
 
-    /// Returns whether the session was disconnected or has run out of connections
-    /// (`nbd_disconnected()`).
-    pub(crate) fn is_disconnected(&self) -> bool {
-        let ended = |s: &Arc<Session>| s.table().fate.snapshot().is_disconnected();
-        self.session
-            .as_ref()
-            .map_or(self.disconnect_requested, ended)
-    }
-
     /// Removes the debugfs files (`nbd_dev_dbg_close()`).
     ///
     /// # Context
@@ -169,11 +212,10 @@ impl Config {
 
     /// Returns the sockets that no session uses. It skips those that another device has hooked.
     pub(super) fn idle_sockets(&self) -> impl Iterator<Item = &Socket> {
-        let idle = self.session.is_none();
-        self.sockets.iter().filter(move |s| idle && !s.is_hooked())
+        self.sockets.iter().filter(|s| !s.is_hooked())
     }
 
-    /// Ends the session, or shuts the sockets down if there is no session (`sock_shutdown()`).
+    /// Ends the session, and shuts down the sockets that no session uses (`sock_shutdown()`).
     ///
     /// # Context
     ///
@@ -182,6 +224,15 @@ impl Config {
         if let Some(session) = &self.session {
             session.end();
         }
+        self.end_idle_sockets();
+    }
+
+    /// Shuts down the sockets that no session uses.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub(super) fn end_idle_sockets(&self) {
         for socket in self.idle_sockets() {
             socket.end(Ending::Polite);
         }

@@ -209,6 +209,7 @@ impl Device {
             if !session.reconnect(&self.disk, &socket, self.stuck_jiffies)? {
                 break;
             }
+            self.queue_wanted_scan(state.config_mut()?);
         }
         Ok(())
     }

@@ -104,6 +104,9 @@ impl Device {
 
     /// Ends the session at once and drops the sockets (`NBD_CLEAR_SOCK`, `nbd_clear_sock_ioctl()`).
     ///
+    /// Of a device that was lost, only the sockets are dropped that were passed since: nbd-client does
+    /// this before it passes a new one.
+    ///
     /// # Errors
     ///
     /// `ENODEV`: the device has no configuration.
@@ -113,10 +116,19 @@ impl Device {
     /// May sleep.
     pub(crate) fn clear_sockets(&self) -> Result {
         let put = self.with_config(|config| {
-            config.end();
+            let lost = config.is_lost();
+            if lost {
+                config.end_idle_sockets();
+            } else {
+                config.end();
+            }
             config.sockets = KVec::new();
             config.setup_by = None;
             config.interrupted = None;
+            if lost {
+                return Ok(false);
+            }
+            config.cleared = config.started;
             self.disk.force_media_change();
             // This happens under the lock: a task that returns from `NBD_DO_IT` still has the
             // device open, and is counted as an opener.

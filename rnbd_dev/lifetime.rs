@@ -33,11 +33,10 @@ impl Device {
     /// May sleep.
     pub(crate) fn open(&self) -> Result {
         let mut state = self.state.lock();
-        if state.config.as_ref().is_none_or(|c| c.is_disconnected()) {
-            self.scan_partitions_later();
-        }
+        self.wait_for_first_block(&mut state);
         match &mut state.config {
             Some(config) => {
+                self.put_scan_off(config);
                 config.references += 1;
                 config.opened_since_connect |= config.bound;
             }
@@ -157,7 +156,7 @@ impl Device {
         usage.dying |= dying;
         drop(usage);
         if dying {
-            self.remover.clone().remove_later();
+            self.jobs.clone().queue_jobs();
         }
     }
 

@@ -93,7 +93,8 @@ impl Device {
         Ok(())
     }
 
-    /// Adds a socket to those that the device will use (`nbd_add_socket()`).
+    /// Adds a socket to those that the device will use (`nbd_add_socket()`). A device that was lost
+    /// uses them once it is started again.
     ///
     /// # Errors
     ///
@@ -107,7 +108,7 @@ impl Device {
     pub(crate) fn add_socket(&self, fd: usize) -> Result {
         self.set_up_by_ioctl(|config| {
             let fd = i32::try_from(fd).map_err(|_| EINVAL)?;
-            if config.started {
+            if config.is_running() {
                 pr_err!(
                     "nbd{}: cannot add a socket to a running device\n",
                     self.index
@@ -115,6 +116,10 @@ impl Device {
                 return Err(EBUSY);
             }
             let socket = self.socket_from_fd(fd)?;
+            if config.is_lost() && config.sockets.is_empty() {
+                // The task that has passed the sockets of the lost session need not pass the new ones.
+                config.setup_by = None;
+            }
             let me = TaskId::current();
             if *config.setup_by.get_or_insert(me) != me {
                 pr_err!("nbd{}: being set up by another task\n", self.index);
@@ -206,7 +211,7 @@ impl Device {
     }
 
     /// Sets the size and the block size in bytes. The errors and the context are those of
-    /// [`Self::set_size()`].
+    /// [`Self::set_size()`]. If the device was lost, this takes effect when it is started again.
     ///
     /// Returns false if a uevent is still to be sent.
     pub(super) fn apply_size(
@@ -218,19 +223,23 @@ impl Device {
         if i64::try_from(size_bytes).is_err() {
             return Err(EINVAL);
         }
-        if config.started {
+        let running = config.is_running();
+        if running {
             self.set_limits(config, block_bytes)?;
+            config.running_block_bytes = block_bytes;
         }
         config.size_bytes = size_bytes;
         config.block_bytes = block_bytes;
-        if !config.started {
+        if !running {
             return Ok(true);
         }
         if let Some(data) = &config.debugfs_data {
             data.size_bytes.store(size_bytes, Relaxed);
             data.block_bytes.store(block_bytes, Relaxed);
         }
-        self.scan_partitions_later();
+        if self.disk.capacity() != Sectors(0) {
+            self.scan_partitions_at_open();
+        }
         Ok(self.disk.set_capacity_and_notify(Sectors(size_bytes >> 9)))
     }
 

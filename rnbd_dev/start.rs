@@ -6,7 +6,8 @@
 use super::{
     config::{
         Config,
-        Interrupted, //
+        Interrupted,
+        Wait, //
     },
     debugfs::{
         self,
@@ -19,6 +20,10 @@ use super::{
 use crate::{
     kapi::{
         block::gendisk::File,
+        net::sock::{
+            Ending,
+            Socket, //
+        },
         task, //
     },
     pure::proto::flags,
@@ -47,46 +52,61 @@ impl Device {
     /// debugger among them, the process waits for the same session if it calls this again, which the
     /// kernel does by itself if no handler was run.
     ///
+    /// A device that was lost is started again if sockets were passed since.
+    ///
     /// # Errors
     ///
-    /// - Those of [`Self::lock_for_ioctl()`] and [`Self::start()`].
+    /// - Those of [`Self::lock_for_ioctl()`], [`Self::start()`] and [`Self::restart()`].
     /// - `ERESTARTSYS`: a signal has interrupted the wait.
+    /// - `EPIPE`: the connections have ended although nobody has disconnected the device or dropped
+    ///   its sockets. nbd.c of today returns 0, nbd-client and qemu-nbd expect this.
     ///
     /// # Context
     ///
     /// May sleep, for as long as the session lasts.
     pub(crate) fn run(&self) -> Result {
-        let mut state = self.lock_for_ioctl()?;
-        let session = match state.config_mut()?.resume() {
-            Some(session) => {
-                drop(state);
-                session
+        let wait = self.begin_wait()?;
+        let interrupted = wait
+            .session
+            .table()
+            .wait_all_reaped_interruptible(wait.losses);
+        self.with_config(|config| {
+            if interrupted && !task::is_killed() {
+                config.interrupted = Some(Interrupted::current(wait));
+                return Err(ERESTARTSYS);
             }
-            None => {
-                let (state, started) = self.start(state);
-                drop(state);
-                let session = started?;
-                self.scan_partitions_later();
-                session
+            if interrupted && wait.session.table().losses() == wait.losses {
+                config.end();
             }
-        };
-        let interrupted = session.table().wait_all_reaped_interruptible();
-        if interrupted && !task::is_killed() {
-            return self.with_config(|config| {
-                config.interrupted = Some(Interrupted::current());
-                Err(ERESTARTSYS)
-            });
-        }
-        if interrupted {
-            session.end();
-        }
-        self.with_config(|_| {
+            if wait.session.table().unreaped_connections() > 0 {
+                // It was lost, and another task has started it again.
+                return Err(EPIPE);
+            }
             self.reset_size();
             if interrupted {
                 return Err(ERESTARTSYS);
             }
+            if config.is_lost() {
+                return Err(EPIPE);
+            }
             Ok(())
         })
+    }
+
+    /// Starts the device, or starts it again, or finds the session for which the current process was
+    /// waiting. The errors are those of [`Self::run()`].
+    fn begin_wait(&self) -> Result<Wait> {
+        let mut state = self.lock_for_ioctl()?;
+        let config = state.config_mut()?;
+        if config.is_lost() && !config.sockets.is_empty() {
+            // An allocation must not wait for writeback, which may be waiting for this very device.
+            return task::memalloc_noio(|| self.restart(config)).map(Wait::new);
+        }
+        if let Some(wait) = config.resume() {
+            return Ok(wait);
+        }
+        let (_state, started) = self.start(state);
+        started.map(Wait::new)
     }
 
     /// Starts the device: takes over the sockets and publishes a session (`nbd_start_device()`).
@@ -119,6 +139,86 @@ impl Device {
         (state, started)
     }
 
+    /// Starts a device that was lost again, with the sockets that were passed since.
+    ///
+    /// The requests that wait for a connection continue. Programs that have the device open, and file
+    /// systems on it, do not notice, so the sockets must be those of a server of the same image. As
+    /// with `NBD_CMD_RECONFIGURE`, the server's flags stay those of the first connection, and sockets
+    /// for which the session has no place are shut down.
+    ///
+    /// # Errors
+    ///
+    /// - `EINVAL`: there are several sockets that the server's flags do not allow, or the block size
+    ///   has changed.
+    /// - `EBUSY`, `ENOTCONN`: no socket can be used; see [`Session::reconnect()`].
+    /// - `ENODEV`: the module is being unloaded.
+    /// - `ENOMEM`.
+    ///
+    /// The device is then as lost as before, without the sockets.
+    ///
+    /// # Context
+    ///
+    /// May sleep. The caller holds the configuration lock.
+    fn restart(&self, config: &mut Config) -> Result<Arc<Session>> {
+        let session = config.session.clone().ok_or(EINVAL)?;
+        let sockets = core::mem::replace(&mut config.sockets, KVec::new());
+        self.check_sockets(&sockets, session.flags())?;
+        if config.block_bytes != config.running_block_bytes {
+            pr_err!(
+                "nbd{}: cannot be started again: the block size was {} bytes, and would be {}\n",
+                self.index,
+                config.running_block_bytes,
+                config.block_bytes
+            );
+            config.block_bytes = config.running_block_bytes;
+            return Err(EINVAL);
+        }
+        if config.flags != session.flags() {
+            pr_warn!(
+                "nbd{}: the server's flags were {:#x}, and would be {:#x}: no change until the last close\n",
+                self.index,
+                session.flags(),
+                config.flags
+            );
+            config.flags = session.flags();
+        }
+        self.reconnect_all(&session, &sockets)?;
+        self.pid.store(task::current_pid(), Relaxed);
+        config.interrupted = None;
+        self.set_size(config, config.size_bytes, config.block_bytes)
+            .inspect_err(|_| session.end())?;
+        self.queue_wanted_scan(config);
+        Ok(session)
+    }
+
+    /// Replaces dead connections of `session` by ones over `sockets`, and shuts down the sockets for
+    /// which it has no place.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Session::reconnect()`] if no socket can be used.
+    fn reconnect_all(&self, session: &Session, sockets: &[Socket]) -> Result {
+        let mut first_error = None;
+        let mut replaced = 0;
+        for socket in sockets {
+            match session.reconnect(&self.disk, socket, 0) {
+                Ok(true) => replaced += 1,
+                // There is no place for it. The caller drops its file only when it returns to user
+                // space, which may be long from now.
+                Ok(false) if !socket.is_hooked() => socket.end(Ending::Polite),
+                Ok(false) => {}
+                Err(e) => {
+                    pr_err!("nbd{}: cannot use a socket ({e:?})\n", self.index);
+                    first_error.get_or_insert(e);
+                }
+            }
+        }
+        match first_error {
+            Some(e) if replaced == 0 => Err(e),
+            _ => Ok(()),
+        }
+    }
+
     /// Starts the device under the configuration lock. The errors are those of [`Self::start()`].
     fn start_locked(&self, state: &mut State) -> Result<Arc<Session>> {
         let timeout_jiffies = state.timeout_jiffies;
@@ -141,17 +241,27 @@ impl Device {
         if config.started {
             return Err(EBUSY);
         }
-        if config.sockets.is_empty() {
+        self.check_sockets(&config.sockets, config.flags)?;
+        Ok(config.sockets.len())
+    }
+
+    /// Checks that there are sockets, and not more than a server with these flags allows.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL`: there are none or too many.
+    fn check_sockets(&self, sockets: &[Socket], flags: u32) -> Result {
+        if sockets.is_empty() {
             return Err(EINVAL);
         }
-        if config.sockets.len() > 1 && config.flags & flags::CAN_MULTI_CONN == 0 {
+        if sockets.len() > 1 && flags & flags::CAN_MULTI_CONN == 0 {
             pr_err!(
                 "nbd{}: the server does not support several connections for a device\n",
                 self.index
             );
             return Err(EINVAL);
         }
-        Ok(config.sockets.len())
+        Ok(())
     }
 
     /// Creates a session and publishes it, under the configuration lock. The errors are those of
@@ -164,7 +274,10 @@ impl Device {
             depth: QUEUE_DEPTH,
             flags: config.flags,
             timeout_jiffies,
-            dead_timeout_jiffies: config.dead_timeout_jiffies,
+            dead_timeout_jiffies: match config.bound {
+                true => config.dead_timeout_jiffies,
+                false => self.dead_timeout_jiffies,
+            },
         };
         let session = Session::new(&self.disk, &config.sockets, options)?;
         if let Err(e) = self.publish_session(config, &session) {
@@ -172,6 +285,7 @@ impl Device {
             return Err(e);
         }
         session.start_receiving();
+        self.queue_wanted_scan(config);
         Ok(session)
     }
 
@@ -210,6 +324,7 @@ impl Device {
         // A write to `queue/write_cache` since the last session must not keep this one from
         // flushing.
         self.disk.reset_limits();
+        self.want_scan(config);
         self.session.publish(session.clone()).map_err(|_| EBUSY)?;
         self.apply_size(config, config.size_bytes, config.block_bytes)?;
         // udev looks at the device when it receives an event, so these come last. Until the disk is

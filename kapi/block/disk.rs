@@ -9,6 +9,8 @@
 use crate::kapi::bindings;
 use core::ops::Deref;
 use kernel::{
+    error::to_result,
+    prelude::*,
     sync::atomic::{
         Atomic,
         Relaxed, //
@@ -161,6 +163,60 @@ impl DiskRef {
         };
     }
 
+    /// Keeps the next open from reading the partition table. Returns whether it would have read it.
+    pub(crate) fn cancel_partition_scan(&self) -> bool {
+        let needed = self.needs_partition_scan();
+        // SAFETY: By the type invariant, the disk is valid. The bits of its state are changed
+        // atomically.
+        unsafe {
+            bindings::clear_bit(
+                bindings::GD_NEED_PART_SCAN as usize,
+                &raw mut (*self.as_ptr()).state,
+            )
+        };
+        needed
+    }
+
+    /// Returns whether the next open reads the partition table.
+    fn needs_partition_scan(&self) -> bool {
+        // SAFETY: By the type invariant, the disk is valid. Other tasks may change the bits at the same
+        // time, but a word is never read torn.
+        let state = unsafe { (&raw const (*self.as_ptr()).state).read_volatile() };
+        state & (1 << bindings::GD_NEED_PART_SCAN) != 0
+    }
+
+    /// Reads the first block, past the page cache, and drops it.
+    ///
+    /// # Errors
+    ///
+    /// - `ENODATA`: the disk has no sectors.
+    /// - `ENOMEM`, and those of the request.
+    ///
+    /// # Context
+    ///
+    /// May sleep, for as long as the request takes. Memory is allocated in a way that may start I/O.
+    pub(crate) fn read_first_block(&self) -> Result {
+        if self.capacity() == Sectors(0) {
+            return Err(ENODATA);
+        }
+        // SAFETY: By the type invariant, the queue is valid. A word is never read torn.
+        let bytes = unsafe {
+            (&raw const (*self.queue()).limits.logical_block_size).read_volatile() as usize
+        };
+        let mut block = KVec::from_elem(0u8, bytes, GFP_KERNEL)?;
+        // SAFETY: The first block device lives as long as the disk. The buffer was allocated by
+        // `kmalloc()`, and lives until the call returns, when the request is complete.
+        to_result(unsafe {
+            bindings::bdev_rw_virt(
+                self.part0(),
+                0,
+                block.as_mut_ptr().cast(),
+                bytes,
+                bindings::req_op_REQ_OP_READ,
+            )
+        })
+    }
+
     /// Drops the disk's page cache, and sets the size to zero.
     ///
     /// # Context
@@ -258,6 +314,21 @@ impl<'a> OpenMutexHeld<'a> {
             disk,
             _task: NotThreadSafe,
         }
+    }
+
+    /// Reads the partition table if the next open would do that, and creates the partitions. If one is
+    /// open, they all stay as they are.
+    ///
+    /// # Context
+    ///
+    /// May sleep, for as long as the requests take.
+    pub(crate) fn scan_partitions(&self) {
+        if !self.disk.needs_partition_scan() {
+            return;
+        }
+        // SAFETY: By the type invariants, the disk is valid and the current task holds its
+        // `open_mutex`. Whoever cares for a failure finds no partitions.
+        unsafe { bindings::bdev_disk_changed(self.disk.as_ptr(), false) };
     }
 
     /// Removes all partitions of the disk, and sets its size to zero. If one is still open, they

@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use rustix::thread::{Pid, gettid};
 
 use crate::debug_kernel::patient;
+use crate::driver::Driver;
 use crate::harness::wait_until;
 use crate::proto::{self, HAS_FLAGS, SEND_FLUSH, SEND_FUA, SEND_TRIM, SEND_WRITE_ZEROES};
 use crate::server::{Server, Transport};
@@ -258,6 +259,11 @@ impl Client {
         answer
     }
 
+    /// As [`Self::wait`], for an answer of [`lost`].
+    pub fn wait_lost(&mut self) {
+        assert_eq!(self.wait(), lost());
+    }
+
     /// Whether NBD_DO_IT is still running `duration` later.
     pub fn still_runs_after(&self, duration: Duration) -> bool {
         self.returned_within(duration).is_err()
@@ -289,6 +295,15 @@ impl Drop for Client {
             sys::signal_thread(self.tid, libc::SIGUSR1);
         }
         self.join();
+    }
+}
+
+/// What NBD_DO_IT answers when all connections have ended and nobody has asked for that. The tests
+/// of `do_it` and of `restart` name the difference.
+pub fn lost() -> SysResult {
+    match Driver::chosen() {
+        Driver::Nbd => Ok(0),
+        Driver::Rnbd => Err(Errno::PIPE),
     }
 }
 

@@ -141,7 +141,7 @@ fn udev_hears_of_a_new_size(_: &Guest) {
 }
 
 /// A server with a GPT of two partitions: 1 MiB from 1 MiB on, and 2 MiB from 2 MiB on.
-fn partitioned_server() -> Server {
+pub fn partitioned_server() -> Server {
     let server = Server::new();
     let mut rig = Plan::new(8 << 20).attach_to(server);
     make_partitions();
@@ -152,7 +152,7 @@ fn partitioned_server() -> Server {
     server
 }
 
-fn make_partitions() {
+pub fn make_partitions() {
     sh("printf 'label: gpt\\n2048,2048\\n4096,4096\\n' | sfdisk --no-tell-kernel -q /dev/nbd0");
 }
 

@@ -25,8 +25,10 @@ mod multi;
 mod netlink;
 mod network;
 mod outages;
+mod partitions;
 mod races;
 mod replies;
+mod restart;
 mod shared_sockets;
 mod signals;
 mod soak;
@@ -64,6 +66,8 @@ pub fn all() -> Vec<Test> {
         differential::tests(),
         fsx::tests(),
         outages::tests(),
+        partitions::tests(),
+        restart::tests(),
         integrity::tests(),
         journals::tests(),
         network::tests(),

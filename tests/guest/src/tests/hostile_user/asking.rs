@@ -184,6 +184,8 @@ fn is_sensible(errno: Errno) -> bool {
             | Errno::EXIST
             | Errno::RANGE
             | Errno::OPNOTSUPP
+            // The end of NBD_DO_IT.
+            | Errno::PIPE
     )
 }
 
