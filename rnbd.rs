@@ -31,7 +31,8 @@ use kapi::{
             Group,
             Registration, //
         },
-        hook::Hooks, //
+        hook::Hooks,
+        port::Notifier, //
     },
     wq, //
 };
@@ -43,15 +44,19 @@ use rnbd_netlink::{
     events,
     Netlink, //
 };
-use rnbd_registry::Registry;
+use rnbd_registry::{
+    Owners,
+    Registry, //
+};
 use rnbd_shared::Shared;
 
 /// Everything that the module holds, in the order in which it is dropped.
 ///
-/// The netlink family is unregistered first, so that no new requests from user space arrive. Then
-/// the devices are removed, and then the resources that they use are released.
+/// The netlink family is unregistered first, so that no new requests from user space arrive, and then
+/// the notifier. Then the devices are removed, and then the resources that they use are released.
 struct Rnbd {
     _netlink: Registration<Netlink>,
+    _owners: Notifier<Owners>,
     _devices: AllDevices,
     _scan: wq::OwnedQueue,
     _slow: wq::OwnedQueue,
@@ -104,6 +109,7 @@ impl kernel::Module for Rnbd {
         };
         let registry = Registry::new(layout, shared)?;
         let devices = AllDevices(registry.clone());
+        let owners = Notifier::register(Owners(registry.clone()))?;
         let netlink = Netlink {
             registry: registry.clone(),
         };
@@ -117,6 +123,7 @@ impl kernel::Module for Rnbd {
         }
         Ok(Rnbd {
             _netlink: netlink,
+            _owners: owners,
             _devices: devices,
             _scan: scan,
             _slow: slow,

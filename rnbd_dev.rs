@@ -8,34 +8,37 @@
 mod config;
 pub(crate) mod connect;
 mod debugfs;
-mod disconnect;
+pub(crate) mod disconnect;
 mod lifetime;
 mod partitions;
 mod setup;
 mod start;
 
 use crate::{
-    kapi::block::{
-        gendisk::{
-            Disk,
-            GenDisk,
-            Numbers, //
+    kapi::{
+        block::{
+            gendisk::{
+                Disk,
+                GenDisk,
+                Numbers, //
+            },
+            limits::FixedLimits,
+            mq::{
+                Dispatch,
+                Expiry,
+                Operations,
+                TagSet,
+                TimeoutStatus, //
+            },
+            published::Published,
+            request::{
+                NewRequest,
+                QueueStatus,
+                Status, //
+            },
+            timed_out::TimedOutRequest, //
         },
-        limits::FixedLimits,
-        mq::{
-            Dispatch,
-            Expiry,
-            Operations,
-            TagSet,
-            TimeoutStatus, //
-        },
-        published::Published,
-        request::{
-            NewRequest,
-            QueueStatus,
-            Status, //
-        },
-        timed_out::TimedOutRequest, //
+        net::port::Port, //
     },
     rnbd_session::Session,
     rnbd_shared::Shared, //
@@ -90,6 +93,8 @@ pub(crate) enum Job {
     Remove,
     /// To read its partition table ([`Device::scan_partitions()`]).
     Scan,
+    /// To disconnect it, because its owner was released ([`Device::disconnect_owned()`]).
+    Disconnect(Port),
 }
 
 /// Queues jobs. The registry implements it.
@@ -135,6 +140,11 @@ pub(crate) struct Usage {
     removal_started: bool,
     /// A work item is to read the partition table.
     scan_wanted: bool,
+    /// The netlink socket whose release disconnects the device. It changes only under the
+    /// configuration lock.
+    owner: Option<Port>,
+    /// The owner that was released, until a work item has disconnected the device.
+    released_owner: Option<Port>,
 }
 
 /// A disk together with the driver's data for it.
@@ -295,7 +305,20 @@ impl Device {
             usage.removal_started = true;
             return Some(Job::Remove);
         }
+        if let Some(owner) = usage.released_owner.take() {
+            return Some(Job::Disconnect(owner));
+        }
         core::mem::take(&mut usage.scan_wanted).then_some(Job::Scan)
+    }
+
+    /// Records that a netlink socket was released. Returns whether it owned the device.
+    pub(crate) fn note_released(&self, port: Port) -> bool {
+        let mut usage = self.usage.lock();
+        let owned = usage.owner == Some(port);
+        if owned {
+            usage.released_owner = Some(port);
+        }
+        owned
     }
 
     /// Takes the configuration lock, after waiting for a start that is in progress.

@@ -26,6 +26,7 @@ use crate::{
     },
     rnbd_dev::{
         connect::Setup,
+        disconnect::Target,
         Device,
         Nbd, //
     },
@@ -112,7 +113,7 @@ impl Netlink {
         }
         info.require(ATTR_SOCKETS, c"at least one socket is needed")?;
         info.require(ATTR_SIZE_BYTES, c"a size in bytes is needed")?;
-        let setup = parse_setup(info)?;
+        let setup = self.parse_setup(info)?;
         let device = loop {
             let device = self.find_or_add(info, wanted, setup.sockets.len() as u32)?;
             let connected = device.connect(&setup).inspect_err(|e| {
@@ -173,9 +174,10 @@ impl Netlink {
     /// - Those of [`Self::device()`].
     fn disconnect(&self, info: &Info<'_>) -> Result {
         check_capable(info)?;
-        let backend = info.attr(ATTR_BACKEND_IDENTIFIER).map(|a| a.string());
+        let backend = info.attr(ATTR_BACKEND_IDENTIFIER);
+        let target = backend.map_or(Target::Any, |a| Target::Backend(a.string()));
         let device = self.device(info)?;
-        device.disconnect_and_put(backend).inspect_err(|_| {
+        device.disconnect_and_put(target).inspect_err(|_| {
             info.complain(
                 Some(ATTR_BACKEND_IDENTIFIER),
                 c"the device has another backend",
@@ -191,7 +193,7 @@ impl Netlink {
     /// - Those of [`Self::device()`] and of [`Device::reconfigure()`].
     fn reconfigure(&self, info: &Info<'_>) -> Result {
         check_capable(info)?;
-        let setup = parse_setup(info)?;
+        let setup = self.parse_setup(info)?;
         self.device(info)?.reconfigure(&setup)
     }
 
@@ -212,6 +214,31 @@ impl Netlink {
             return Err(EINVAL);
         }
         Ok(device)
+    }
+
+    /// Parses the attributes of a connect or reconfigure message.
+    ///
+    /// # Errors
+    ///
+    /// - `EINVAL`: an attribute is not valid.
+    /// - `ENOMEM`.
+    fn parse_setup<'a>(&self, info: &Info<'a>) -> Result<Setup<'a>> {
+        let number = |kind| info.attr(kind).and_then(|a: Attr<'a>| a.u64());
+        let setup = Setup {
+            size_bytes: number(ATTR_SIZE_BYTES),
+            block_bytes: number(ATTR_BLOCK_SIZE_BYTES),
+            timeout_seconds: number(ATTR_TIMEOUT),
+            dead_timeout_seconds: number(ATTR_DEAD_CONN_TIMEOUT),
+            server_flags: number(ATTR_SERVER_FLAGS),
+            client_flags: number(ATTR_CLIENT_FLAGS),
+            sockets: sockets(info)?,
+            backend: info.attr(ATTR_BACKEND_IDENTIFIER).map(|a| a.string()),
+            sender: Some(info.sender()),
+        };
+        if setup.makes_owner() {
+            self.registry.expect_owners();
+        }
+        Ok(setup)
     }
 
     /// Reports whether a device, or each device, is in use (`nbd_genl_status()`).
@@ -266,26 +293,6 @@ fn put_status(list: &mut KVec<u8>, device: &Device) -> Result {
     let connected = u8::from(device.is_in_use());
     attr::put(&mut item, DEVICE_CONNECTED, &[connected])?;
     attr::put(list, DEVICE_ITEM, &item)
-}
-
-/// Parses the attributes of a connect or reconfigure message.
-///
-/// # Errors
-///
-/// - `EINVAL`: an attribute is not valid.
-/// - `ENOMEM`.
-fn parse_setup<'a>(info: &Info<'a>) -> Result<Setup<'a>> {
-    let number = |kind| info.attr(kind).and_then(|a: Attr<'a>| a.u64());
-    Ok(Setup {
-        size_bytes: number(ATTR_SIZE_BYTES),
-        block_bytes: number(ATTR_BLOCK_SIZE_BYTES),
-        timeout_seconds: number(ATTR_TIMEOUT),
-        dead_timeout_seconds: number(ATTR_DEAD_CONN_TIMEOUT),
-        server_flags: number(ATTR_SERVER_FLAGS),
-        client_flags: number(ATTR_CLIENT_FLAGS),
-        sockets: sockets(info)?,
-        backend: info.attr(ATTR_BACKEND_IDENTIFIER).map(|a| a.string()),
-    })
 }
 
 /// Parses the file descriptors of the sockets (`nbd_genl_foreach_sock()`).

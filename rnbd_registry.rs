@@ -6,6 +6,10 @@
 use crate::{
     kapi::{
         block::gendisk::Disk,
+        net::port::{
+            Port,
+            Released, //
+        },
         task, //
     },
     rnbd_dev::{
@@ -29,6 +33,10 @@ use kernel::{
         RBTreeNodeReservation, //
     },
     sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
         Arc,
         Mutex,
         UniqueArc, //
@@ -60,6 +68,8 @@ pub(crate) struct Registry {
     devices: Mutex<Devices>,
     #[pin]
     jobs: Work<Registry>,
+    /// Whether a device may have an owner, or may have had one; see [`Owners`].
+    has_owners: Atomic<u32>,
     /// The resources that all devices share. It is the last field, so that it is dropped last: the
     /// module may be unloaded once the last reference to the workqueues is gone.
     shared: Shared,
@@ -87,13 +97,16 @@ impl WorkItem for Registry {
                 return;
             };
             let queue = match job {
-                Job::Remove => this.shared.slow.clone(),
+                Job::Remove | Job::Disconnect(_) => this.shared.slow.clone(),
                 Job::Scan => this.shared.scan.clone(),
             };
             match DeviceWork::new(this.clone(), index, device.clone(), job) {
                 Ok(work) => drop(queue.enqueue(work)),
-                Err(_) if job == Job::Scan => device.leave_scan_to_open(),
-                Err(_) => this.remove(index, &device),
+                Err(_) => match job {
+                    Job::Remove => this.remove(index, &device),
+                    Job::Disconnect(owner) => device.disconnect_owned(owner),
+                    Job::Scan => device.leave_scan_to_open(),
+                },
             }
         }
     }
@@ -145,6 +158,7 @@ impl WorkItem for DeviceWork {
     fn run(this: Arc<DeviceWork>) {
         match this.job {
             Job::Remove => this.registry.remove(this.index, &this.device),
+            Job::Disconnect(owner) => this.device.disconnect_owned(owner),
             Job::Scan => this.device.scan_partitions(),
         }
     }
@@ -155,6 +169,27 @@ impl Jobs for Registry {
         // If the work item is queued already, it will find this device as well.
         let slow = self.shared.slow.clone();
         let _ = slow.enqueue(self);
+    }
+}
+
+/// Disconnects the devices whose owner is released.
+pub(crate) struct Owners(pub(crate) Arc<Registry>);
+
+impl Released for Owners {
+    fn released(&self, port: Port) {
+        // Most sockets that are closed have nothing to do with NBD.
+        if self.0.has_owners.load(Relaxed) == 0 {
+            return;
+        }
+        let owned = self.0.with(|devices| {
+            let note = |count: usize, device: &Arc<Disk<Nbd>>| {
+                count + usize::from(device.note_released(port))
+            };
+            devices.values().fold(0, note)
+        });
+        if owned > 0 {
+            self.0.clone().queue_jobs();
+        }
     }
 }
 
@@ -176,6 +211,7 @@ impl Registry {
                 shared,
                 devices <- new_mutex!(RBTree::new()),
                 jobs <- new_work!("rnbd::jobs"),
+                has_owners: Atomic::new(0),
             }),
             GFP_KERNEL,
         )
@@ -189,6 +225,11 @@ impl Registry {
     /// Returns the number of indices that devices can have; see [`Self::index_limit()`].
     pub(crate) fn limit(&self) -> u32 {
         Self::index_limit(self.layout)
+    }
+
+    /// Prepares for a device that is given an owner.
+    pub(crate) fn expect_owners(&self) {
+        self.has_owners.store(1, Relaxed);
     }
 
     /// Returns the device with this index.

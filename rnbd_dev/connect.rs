@@ -12,6 +12,7 @@ use super::{
 };
 use crate::kapi::{
     block::gendisk::File,
+    net::port::Port,
     task, //
 };
 use kernel::{
@@ -24,6 +25,10 @@ const CFLAG_DESTROY_ON_DISCONNECT: u64 = 1 << 0;
 /// See `NBD_CFLAG_DISCONNECT_ON_CLOSE`.
 const CFLAG_DISCONNECT_ON_CLOSE: u64 = 1 << 1;
 
+/// The device is disconnected when the netlink socket that has sent this is closed. nbd.c does not have
+/// this flag, and ignores it.
+const CFLAG_DISCONNECT_ON_RELEASE: u64 = 1 << 32;
+
 /// The attributes of a netlink request. A setting whose attribute is absent stays as it is.
 #[derive(Default)]
 pub(crate) struct Setup<'a> {
@@ -35,6 +40,16 @@ pub(crate) struct Setup<'a> {
     pub(crate) client_flags: Option<u64>,
     pub(crate) sockets: KVec<u32>,
     pub(crate) backend: Option<&'a [u8]>,
+    /// The socket that has sent the request.
+    pub(crate) sender: Option<Port>,
+}
+
+impl Setup<'_> {
+    /// Returns whether the sender becomes the owner of the device.
+    pub(crate) fn makes_owner(&self) -> bool {
+        let flags = self.client_flags.unwrap_or(0);
+        flags & CFLAG_DISCONNECT_ON_RELEASE != 0
+    }
 }
 
 impl Device {
@@ -154,7 +169,10 @@ impl Device {
         if let Some(flags) = setup.client_flags {
             config.disconnect_on_close = flags & CFLAG_DISCONNECT_ON_CLOSE != 0;
             let destroy = flags & CFLAG_DESTROY_ON_DISCONNECT != 0;
-            self.usage.lock().destroy_on_disconnect = destroy;
+            let owner = setup.sender.filter(|_| setup.makes_owner());
+            let mut usage = self.usage.lock();
+            usage.destroy_on_disconnect = destroy;
+            usage.owner = owner;
         }
         if let Some(seconds) = setup.timeout_seconds {
             self.apply_timeout(state, seconds);

@@ -8,10 +8,24 @@ use super::{
     Device, //
 };
 use crate::{
-    kapi::block::disk::Sectors,
+    kapi::{
+        block::disk::Sectors,
+        net::port::Port, //
+    },
     rnbd_sock, //
 };
 use kernel::prelude::*;
+
+/// Which device is to be disconnected.
+#[derive(Clone, Copy)]
+pub(crate) enum Target<'a> {
+    /// Whatever is connected at its index.
+    Any,
+    /// The one that was connected with this backend identifier.
+    Backend(&'a [u8]),
+    /// The one that is owned by this netlink socket.
+    Owner(Port),
+}
 
 impl Device {
     /// Sends a disconnect on all connections (`NBD_DISCONNECT`).
@@ -50,40 +64,57 @@ impl Device {
     /// Disconnects the device, waits until all connections are reaped, and puts netlink's reference
     /// (`nbd_disconnect_and_put()`).
     ///
-    /// If `backend` is given, only a device that was connected with this backend identifier is
-    /// disconnected.
-    ///
     /// # Errors
     ///
-    /// `EINVAL`: the device was connected without a backend identifier or with another one, or it
-    /// has no configuration although an identifier was given.
+    /// `EINVAL`: `target` is not this device. A device without a configuration has neither a backend
+    /// identifier nor an owner.
     ///
     /// # Context
     ///
     /// May sleep.
-    pub(crate) fn disconnect_and_put(&self, backend: Option<&[u8]>) -> Result {
-        if self.disconnect_by_netlink(backend)? {
+    pub(crate) fn disconnect_and_put(&self, target: Target<'_>) -> Result {
+        if self.disconnect_by_netlink(target)? {
             // The session has ended, so nobody holds this lock for long.
             self.put_config(&self.disk.lock_open_mutex());
         }
         Ok(())
     }
 
+    /// Disconnects the device if it is owned by the netlink socket `owner`, which was closed.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub(crate) fn disconnect_owned(&self, owner: Port) {
+        // If it fails, the device has another owner by now, or none.
+        let _ = self.disconnect_and_put(Target::Owner(owner));
+    }
+
     /// Sends a disconnect on all connections, and waits until they are reaped. The arguments and
     /// errors are those of [`Self::disconnect_and_put()`].
     ///
     /// Returns whether netlink's reference to the configuration is now the caller's to put.
-    pub(super) fn disconnect_by_netlink(&self, backend: Option<&[u8]>) -> Result<bool> {
+    pub(super) fn disconnect_by_netlink(&self, target: Target<'_>) -> Result<bool> {
         // This is one step under the lock, since a device that is configured later must not be
         // disconnected.
         let mut state = self.lock();
-        if backend.is_some_and(|backend| !self.has_backend(backend)) {
-            pr_err!(
-                "nbd{}: not disconnected: the device has another backend\n",
+        match target {
+            Target::Any => {}
+            Target::Backend(backend) if self.has_backend(backend) => {}
+            Target::Backend(_) => {
+                pr_err!(
+                    "nbd{}: not disconnected: the device has another backend\n",
+                    self.index
+                );
+                return Err(EINVAL);
+            }
+            Target::Owner(owner) if self.usage.lock().owner == Some(owner) => pr_info!(
+                "nbd{}: its netlink socket was closed, disconnecting\n",
                 self.index
-            );
-            return Err(EINVAL);
+            ),
+            Target::Owner(_) => return Err(EINVAL),
         }
+        self.usage.lock().owner = None;
         let put = state.config.as_mut().is_some_and(|config| {
             self.send_disconnect(config);
             config.end();

@@ -5,6 +5,7 @@
 
 use super::{
     config::Config,
+    disconnect::Target,
     Device,
     State,
     DEFAULT_TIMEOUT_SECONDS, //
@@ -57,8 +58,8 @@ impl Device {
         // A close that belongs to an open before the connect says nothing about the session.
         let wanted = |c: &mut Config| Ok(c.disconnect_on_close && c.opened_since_connect);
         let disconnect = openers == 0 && self.with_config(wanted).unwrap_or(false);
-        // This fails only for a device with another backend than the one that is named.
-        if disconnect && self.disconnect_by_netlink(None).unwrap_or(false) {
+        // This fails only for a device that is not the one that is meant.
+        if disconnect && self.disconnect_by_netlink(Target::Any).unwrap_or(false) {
             self.put_config(held);
         }
         self.put_config(held);
@@ -133,7 +134,9 @@ impl Device {
             self.tear_down(None, config);
             config.reset();
             self.reset_timeout(state);
-            self.usage.lock().destroy_on_disconnect = false;
+            let mut usage = self.usage.lock();
+            usage.destroy_on_disconnect = false;
+            usage.owner = None;
         }
         self.put_config_locked(None, state);
     }
@@ -152,6 +155,7 @@ impl Device {
     fn mark_unused(&self) {
         let mut usage = self.usage.lock();
         usage.in_use = false;
+        usage.owner = None;
         let dying = usage.destroy_on_disconnect && !usage.dying;
         usage.dying |= dying;
         drop(usage);

@@ -12,6 +12,7 @@ use super::{
         Address,
         Message, //
     },
+    port::Port, //
 };
 use crate::kapi::bindings;
 use core::{
@@ -360,6 +361,16 @@ impl<'a> Info<'a> {
     pub(crate) fn may_administer(&self) -> bool {
         // SAFETY: By the type invariant, `skb` is a valid message that was received.
         unsafe { bindings::netlink_capable(self.skb, bindings::CAP_SYS_ADMIN as i32) }
+    }
+
+    /// Returns the port of the socket that has sent the message.
+    ///
+    /// The socket is not released while the command is running: the task that sends the message holds a
+    /// reference to its file.
+    pub(crate) fn sender(&self) -> Port {
+        // SAFETY: By the type invariant, `raw` is valid.
+        let raw = unsafe { &*self.raw };
+        Port::new(raw._net.net, raw.snd_portid)
     }
 
     /// Returns an attribute of the message, if the message has it.

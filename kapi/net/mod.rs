@@ -11,5 +11,6 @@ mod lock_class;
 mod memalloc;
 mod message;
 mod owner;
+pub(crate) mod port;
 mod saved;
 pub(crate) mod sock;

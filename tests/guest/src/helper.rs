@@ -7,6 +7,7 @@ use std::fs::OpenOptions;
 use rustix::io::Errno;
 
 use crate::device::{assert_pattern, pattern};
+use crate::netlink::{Netlink, Setup};
 use crate::proto;
 use crate::sys::{self, Buffer, MIB, ioctl_number};
 
@@ -14,6 +15,10 @@ pub fn main(arguments: &[String]) {
     match arguments.iter().map(String::as_str).collect::<Vec<_>>()[..] {
         ["fill", mib] => fill(mib.parse().expect("a number of MiB")),
         ["attach", device, size] => attach(device, size.parse().expect("a size")),
+        ["own", index, size] => own(
+            index.parse().expect("an index"),
+            size.parse().expect("a size"),
+        ),
         ["attach-once", device, size] => {
             sys::handle_and_ignore(libc::SIGUSR1, false);
             attach(device, size.parse().expect("a size"));
@@ -40,6 +45,18 @@ fn attach(device: &str, size: u64) {
     match ioctl_number(&device, proto::DO_IT, 0) {
         Ok(_) | Err(Errno::INTR) => {}
         Err(error) => panic!("NBD_DO_IT: {error}"),
+    }
+}
+
+/// Connects device `index` by netlink to the socket on standard input, as its owner, and stays.
+fn own(index: u32, size: u64) {
+    let netlink = Netlink::open();
+    let setup = Setup::new(size).index(index).client_flags(1 << 32);
+    netlink
+        .connect(&setup.descriptors(&[0]))
+        .expect("to connect");
+    loop {
+        std::thread::park();
     }
 }
 

@@ -47,6 +47,9 @@ pub fn meant(
     if any(&|past, difference| takes_an_open_device(past, difference, &nbd[at])) {
         return Some("connect-takes-an-open-device");
     }
+    if sets_up_a_lost_device(&past) {
+        return Some("a-lost-device-starts-again");
+    }
     if past.forgot_sockets.contains(&true) {
         return Some("clear-sock-forgets-sockets");
     }
@@ -65,6 +68,9 @@ pub fn ignored(
 ) -> Option<&'static str> {
     let past = Past::of(sequence, at, nbd);
     let (key, right, other) = *difference;
+    if ends_unasked(sequence, at, difference, nbd) {
+        return Some("an-unasked-end-is-epipe");
+    }
     let (device, what) = key.split_once(' ').unwrap_or_default();
     let seen = |what: &str| value(&nbd[at], &format!("{device} {what}"));
     let without_timeout = matches!(seen("debugfs timeout"), "-" | "0");
@@ -110,6 +116,10 @@ struct Past {
     /// A process in NBD_DO_IT has had a signal.
     signalled: bool,
     long_timeout: bool,
+    /// Devices whose server has ended connections.
+    lost: [bool; 3],
+    /// Devices that were disconnected, or whose sockets were dropped.
+    asked_to_end: [bool; 3],
     /// Devices that BLKROSET was used on.
     marked: [bool; 3],
     manners: Vec<Manner>,
@@ -160,7 +170,15 @@ impl Past {
                 let long = |a: &Attribute| matches!(a, Attribute::Timeout(s) if is_long(*s));
                 self.long_timeout |= attributes.iter().any(long);
             }
-            Op::Serve { manner, .. } => self.manners.push(*manner),
+            Op::Serve { manner, device } => {
+                self.manners.push(*manner);
+                self.lost[*device as usize] |= *manner == Manner::Close;
+            }
+            Op::Kill { device, .. } => self.lost[*device as usize] = true,
+            Op::DisconnectByNetlink {
+                device: Some(device),
+                ..
+            } => self.asked_to_end[*device as usize] = true,
             Op::Signal => self.signalled = true,
             _ => {}
         }
@@ -188,8 +206,13 @@ impl Past {
         );
         match request {
             Request::SetSock(_) => self.added[device] = true,
-            Request::DoIt => self.started[device] = true,
+            Request::DoIt => {
+                self.started[device] = true;
+                self.asked_to_end[device] = false;
+            }
+            Request::Disconnect => self.asked_to_end[device] = true,
             Request::ClearSock => {
+                self.asked_to_end[device] = true;
                 self.forgot_sockets[device] |= self.added[device] && !self.started[device];
             }
             Request::SetFlags(_) => self.flags_while_running |= self.started[device],
@@ -337,4 +360,47 @@ fn writes_as_agreed(past: &Past, difference: &Difference<'_>) -> bool {
     // What was written before reaches the server later, if it does.
     let one_sends = key.ends_with(" requests") && nbd.contains("Write") != rnbd.contains("Write");
     past.flags_while_running && (one_sends || (key == "answer" && writes && one_refuses))
+}
+
+/// NBD_DO_IT comes back because the server has gone.
+fn ends_unasked(sequence: &[Op], at: usize, difference: &Difference<'_>, nbd: &Transcript) -> bool {
+    let (key, right, other) = *difference;
+    let number = key
+        .strip_prefix("operation ")
+        .and_then(|rest| rest.strip_suffix(" ended"));
+    let begun = match number.map(str::parse) {
+        Some(Ok(number)) => number,
+        None if key == "answer" => at,
+        _ => return false,
+    };
+    let Some(Op::Ioctl {
+        file,
+        request: Request::DoIt,
+        ..
+    }) = sequence.get(begun)
+    else {
+        return false;
+    };
+    let device = Past::of(sequence, begun, nbd).files[*file];
+    let asked = |device: Dev| Past::of(sequence, at, nbd).asked_to_end[device as usize];
+    right == "Ok(0)" && is_errno(other, libc::EPIPE) && !device.is_some_and(asked)
+}
+
+/// With nbd.ko, what is set up takes effect at once, or is refused.
+fn sets_up_a_lost_device(past: &Past) -> bool {
+    let Some(Op::Ioctl { file, request, .. }) = &past.op else {
+        return false;
+    };
+    let sets_up = matches!(
+        request,
+        Request::SetSock(_)
+            | Request::SetBlksize(_)
+            | Request::SetSize(_)
+            | Request::SetSizeBlocks(_)
+            | Request::SetFlags(_)
+            | Request::ClearSock
+            | Request::DoIt
+    );
+    let lost = |device: Dev| past.started[device as usize] && past.lost[device as usize];
+    sets_up && past.files[*file].is_some_and(lost)
 }

@@ -466,7 +466,8 @@ impl Bench {
         let devices = devices.max(self.spare);
         self.devices = devices;
         self.unused = 0;
-        let parameters = format!("nbds_max={devices}");
+        // Which open reads a partition table, and when, differs; the tests of `partitions` show how.
+        let parameters = format!("nbds_max={devices} max_part=0");
         let loaded = driver.load(&parameters);
         loaded.map_err(|errno| format!("{driver:?} does not load: {errno}"))?;
         self.loaded = Some(driver);

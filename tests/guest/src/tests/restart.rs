@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 
 use super::do_it::lost;
+use super::geometry::partitioned_server;
 use super::user_space::serve;
 use crate::device::{self, Plan, Rig, SOON, assert_pattern, assert_usable, pattern};
 use crate::driver::Driver;
@@ -35,6 +36,7 @@ pub fn tests() -> Vec<Test> {
         test!(requests_wait_no_longer_than_told).parameters("nbds_max=4 dead_conn_timeout=2"),
         test!(a_disconnect_ends_the_wait).parameters("nbds_max=4 dead_conn_timeout=60"),
         test!(an_open_does_not_wait).parameters("nbds_max=4 dead_conn_timeout=60"),
+        test!(the_partition_table_is_read_later).parameters("nbds_max=4 dead_conn_timeout=60"),
         test!(an_open_of_a_dead_device_reads_nothing),
         test!(after_its_client_was_killed).parameters("nbds_max=4 dead_conn_timeout=60"),
         test!(not_after_it_was_ended),
@@ -234,6 +236,31 @@ fn an_open_does_not_wait(_: &Guest) {
         let took = began.elapsed();
         assert!(took < SOON, "{took:?}");
     }
+    drop(direct);
+    assert_usable(0);
+}
+
+/// A size that was set makes the next open read the partition table, if there is a connection.
+fn the_partition_table_is_read_later(guest: &Guest) {
+    const SIZE: u64 = 8 << 20;
+    if guest.expected("a-lost-device-starts-again") == Driver::Nbd {
+        return;
+    }
+    let partitioned = partitioned_server();
+    let plan = Plan::new(SIZE);
+    let mut rig = plan.attach();
+    let direct = rig.direct();
+    assert_eq!(ioctl_number(&direct, SET_SIZE, SIZE / 2), Ok(0));
+    lose(&mut rig);
+    let began = Instant::now();
+    drop(rig.open_to_read());
+    let took = began.elapsed();
+    assert!(took < SOON, "{took:?}");
+    let mut client = plan.start(&partitioned);
+    let there = wait_until(SOON, || fs::exists("/sys/block/nbd0/nbd0p1").unwrap());
+    assert!(there.is_ok());
+    ioctl_number(&direct, DISCONNECT, 0).expect("NBD_DISCONNECT");
+    assert_eq!(client.wait(), Ok(0));
     drop(direct);
     assert_usable(0);
 }

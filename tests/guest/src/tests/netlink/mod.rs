@@ -6,6 +6,7 @@ mod connect;
 mod failover;
 mod identity;
 mod lifetimes;
+mod owners;
 mod reconfigure;
 mod sharing;
 mod thousands;
@@ -26,6 +27,7 @@ pub fn tests() -> Vec<Test> {
         connect::tests(),
         identity::tests(),
         lifetimes::tests(),
+        owners::tests(),
         reconfigure::tests(),
         failover::tests(),
         sharing::tests(),
