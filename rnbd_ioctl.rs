@@ -11,7 +11,10 @@ use crate::{
     kapi::{
         block::{
             disk::OpenMutexHeld,
-            gendisk::BlockDevice, //
+            gendisk::{
+                BlockDevice,
+                Purpose, //
+            },
         },
         task, //
     },
@@ -43,8 +46,8 @@ const NBD_SET_TIMEOUT: u32 = _IO(TYPE, 9);
 const NBD_SET_FLAGS: u32 = _IO(TYPE, 10);
 
 impl BlockDevice for Nbd {
-    fn open(device: &Device) -> Result {
-        device.open()
+    fn open(device: &Device, purpose: Purpose) -> Result {
+        device.open(purpose)
     }
 
     fn release(device: &Device, held: &OpenMutexHeld<'_>, openers: u32) {

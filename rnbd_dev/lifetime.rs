@@ -13,7 +13,10 @@ use super::{
 use crate::kapi::{
     block::{
         disk::OpenMutexHeld,
-        gendisk::File, //
+        gendisk::{
+            File,
+            Purpose, //
+        },
     },
     task, //
 };
@@ -27,17 +30,18 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// Those of [`Self::new_config()`].
+    /// - `EIO`: the partition table is to be read, and the device has lost its connections.
+    /// - Those of [`Self::new_config()`].
     ///
     /// # Context
     ///
     /// May sleep.
-    pub(crate) fn open(&self) -> Result {
+    pub(crate) fn open(&self, purpose: Purpose) -> Result {
         let mut state = self.state.lock();
         self.wait_for_first_block(&mut state);
         match &mut state.config {
             Some(config) => {
-                self.put_scan_off(config);
+                self.put_scan_off(config, purpose)?;
                 config.references += 1;
                 config.opened_since_connect |= config.bound;
             }

@@ -15,6 +15,10 @@ use super::{
     Device,
     State, //
 };
+use crate::kapi::block::{
+    disk::Sectors,
+    gendisk::Purpose, //
+};
 use kernel::{
     prelude::*,
     sync::{
@@ -113,10 +117,21 @@ impl Device {
 
     /// Keeps an open from reading the partition table of a device that has lost its connections. The
     /// read would fail, or wait for a connection that maybe this very task is about to bring.
-    pub(super) fn put_scan_off(&self, config: &mut Config) {
-        let session = config.session.as_ref();
-        if session.is_some_and(|s| !s.is_served()) && self.disk.cancel_partition_scan() {
+    ///
+    /// # Errors
+    ///
+    /// `EIO`: the device was to be opened for nothing else.
+    pub(super) fn put_scan_off(&self, config: &mut Config, purpose: Purpose) -> Result {
+        let served = config.session.as_ref().is_none_or(|s| s.is_served());
+        if served || self.disk.capacity() == Sectors(0) {
+            return Ok(());
+        }
+        if self.disk.cancel_partition_scan() {
             config.scan = Scan::Wanted;
+        }
+        match purpose {
+            Purpose::Scan => Err(EIO),
+            Purpose::Use => Ok(()),
         }
     }
 }

@@ -30,7 +30,7 @@ use crate::{
     rnbd_session::{
         Options,
         Session, //
-    }, //
+    },
 };
 use kernel::{
     prelude::*,

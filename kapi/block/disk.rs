@@ -18,7 +18,7 @@ use kernel::{
     types::{
         NotThreadSafe,
         Opaque, //
-    }, //
+    },
 };
 
 /// A number of sectors of 512 bytes.

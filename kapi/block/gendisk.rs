@@ -50,7 +50,7 @@ use kernel::{
 /// All operations may sleep.
 pub(crate) trait BlockDevice: Operations {
     /// Called when the disk or one of its partitions is opened, with the disk's `open_mutex` held.
-    fn open(disk: &GenDisk<Self>) -> Result;
+    fn open(disk: &GenDisk<Self>, purpose: Purpose) -> Result;
 
     /// Called when the disk or one of its partitions was closed, with the disk's `open_mutex` held.
     /// `openers` is the number of remaining openers.
@@ -64,6 +64,15 @@ pub(crate) trait BlockDevice: Operations {
 
     /// Passes the contents of the sysfs file `backend` to `print`, and returns what that returns.
     fn backend(&self, print: impl FnOnce(&CStr) -> isize) -> isize;
+}
+
+/// What a disk is opened for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Anything, which an unreadable partition table does not prevent.
+    Use,
+    /// To read the partition table, so that the open fails if that fails (`BLK_OPEN_STRICT_SCAN`).
+    Scan,
 }
 
 /// The device numbers of a disk and its partitions.
@@ -203,12 +212,16 @@ impl<T: BlockDevice> Disk<T> {
     /// `disk` must be a disk of this type, to which the caller holds a reference.
     unsafe extern "C" fn open(
         disk: *mut bindings::gendisk,
-        _mode: bindings::blk_mode_t,
+        mode: bindings::blk_mode_t,
     ) -> ffi::c_int {
         // SAFETY: By this function's safety requirements. The block layer calls it for disks with
         // `FOPS`.
         let disk = unsafe { GenDisk::from_raw(disk) };
-        from_result(|| T::open(disk).map(|()| 0))
+        let purpose = match mode & bindings::BLK_OPEN_STRICT_SCAN {
+            0 => Purpose::Use,
+            _ => Purpose::Scan,
+        };
+        from_result(|| T::open(disk, purpose).map(|()| 0))
     }
 
     /// Implements `block_device_operations.release`.

@@ -141,7 +141,13 @@ impl Past {
 
     fn add(&mut self, op: &Op) {
         match op {
-            Op::Open { file, device, .. } => self.files[*file] = Some(*device),
+            Op::Open { file, device, .. } => {
+                // What was open there is closed first.
+                if let Some(before) = self.files[*file].take() {
+                    self.close(before);
+                }
+                self.files[*file] = Some(*device);
+            }
             Op::Close { file } => {
                 if let Some(device) = self.files[*file].take() {
                     self.close(device);

@@ -34,6 +34,7 @@ mod signals;
 mod soak;
 mod timeouts;
 mod tls;
+mod udev;
 mod user_space;
 
 use crate::harness::Test;
@@ -62,6 +63,7 @@ pub fn all() -> Vec<Test> {
         netlink::tests(),
         races::tests(),
         faults::tests(),
+        udev::tests(),
         user_space::tests(),
         differential::tests(),
         fsx::tests(),

@@ -55,6 +55,7 @@ pub fn tests() -> Vec<Test> {
 }
 
 const SIZE: u64 = 1 << 20;
+const BLKRRPART: u32 = 0x125f;
 
 /// Passes new sockets to the device as nbd-client does, and starts it. Where the device cannot be
 /// started again, that fails.
@@ -287,6 +288,9 @@ fn an_open_of_a_dead_device_reads_nothing(guest: &Guest) {
             ioctl_number(&direct, DISCONNECT, 0).expect("NBD_DISCONNECT");
             assert_eq!(rig.client.wait(), Ok(0));
         }
+        // But for whoever asks for it, who is told.
+        let reread = ioctl_number(rig.open_to_read(), BLKRRPART, 0);
+        assert_eq!(reread, Err(Errno::IO));
         let before = read_errors(guest);
         for _ in 0..5 {
             drop(rig.open_to_read());
