@@ -175,8 +175,7 @@ impl Device {
         config.end();
         if config.session.is_some() {
             // Nothing is in flight, and requests that arrive from now on are failed.
-            let gone = self.session.retract(&self.disk.freeze());
-            drop(gone);
+            drop(self.session.retract(&self.disk));
         }
         self.disk.invalidate();
         if let Some(held) = held {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Freezing and quiescing the queue of a disk.
+//! Freezing the queue of a disk.
 //!
-//! A *frozen* queue admits no new requests, and none is in flight. On a *quiesced* queue no
-//! `queue_rq` or `commit_rqs` runs. The `kernel` crate (7.3) offers neither.
+//! A *frozen* queue admits no new requests, and none is in flight. The `kernel` crate (7.3) does not
+//! offer this.
 //!
 //! C header: [`include/linux/blk-mq.h`](srctree/include/linux/blk-mq.h)
 
@@ -43,23 +43,6 @@ impl DiskRef {
         Ok(guard)
     }
 
-    /// Freezes and quiesces the queue until the returned guard is dropped. When this returns, no
-    /// request is in flight, and no operation of the queue runs.
-    ///
-    /// # Context
-    ///
-    /// May sleep. It waits for all requests in flight, with no limit, so the caller must have made
-    /// sure that they end.
-    pub(crate) fn freeze(&self) -> Frozen<'_> {
-        let guard = self.freeze_start();
-        // SAFETY: By the type invariant, the queue is valid. Its freeze was started above.
-        unsafe { bindings::blk_mq_freeze_queue_wait(guard.queue) };
-        // SAFETY: By the type invariant, the queue is valid.
-        unsafe { bindings::blk_mq_quiesce_queue(guard.queue) };
-        // INVARIANT: The queue was frozen and quiesced above.
-        Frozen { guard }
-    }
-
     fn freeze_start(&self) -> FreezeGuard<'_> {
         let queue = self.queue();
         let noio = task::memalloc_noio_save();
@@ -94,28 +77,5 @@ impl Drop for FreezeGuard<'_> {
         // freeze, as the type is not `Send`.
         unsafe { bindings::blk_mq_unfreeze_queue_nomemrestore(self.queue) };
         task::memalloc_noio_restore(self.noio);
-    }
-}
-
-/// A queue that is frozen and quiesced, until this guard is dropped.
-///
-/// # Invariants
-///
-/// The queue of `guard` is frozen and quiesced.
-pub(crate) struct Frozen<'a> {
-    guard: FreezeGuard<'a>,
-}
-
-impl Frozen<'_> {
-    pub(super) fn queue(&self) -> *mut bindings::request_queue {
-        self.guard.queue
-    }
-}
-
-impl Drop for Frozen<'_> {
-    fn drop(&mut self) {
-        // SAFETY: By the type invariant, the queue is valid and quiesced. It is unfrozen after
-        // this, when `guard` is dropped.
-        unsafe { bindings::blk_mq_unquiesce_queue(self.guard.queue) };
     }
 }

@@ -29,8 +29,8 @@ use kernel::{
     types::Opaque, //
 };
 
-/// Proof that an operation of a queue is running. The queue cannot be both quiesced and frozen
-/// until the operation returns.
+/// Proof that an operation of a queue is running. Until it returns, either a quiesce of the queue or
+/// `blk_sync_queue()` does not return.
 ///
 /// # Safety
 ///
@@ -70,7 +70,8 @@ impl Dispatch<'_> {
     }
 }
 
-/// Proof that `timeout` is running. The queue cannot be frozen until it returns.
+/// Proof that `timeout` is running, which it does only in the queue's work item for timeouts. Until it
+/// returns, `blk_sync_queue()` does not.
 pub(crate) struct Expiry<'a> {
     queue: *mut bindings::request_queue,
     _call: PhantomData<&'a ()>,

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Pointers that blk-mq operations read without locks or reference counts.
 //!
-//! The block layer can wait for running operations: by quiescing the queue for `queue_rq` and
-//! `commit_rqs`, and by freezing it in addition for `timeout`. So a pointer is replaced first, and
-//! the object released only after such a wait, much as with RCU. The `kernel` crate (7.3) has
-//! nothing similar.
+//! The block layer can wait for running operations: `queue_rq` and `commit_rqs` run on no quiesced
+//! queue, and `timeout` runs only in the work item that `blk_sync_queue()` waits for. So a pointer is
+//! replaced first, and the object released only after such a wait, much as with RCU. The `kernel`
+//! crate (7.3) has nothing similar.
 //!
 //! C header: [`include/linux/blk-mq.h`](srctree/include/linux/blk-mq.h)
 
@@ -13,7 +13,6 @@ use super::{
         DiskRef,
         QueueId, //
     },
-    frozen::Frozen,
     mq::{
         Dispatch,
         InQueue, //
@@ -37,9 +36,9 @@ use kernel::{
 
 /// An `Arc` that all operations of one queue can read without a lock or a reference count.
 ///
-/// It can be taken back only while the queue is both frozen and quiesced. A frozen queue is not
-/// enough: `queue_rq` may still be running although its request has already ended. A quiesced queue
-/// is not enough either: that does not stop `timeout`.
+/// Taking it back waits for the operations that may have read it. A freeze would wait for requests
+/// instead, which is not enough: `queue_rq` may still be running although its request has already
+/// ended.
 ///
 /// # Invariants
 ///
@@ -74,9 +73,8 @@ impl<T> Published<T> {
         }
         let ptr = self.ptr.load(Acquire);
         // SAFETY: By the type invariant, `ptr` is null or belongs to an `Arc`. This object and its
-        // `Arc` are not dropped during `'a`, as `self` is borrowed. `retract()` does not take the
-        // `Arc` during `'a` either: that requires the queue to be frozen and quiesced, which is
-        // impossible while an operation of it runs.
+        // `Arc` are not dropped during `'a`, as `self` is borrowed. `retract()` does not return the
+        // `Arc` during `'a` either: it first waits until the operation that has read `ptr` is over.
         unsafe { ptr.as_ref() }
     }
 
@@ -90,18 +88,30 @@ impl<T> Published<T> {
         }
     }
 
-    /// Takes back what is published. Returns `None` if nothing is published, or if another queue is
-    /// frozen.
-    pub(crate) fn retract(&self, frozen: &Frozen<'_>) -> Option<Arc<T>> {
-        if QueueId::new(frozen.queue()) != self.queue {
+    /// Takes back what is published, and waits until no operation uses it. `disk` must be the disk
+    /// whose operations read it. Returns `None` if nothing is published, or if it is another disk.
+    ///
+    /// # Context
+    ///
+    /// May sleep. The caller must hold no lock that an operation takes.
+    pub(crate) fn retract(&self, disk: &DiskRef) -> Option<Arc<T>> {
+        let queue = disk.queue();
+        if QueueId::new(queue) != self.queue {
             return None;
         }
         let old = self.ptr.xchg(core::ptr::null(), Full);
         if old.is_null() {
             return None;
         }
-        // SAFETY: By the type invariant, `old` was returned by `Arc::into_raw()`. As its queue is
-        // frozen and quiesced, no operation uses it.
+        // SAFETY: The queue of a `DiskRef` is valid. When the first call returns, every dispatch that
+        // began before has ended; the last one waits for the work item in which `timeout` runs.
+        unsafe {
+            bindings::blk_mq_quiesce_queue(queue);
+            bindings::blk_mq_unquiesce_queue(queue);
+            bindings::blk_sync_queue(queue);
+        }
+        // SAFETY: By the type invariant, `old` was returned by `Arc::into_raw()`. No operation that has
+        // read it is still running, and operations that begin now read null or a newer pointer.
         Some(unsafe { Arc::from_raw(old) })
     }
 }

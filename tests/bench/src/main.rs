@@ -6,15 +6,17 @@
 //! ```text
 //! rnbd-bench run MODE ROUNDS      in the guest: measures; samples go to standard output
 //! rnbd-bench scale ROUNDS         in the guest: the same for many devices
+//! rnbd-bench connect ROUNDS       in the guest: how long it takes to connect and disconnect
 //! rnbd-bench report DIRECTORY     on the host: DIRECTORY/*.jsonl to table, JSON and chart
 //! ```
 //!
 //! - `matrix` says what is measured, `run` does it, `programs` starts what it needs
-//! - `scale` is many devices with little to do
+//! - `scale` is many devices with little to do, `latency` connecting and disconnecting
 //! - `server` is a server whose answers cost next to nothing, `raw` the same bytes without a driver
 //! - `sample` is what a measurement yields, `report` and `chart` show it
 
 mod chart;
+mod latency;
 mod matrix;
 mod programs;
 mod raw;
@@ -36,10 +38,11 @@ fn main() -> ExitCode {
         ["run", mode, rounds, cells] => run::run(mode, rounds, false, cells),
         ["run", mode, rounds, cells, "quick"] => run::run(mode, rounds, true, cells),
         ["scale", rounds] => scale::run(rounds),
+        ["connect", rounds] => latency::run(rounds),
         ["serve", path] => server::serve(path),
         ["report", directory] => report::report(directory.as_ref()),
         _ => Err(
-            "usage: rnbd-bench run cost|wall ROUNDS CELLS [quick] | scale ROUNDS | serve PATH | \
+            "usage: rnbd-bench run cost|wall ROUNDS CELLS [quick] | scale ROUNDS | connect ROUNDS | serve PATH | \
              report DIRECTORY"
                 .into(),
         ),

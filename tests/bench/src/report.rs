@@ -10,6 +10,7 @@ use serde::Serialize;
 
 use crate::Outcome;
 use crate::chart;
+use crate::latency;
 use crate::sample::{Client, Mode, Sample};
 use crate::scale;
 
@@ -67,6 +68,10 @@ pub fn report(directory: &Path) -> Outcome<()> {
     let scale = directory.join("scale.jsonl");
     if scale.exists() {
         scale::report(&scale)?;
+    }
+    let connect = directory.join("connect.jsonl");
+    if connect.exists() {
+        latency::report(&connect)?;
     }
     let samples = read(directory)?;
     if samples.is_empty() {
