@@ -139,7 +139,7 @@ impl Device {
             BadSocket::Fd(errno) => errno,
             BadSocket::Kind => {
                 pr_err!(
-                    "nbd{}: unsupported socket: should be TCP or UNIX\n",
+                    "nbd{}: unsupported socket: should be a stream of TCP, MPTCP, UNIX or vsock\n",
                     self.index
                 );
                 EINVAL
