@@ -38,7 +38,11 @@ use crate::{
             },
             timed_out::TimedOutRequest, //
         },
-        net::port::Port, //
+        net::port::{
+            Port,
+            Sender, //
+        },
+        task::TaskId, //
     },
     rnbd_session::Session,
     rnbd_shared::Shared, //
@@ -87,14 +91,14 @@ pub(crate) struct Layout {
 }
 
 /// What is to be done with a device in a work item.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone)]
 pub(crate) enum Job {
     /// To remove it.
     Remove,
     /// To read its partition table ([`Device::scan_partitions()`]).
     Scan,
     /// To disconnect it, because its owner was released ([`Device::disconnect_owned()`]).
-    Disconnect(Port),
+    Disconnect(Arc<Sender>),
 }
 
 /// Queues jobs. The registry implements it.
@@ -114,6 +118,8 @@ pub(crate) struct State {
     /// The request timeout in jiffies, 0 if none is set (`tag_set.timeout`). A request of one of
     /// several connections then times out after [`DEFAULT_TIMEOUT_SECONDS`].
     pub(crate) timeout_jiffies: u32,
+    /// The task that has the device open to read its partition table.
+    scanner: Option<TaskId>,
     /// A task is starting the device and has dropped the lock meanwhile.
     ///
     /// [`Device::lock()`] waits until this is cleared, so nobody else changes the configuration. The
@@ -142,9 +148,9 @@ pub(crate) struct Usage {
     scan_wanted: bool,
     /// The netlink socket whose release disconnects the device. It changes only under the
     /// configuration lock.
-    owner: Option<Port>,
+    owner: Option<Arc<Sender>>,
     /// The owner that was released, until a work item has disconnected the device.
-    released_owner: Option<Port>,
+    released_owner: Option<Arc<Sender>>,
 }
 
 /// A disk together with the driver's data for it.
@@ -176,9 +182,10 @@ pub(crate) struct Nbd {
     /// Waited on until [`State::starting`] is cleared.
     #[pin]
     starting_wait: CondVar,
-    /// Waited on until the first block was read ([`config::Scan`]).
+    /// Waited on until the first block was read ([`config::Scan`]), and until [`State::scanner`] is
+    /// cleared.
     #[pin]
-    first_block_read: CondVar,
+    scanning_wait: CondVar,
     /// Nests inside `state`.
     #[pin]
     pub(crate) usage: SpinLock<Usage>,
@@ -219,6 +226,7 @@ pub(crate) fn add(
     let state = State {
         config: None,
         timeout_jiffies: 0,
+        scanner: None,
         starting: false,
     };
     Disk::add(tags, limits, numbers, fmt!("nbd{index}"), |queue| {
@@ -235,10 +243,20 @@ pub(crate) fn add(
             session: queue.published(),
             state <- new_mutex!(state),
             starting_wait <- new_condvar!(),
-            first_block_read <- new_condvar!(),
+            scanning_wait <- new_condvar!(),
             usage <- new_spinlock!(Usage::default()),
         })
     })
+}
+
+impl Device {
+    /// Sets the netlink socket whose release disconnects the device. The caller holds the configuration
+    /// lock.
+    fn set_owner(&self, owner: Option<Arc<Sender>>) {
+        let before = core::mem::replace(&mut self.usage.lock().owner, owner);
+        // Not under the spin lock.
+        drop(before);
+    }
 }
 
 impl State {
@@ -314,9 +332,11 @@ impl Device {
     /// Records that a netlink socket was released. Returns whether it owned the device.
     pub(crate) fn note_released(&self, port: Port) -> bool {
         let mut usage = self.usage.lock();
-        let owned = usage.owner == Some(port);
+        let owner = usage.owner.take_if(|owner| owner.is_released_at(port));
+        let owned = owner.is_some();
         if owned {
-            usage.released_owner = Some(port);
+            usage.released_owner = owner.clone();
+            usage.owner = owner;
         }
         owned
     }

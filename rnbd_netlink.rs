@@ -224,7 +224,7 @@ impl Netlink {
     /// - `ENOMEM`.
     fn parse_setup<'a>(&self, info: &Info<'a>) -> Result<Setup<'a>> {
         let number = |kind| info.attr(kind).and_then(|a: Attr<'a>| a.u64());
-        let setup = Setup {
+        let mut setup = Setup {
             size_bytes: number(ATTR_SIZE_BYTES),
             block_bytes: number(ATTR_BLOCK_SIZE_BYTES),
             timeout_seconds: number(ATTR_TIMEOUT),
@@ -233,10 +233,11 @@ impl Netlink {
             client_flags: number(ATTR_CLIENT_FLAGS),
             sockets: sockets(info)?,
             backend: info.attr(ATTR_BACKEND_IDENTIFIER).map(|a| a.string()),
-            sender: Some(info.sender()),
+            owner: None,
         };
         if setup.makes_owner() {
             self.registry.expect_owners();
+            setup.owner = Some(Arc::new(info.sender()?, GFP_KERNEL)?);
         }
         Ok(setup)
     }

@@ -96,15 +96,19 @@ impl WorkItem for Registry {
             let Some((index, device, job)) = next else {
                 return;
             };
-            let queue = match job {
+            let queue = match &job {
                 Job::Remove | Job::Disconnect(_) => this.shared.slow.clone(),
                 Job::Scan => this.shared.scan.clone(),
             };
-            match DeviceWork::new(this.clone(), index, device.clone(), job) {
+            // The job may be what ends a wait for memory that is being written to this device.
+            let work = task::memalloc_noio(|| {
+                DeviceWork::new(this.clone(), index, device.clone(), job.clone())
+            });
+            match work {
                 Ok(work) => drop(queue.enqueue(work)),
                 Err(_) => match job {
                     Job::Remove => this.remove(index, &device),
-                    Job::Disconnect(owner) => device.disconnect_owned(owner),
+                    Job::Disconnect(owner) => device.disconnect_owned(&owner),
                     Job::Scan => device.leave_scan_to_open(),
                 },
             }
@@ -156,7 +160,7 @@ impl WorkItem for DeviceWork {
     type Pointer = Arc<DeviceWork>;
 
     fn run(this: Arc<DeviceWork>) {
-        match this.job {
+        match &this.job {
             Job::Remove => this.registry.remove(this.index, &this.device),
             Job::Disconnect(owner) => this.device.disconnect_owned(owner),
             Job::Scan => this.device.scan_partitions(),

@@ -24,6 +24,7 @@
 //bindgen: --allowlist-function tcp_abort
 //bindgen: --allowlist-function lock_sock_nested
 //bindgen: --allowlist-function release_sock
+//bindgen: --allowlist-function sk_free
 //bindgen: --allowlist-function tcp_read_sock
 //bindgen: --allowlist-function tcp_sock_set_nodelay
 //bindgen: --allowlist-function tcp_stream_memory_free
@@ -38,10 +39,12 @@ RNBD_CONST(u8, BLK_STS_DEV_RESOURCE);
 RNBD_CONST(u32, BLK_FEAT_WRITE_CACHE);
 RNBD_CONST(u32, BLK_FEAT_FUA);
 RNBD_CONST(u32, BLK_FLAG_WRITE_CACHE_DISABLED);
+RNBD_CONST(u32, BLK_OPEN_READ);
 RNBD_CONST(u32, BLK_OPEN_STRICT_SCAN);
 RNBD_CONST(u32, GFP_NOIO);
 RNBD_CONST(u32, __GFP_MEMALLOC);
 RNBD_CONST(u32, RCV_SHUTDOWN);
+RNBD_CONST(u32, SOCK_DEAD);
 RNBD_CONST(u32, SOCK_NOSPACE);
 RNBD_CONST(u32, SOCK_STREAM);
 RNBD_CONST(u32, SOCK_MEMALLOC);

@@ -29,13 +29,22 @@ use kernel::{
 /// The block size in bytes until one is set (`NBD_DEF_BLKSIZE_BITS`).
 pub(super) const DEFAULT_BLOCK_BYTES: u32 = 1024;
 
+/// The size and the block size of a disk.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct Geometry {
+    pub(super) size_bytes: u64,
+    pub(super) block_bytes: u32,
+}
+
 /// Whether a partition table is to be read.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Scan {
     /// It was read, or is not to be read.
     Done,
-    /// It is read as soon as the server replies.
+    /// It is read as soon as the server replies. An open waits for that.
     Wanted,
+    /// As before, but the server takes too long for an open to wait.
+    Late,
 }
 
 /// The configuration of a device, from the first open to the last put (`struct nbd_config`).
@@ -47,8 +56,8 @@ pub(crate) struct Config {
     pub(super) flags: u32,
     pub(super) size_bytes: u64,
     pub(super) block_bytes: u32,
-    /// The block size in bytes that the disk of a started device has.
-    pub(super) running_block_bytes: u32,
+    /// What the disk of a started device has.
+    pub(super) disk_has: Geometry,
     pub(super) sockets: KVec<Socket>,
     /// A program has begun to set the device up by ioctl.
     pub(super) set_up_by_ioctl: bool,
@@ -60,8 +69,12 @@ pub(crate) struct Config {
     /// The session. It exists from its start to the last put.
     pub(super) session: Option<Arc<Session>>,
     pub(super) disconnect_requested: bool,
-    /// The sockets were dropped by `NBD_CLEAR_SOCK` since the device was started.
-    pub(super) cleared: bool,
+    /// The session was ended by `NBD_CLEAR_SOCK`, or with the process that had started it.
+    pub(super) ended: bool,
+    /// The process that was in `NBD_DO_IT` last.
+    pub(super) runner: Option<TaskId>,
+    /// How often the session had been lost when the size was set last.
+    pub(super) sized_at: Option<u32>,
     /// The task whose `NBD_DO_IT` was interrupted by a signal. Its process may call it again.
     pub(super) interrupted: Option<Interrupted>,
     /// The device was configured by netlink: of the ioctls, only those that disconnect are allowed
@@ -127,13 +140,35 @@ impl Config {
     }
 
     /// Returns whether the session of a device that was configured by ioctl has lost all its
-    /// connections, although nobody has disconnected the device or dropped its sockets.
+    /// connections, although nobody has ended it.
     ///
     /// It can be started again with new sockets.
     pub(super) fn is_lost(&self) -> bool {
         let lost = |s: &Arc<Session>| s.table().unreaped_connections() == 0;
-        let wanted = self.disconnect_requested || self.cleared;
-        !self.bound && !wanted && self.session.as_ref().is_some_and(lost)
+        let asked_for = self.disconnect_requested || self.ended;
+        !self.bound && !asked_for && self.session.as_ref().is_some_and(lost)
+    }
+
+    /// Returns whether the size was set since the session was lost. Only a program that wants to start
+    /// the device again does that first.
+    pub(super) fn is_being_restarted(&self) -> bool {
+        let losses = self.session.as_ref().map(|s| s.table().losses());
+        self.is_lost() && self.sized_at == losses
+    }
+
+    /// Returns whether the current process may pass sockets to a device that was lost.
+    ///
+    /// A program that looks for a free device by passing it a socket must not get this one, whose users
+    /// would continue with another image.
+    pub(super) fn may_restart(&self) -> bool {
+        let same = self.runner == Some(TaskId::current_process());
+        self.is_lost() && (same || self.is_being_restarted())
+    }
+
+    /// Ends the session for good.
+    pub(super) fn end_for_good(&mut self) {
+        self.ended = self.started;
+        self.end();
     }
 
     /// Returns whether settings take effect immediately.
@@ -145,8 +180,9 @@ impl Config {
     /// and does not wait again: the same thread closes the device, or the process exits.
     pub(super) fn is_abandoned(&self) -> bool {
         self.interrupted.as_ref().is_some_and(|i| {
-            i.task == TaskId::current()
-                || (i.process == TaskId::current_process() && task::is_exiting())
+            let current = i.wait.session.table().losses() == i.wait.losses;
+            let same_process = i.process == TaskId::current_process();
+            current && (i.task == TaskId::current() || (same_process && task::is_exiting()))
         })
     }
 
@@ -173,14 +209,19 @@ impl Config {
             flags: 0,
             size_bytes: 0,
             block_bytes: DEFAULT_BLOCK_BYTES,
-            running_block_bytes: DEFAULT_BLOCK_BYTES,
+            disk_has: Geometry {
+                size_bytes: 0,
+                block_bytes: DEFAULT_BLOCK_BYTES,
+            },
             sockets: KVec::new(),
             set_up_by_ioctl: false,
             setup_by: None,
             started: false,
             session: None,
             disconnect_requested: false,
-            cleared: false,
+            ended: false,
+            runner: None,
+            sized_at: None,
             interrupted: None,
             bound: false,
             held_by_netlink: false,

@@ -12,12 +12,13 @@ use super::{
 };
 use crate::kapi::{
     block::gendisk::File,
-    net::port::Port,
+    net::port::Sender,
     task, //
 };
 use kernel::{
     prelude::*,
-    str::CString, //
+    str::CString,
+    sync::Arc, //
 };
 
 /// See `NBD_CFLAG_DESTROY_ON_DISCONNECT`.
@@ -40,8 +41,8 @@ pub(crate) struct Setup<'a> {
     pub(crate) client_flags: Option<u64>,
     pub(crate) sockets: KVec<u32>,
     pub(crate) backend: Option<&'a [u8]>,
-    /// The socket that has sent the request.
-    pub(crate) sender: Option<Port>,
+    /// The socket that has sent the request, if it becomes the owner of the device.
+    pub(crate) owner: Option<Arc<Sender>>,
 }
 
 impl Setup<'_> {
@@ -140,6 +141,7 @@ impl Device {
             pr_err!("nbd{}: cannot create the file backend\n", self.index);
         })?;
         config.has_backend_file = true;
+        self.set_owner(setup.owner.clone());
         Ok(())
     }
 
@@ -169,10 +171,7 @@ impl Device {
         if let Some(flags) = setup.client_flags {
             config.disconnect_on_close = flags & CFLAG_DISCONNECT_ON_CLOSE != 0;
             let destroy = flags & CFLAG_DESTROY_ON_DISCONNECT != 0;
-            let owner = setup.sender.filter(|_| setup.makes_owner());
-            let mut usage = self.usage.lock();
-            usage.destroy_on_disconnect = destroy;
-            usage.owner = owner;
+            self.usage.lock().destroy_on_disconnect = destroy;
         }
         if let Some(seconds) = setup.timeout_seconds {
             self.apply_timeout(state, seconds);
@@ -228,6 +227,10 @@ impl Device {
                 break;
             }
             self.queue_wanted_scan(state.config_mut()?);
+        }
+        // A request that fails does not make its sender the owner.
+        if setup.client_flags.is_some() {
+            self.set_owner(setup.owner.clone());
         }
         Ok(())
     }

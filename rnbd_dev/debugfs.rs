@@ -32,7 +32,7 @@ use kernel::{
 ///
 /// Reading a file takes no lock that the task which removes the files holds.
 pub(super) struct FileData {
-    pub(super) pid: i32,
+    pub(super) pid: Atomic<i32>,
     pub(super) session: Arc<Session>,
     pub(super) flags: u32,
     pub(super) size_bytes: Atomic<u64>,
@@ -56,7 +56,7 @@ pub(super) fn add_files(root: &Dir, index: u32, data: Arc<FileData>) -> Result<F
     KBox::pin_init(
         root.scope(data, &name, |data: &Arc<FileData>, dir| {
             dir.read_callback_file(c"tasks", data, &|s: &Arc<FileData>, f| {
-                writeln!(f, "recv: {}", s.pid)
+                writeln!(f, "recv: {}", s.pid.load(Relaxed))
             });
             dir.read_callback_file(c"size_bytes", data, &|s: &Arc<FileData>, f| {
                 writeln!(f, "{}", s.size_bytes.load(Relaxed))

@@ -10,7 +10,7 @@ use super::{
 use crate::{
     kapi::{
         block::disk::Sectors,
-        net::port::Port, //
+        net::port::Sender, //
     },
     rnbd_sock, //
 };
@@ -24,7 +24,7 @@ pub(crate) enum Target<'a> {
     /// The one that was connected with this backend identifier.
     Backend(&'a [u8]),
     /// The one that is owned by this netlink socket.
-    Owner(Port),
+    Owner(&'a Sender),
 }
 
 impl Device {
@@ -73,7 +73,9 @@ impl Device {
     ///
     /// May sleep.
     pub(crate) fn disconnect_and_put(&self, target: Target<'_>) -> Result {
-        if self.disconnect_by_netlink(target)? {
+        let put = self.disconnect_by_netlink(target)?;
+        self.wait_for_scanner();
+        if put {
             // The session has ended, so nobody holds this lock for long.
             self.put_config(&self.disk.lock_open_mutex());
         }
@@ -85,7 +87,7 @@ impl Device {
     /// # Context
     ///
     /// May sleep.
-    pub(crate) fn disconnect_owned(&self, owner: Port) {
+    pub(crate) fn disconnect_owned(&self, owner: &Sender) {
         // If it fails, the device has another owner by now, or none.
         let _ = self.disconnect_and_put(Target::Owner(owner));
     }
@@ -108,13 +110,13 @@ impl Device {
                 );
                 return Err(EINVAL);
             }
-            Target::Owner(owner) if self.usage.lock().owner == Some(owner) => pr_info!(
+            Target::Owner(owner) if self.is_owned_by(owner) => pr_info!(
                 "nbd{}: its netlink socket was closed, disconnecting\n",
                 self.index
             ),
             Target::Owner(_) => return Err(EINVAL),
         }
-        self.usage.lock().owner = None;
+        self.set_owner(None);
         let put = state.config.as_mut().is_some_and(|config| {
             self.send_disconnect(config);
             config.end();
@@ -126,6 +128,13 @@ impl Device {
         Ok(put)
     }
 
+    /// Returns whether this netlink socket owns the device. The answer does not change while the
+    /// configuration lock is held.
+    fn is_owned_by(&self, socket: &Sender) -> bool {
+        let usage = self.usage.lock();
+        usage.owner.as_ref().is_some_and(|owner| owner.is(socket))
+    }
+
     /// Returns whether the device was connected with this backend identifier. The answer does not
     /// change while the configuration lock is held.
     fn has_backend(&self, backend: &[u8]) -> bool {
@@ -135,8 +144,8 @@ impl Device {
 
     /// Ends the session at once and drops the sockets (`NBD_CLEAR_SOCK`, `nbd_clear_sock_ioctl()`).
     ///
-    /// Of a device that was lost, only the sockets are dropped that were passed since: nbd-client does
-    /// this before it passes a new one.
+    /// If a lost device is being restarted, only the sockets are dropped that were passed since:
+    /// nbd-client does this after it has set the size, and before it passes a new one.
     ///
     /// # Errors
     ///
@@ -147,25 +156,28 @@ impl Device {
     /// May sleep.
     pub(crate) fn clear_sockets(&self) -> Result {
         let put = self.with_config(|config| {
-            let lost = config.is_lost();
-            if lost {
+            let restarting = config.is_being_restarted();
+            if restarting {
                 config.end_idle_sockets();
             } else {
-                config.end();
+                config.end_for_good();
             }
             config.sockets = KVec::new();
             config.setup_by = None;
             config.interrupted = None;
-            if lost {
-                return Ok(false);
+            if restarting {
+                return Ok(None);
             }
-            config.cleared = config.started;
             self.disk.force_media_change();
             // This happens under the lock: a task that returns from `NBD_DO_IT` still has the
             // device open, and is counted as an opener.
             self.reset_size();
-            Ok(core::mem::take(&mut config.held_by_netlink))
+            Ok(Some(core::mem::take(&mut config.held_by_netlink)))
         })?;
+        let Some(put) = put else {
+            return Ok(());
+        };
+        self.wait_for_scanner();
         if put {
             self.put_config(&self.disk.lock_open_mutex());
         }

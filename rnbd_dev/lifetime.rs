@@ -18,7 +18,10 @@ use crate::kapi::{
             Purpose, //
         },
     },
-    task, //
+    task::{
+        self,
+        TaskId, //
+    }, //
 };
 use kernel::{
     prelude::*,
@@ -39,11 +42,12 @@ impl Device {
     pub(crate) fn open(&self, purpose: Purpose) -> Result {
         let mut state = self.state.lock();
         self.wait_for_first_block(&mut state);
+        let scanner = state.scanner == Some(TaskId::current());
         match &mut state.config {
             Some(config) => {
                 self.put_scan_off(config, purpose)?;
                 config.references += 1;
-                config.opened_since_connect |= config.bound;
+                config.opened_since_connect |= config.bound && !scanner;
             }
             None => {
                 self.new_config(&mut state)?;
@@ -76,7 +80,7 @@ impl Device {
         let _ = self.with_config(|config| {
             if config.is_abandoned() {
                 config.interrupted = None;
-                config.end();
+                config.end_for_good();
             }
             Ok(())
         });
@@ -138,9 +142,8 @@ impl Device {
             self.tear_down(None, config);
             config.reset();
             self.reset_timeout(state);
-            let mut usage = self.usage.lock();
-            usage.destroy_on_disconnect = false;
-            usage.owner = None;
+            self.usage.lock().destroy_on_disconnect = false;
+            self.set_owner(None);
         }
         self.put_config_locked(None, state);
     }
@@ -157,9 +160,9 @@ impl Device {
     ///
     /// The caller holds the configuration lock.
     fn mark_unused(&self) {
+        self.set_owner(None);
         let mut usage = self.usage.lock();
         usage.in_use = false;
-        usage.owner = None;
         let dying = usage.destroy_on_disconnect && !usage.dying;
         usage.dying |= dying;
         drop(usage);

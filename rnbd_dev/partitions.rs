@@ -15,13 +15,21 @@ use super::{
     Device,
     State, //
 };
-use crate::kapi::block::{
-    disk::Sectors,
-    gendisk::Purpose, //
+use crate::{
+    kapi::{
+        block::{
+            disk::Sectors,
+            gendisk::Purpose, //
+        },
+        task::TaskId, //
+    },
+    pure::fate::Snapshot,
+    rnbd_session::Session, //
 };
 use kernel::{
     prelude::*,
     sync::{
+        Arc,
         CondVarTimeoutResult,
         MutexGuard, //
     },
@@ -49,7 +57,7 @@ impl Device {
 
     /// Queues the work item that reads the partition table, if that is wanted. Requests can be sent.
     pub(super) fn queue_wanted_scan(&self, config: &Config) {
-        if config.scan == Scan::Wanted {
+        if config.scan != Scan::Done {
             self.usage.lock().scan_wanted = true;
             self.jobs.clone().queue_jobs();
         }
@@ -57,38 +65,58 @@ impl Device {
 
     /// Leaves the partition table to the next open, for lack of memory for a work item.
     pub(crate) fn leave_scan_to_open(&self) {
-        self.finish_scan(&mut self.lock(), Ok(()));
+        let mut state = self.lock();
+        if let Some(config) = state.config.as_mut().filter(|c| c.scan != Scan::Done) {
+            config.scan = Scan::Done;
+            self.disk.need_partition_scan();
+        }
+        self.scanning_wait.notify_all();
     }
 
     /// Reads the partition table, once the server has replied.
+    ///
+    /// The block layer reads it in an open, which also prepares the page cache for the block size, and
+    /// empties it afterwards.
     ///
     /// # Context
     ///
     /// May sleep, until the server replies or the session ends.
     pub(crate) fn scan_partitions(&self) {
+        let Some((session, fate)) = self.session_to_scan() else {
+            return;
+        };
         let read = self.disk.read_first_block();
-        self.finish_scan(&mut self.lock(), read);
-        let held = self.disk.lock_open_mutex();
-        // A task that has opened the device meanwhile has read the table.
-        if is_served(&self.lock()) {
-            held.scan_partitions();
-        }
-    }
-
-    /// Makes the next open read the partition table if the first block could be read, and lets those
-    /// continue who wait for this. If the session has no connection, the next one tries again.
-    fn finish_scan(&self, state: &mut State, read: Result) {
-        if !is_served(state) {
+        let mut state = self.lock();
+        let config = state.config.as_mut();
+        let ours = |c: &&mut KBox<Config>| {
+            let same = c.session.as_ref().is_some_and(|s| Arc::ptr_eq(s, &session));
+            // If a connection has come back meanwhile, the work item was queued again.
+            same && c.scan != Scan::Done && session.table().fate.snapshot() == fate
+        };
+        let Some(config) = config.filter(ours).filter(|_| session.is_served()) else {
+            return;
+        };
+        config.scan = Scan::Done;
+        // If the first block cannot be read, somebody else may try.
+        self.disk.need_partition_scan();
+        self.scanning_wait.notify_all();
+        if read.is_err() {
             return;
         }
-        let wanted = |c: &&mut KBox<Config>| c.scan == Scan::Wanted;
-        if let Some(config) = state.config.as_mut().filter(wanted) {
-            config.scan = Scan::Done;
-            if read.is_ok() {
-                self.disk.need_partition_scan();
-            }
-        }
-        self.first_block_read.notify_all();
+        state.scanner = Some(TaskId::current());
+        drop(state);
+        self.disk.open_and_close();
+        self.lock().scanner = None;
+        self.scanning_wait.notify_all();
+    }
+
+    /// Returns the session whose partition table is to be read, and its fate.
+    fn session_to_scan(&self) -> Option<(Arc<Session>, Snapshot)> {
+        let state = self.lock();
+        let config = state.config.as_ref().filter(|c| c.scan != Scan::Done)?;
+        let session = config.session.as_ref()?.clone();
+        let fate = session.table().fate.snapshot();
+        Some((session, fate))
     }
 
     /// Waits until the first block was read, but not for long, so that whoever opens the device finds
@@ -98,20 +126,33 @@ impl Device {
     ///
     /// May sleep. The caller holds the configuration lock, which is dropped meanwhile.
     pub(super) fn wait_for_first_block(&self, state: &mut MutexGuard<'_, State>) {
-        let wanted = |state: &State| {
-            let config = state.config.as_ref();
-            config.is_some_and(|c| c.scan == Scan::Wanted) && is_served(state)
-        };
         for _ in 0..OPEN_WAITS {
-            if !wanted(state) {
+            if !is_scan_due(state) {
                 return;
             }
             let waited = self
-                .first_block_read
+                .scanning_wait
                 .wait_interruptible_timeout(state, msecs_to_jiffies(OPEN_WAIT_MS));
             if let CondVarTimeoutResult::Signal { .. } = waited {
                 return;
             }
+        }
+        if let Some(config) = state.config.as_mut().filter(|c| c.scan == Scan::Wanted) {
+            // The next one does not wait.
+            config.scan = Scan::Late;
+        }
+    }
+
+    /// Waits until no work item has the device open. The session has ended, so that it cannot take
+    /// long, and the device must be free then.
+    ///
+    /// # Context
+    ///
+    /// May sleep. The caller must not hold the `open_mutex`.
+    pub(super) fn wait_for_scanner(&self) {
+        let mut state = self.lock();
+        while state.scanner.is_some() {
+            self.scanning_wait.wait(&mut state);
         }
     }
 
@@ -136,8 +177,9 @@ impl Device {
     }
 }
 
-/// Returns whether requests can be sent now.
-fn is_served(state: &State) -> bool {
-    let session = state.config.as_ref().and_then(|c| c.session.as_ref());
+/// Returns whether an open should wait for the first block.
+fn is_scan_due(state: &State) -> bool {
+    let config = state.config.as_ref().filter(|c| c.scan == Scan::Wanted);
+    let session = config.and_then(|c| c.session.as_ref());
     session.is_some_and(|s| s.is_served())
 }

@@ -6,6 +6,7 @@
 use super::{
     config::{
         Config,
+        Geometry,
         DEFAULT_BLOCK_BYTES, //
     },
     Device,
@@ -108,11 +109,12 @@ impl Device {
     pub(crate) fn add_socket(&self, fd: usize) -> Result {
         self.set_up_by_ioctl(|config| {
             let fd = i32::try_from(fd).map_err(|_| EINVAL)?;
-            if config.is_running() {
-                pr_err!(
-                    "nbd{}: cannot add a socket to a running device\n",
-                    self.index
-                );
+            if config.started && !config.may_restart() {
+                let why = match config.is_lost() {
+                    true => "a device that has lost its server, whose size was not set since",
+                    false => "a running device",
+                };
+                pr_err!("nbd{}: cannot add a socket to {why}\n", self.index);
                 return Err(EBUSY);
             }
             let socket = self.socket_from_fd(fd)?;
@@ -125,7 +127,10 @@ impl Device {
                 pr_err!("nbd{}: being set up by another task\n", self.index);
                 return Err(EBUSY);
             }
-            Ok(config.sockets.push(socket, GFP_KERNEL)?)
+            // An allocation must not wait for writeback, which may be waiting for this very device.
+            Ok(task::memalloc_noio(|| {
+                config.sockets.push(socket, GFP_KERNEL)
+            })?)
         })
     }
 
@@ -207,6 +212,9 @@ impl Device {
         if !self.apply_size(config, size_bytes, block_bytes)? {
             self.disk.uevent_change();
         }
+        if config.is_running() {
+            self.queue_wanted_scan(config);
+        }
         Ok(())
     }
 
@@ -226,19 +234,25 @@ impl Device {
         let running = config.is_running();
         if running {
             self.set_limits(config, block_bytes)?;
-            config.running_block_bytes = block_bytes;
+            config.disk_has = Geometry {
+                size_bytes,
+                block_bytes,
+            };
         }
         config.size_bytes = size_bytes;
         config.block_bytes = block_bytes;
         if !running {
+            config.sized_at = config.session.as_ref().map(|s| s.table().losses());
             return Ok(true);
         }
         if let Some(data) = &config.debugfs_data {
             data.size_bytes.store(size_bytes, Relaxed);
             data.block_bytes.store(block_bytes, Relaxed);
         }
-        if self.disk.capacity() != Sectors(0) {
-            self.scan_partitions_at_open();
+        match self.disk.capacity() {
+            Sectors(0) => self.want_scan(config),
+            size if size != Sectors(size_bytes >> 9) => self.scan_partitions_at_open(),
+            _ => {}
         }
         Ok(self.disk.set_capacity_and_notify(Sectors(size_bytes >> 9)))
     }

@@ -6,6 +6,7 @@
 use super::{
     config::{
         Config,
+        Geometry,
         Interrupted,
         Wait, //
     },
@@ -24,7 +25,10 @@ use crate::{
             Ending,
             Socket, //
         },
-        task, //
+        task::{
+            self,
+            TaskId, //
+        }, //
     },
     pure::proto::flags,
     rnbd_session::{
@@ -59,54 +63,69 @@ impl Device {
     /// - Those of [`Self::lock_for_ioctl()`], [`Self::start()`] and [`Self::restart()`].
     /// - `ERESTARTSYS`: a signal has interrupted the wait.
     /// - `EPIPE`: the connections have ended although nobody has disconnected the device or dropped
-    ///   its sockets. nbd.c of today returns 0, nbd-client and qemu-nbd expect this.
+    ///   its sockets. Current nbd.c returns 0, but nbd-client and qemu-nbd expect this.
     ///
     /// # Context
     ///
     /// May sleep, for as long as the session lasts.
     pub(crate) fn run(&self) -> Result {
-        let wait = self.begin_wait()?;
+        let wait = self.start_or_resume()?;
         let interrupted = wait
             .session
             .table()
             .wait_all_reaped_interruptible(wait.losses);
-        self.with_config(|config| {
-            if interrupted && !task::is_killed() {
+        let result = self.with_config(|config| {
+            let table = wait.session.table();
+            let gone = table.losses() != wait.losses || table.unreaped_connections() == 0;
+            if interrupted && !gone && !task::is_killed() {
                 config.interrupted = Some(Interrupted::current(wait));
                 return Err(ERESTARTSYS);
             }
-            if interrupted && wait.session.table().losses() == wait.losses {
-                config.end();
-            }
-            if wait.session.table().unreaped_connections() > 0 {
+            if table.unreaped_connections() > 0 && gone {
                 // It was lost, and another task has started it again.
+                return Err(EPIPE);
+            }
+            if task::is_killed() {
+                config.end_for_good();
+            }
+            if config.is_lost() {
+                if self.disk.openers() <= 1 {
+                    // What waits for a connection would wait for this process, whose close waits for
+                    // it. Nobody else uses the device.
+                    wait.session.end();
+                }
                 return Err(EPIPE);
             }
             self.reset_size();
             if interrupted {
                 return Err(ERESTARTSYS);
             }
-            if config.is_lost() {
-                return Err(EPIPE);
-            }
             Ok(())
-        })
+        });
+        if result != Err(EPIPE) && result != Err(ERESTARTSYS) {
+            self.wait_for_scanner();
+        }
+        result
     }
 
     /// Starts the device, or starts it again, or finds the session for which the current process was
     /// waiting. The errors are those of [`Self::run()`].
-    fn begin_wait(&self) -> Result<Wait> {
+    fn start_or_resume(&self) -> Result<Wait> {
         let mut state = self.lock_for_ioctl()?;
         let config = state.config_mut()?;
         if config.is_lost() && !config.sockets.is_empty() {
             // An allocation must not wait for writeback, which may be waiting for this very device.
-            return task::memalloc_noio(|| self.restart(config)).map(Wait::new);
+            let session = task::memalloc_noio(|| self.restart(config))?;
+            config.runner = Some(TaskId::current_process());
+            return Ok(Wait::new(session));
         }
         if let Some(wait) = config.resume() {
             return Ok(wait);
         }
-        let (_state, started) = self.start(state);
-        started.map(Wait::new)
+        let (mut state, started) = self.start(state);
+        let wait = Wait::new(started?);
+        state.config_mut()?.runner = Some(TaskId::current_process());
+        Ok(wait)
     }
 
     /// Starts the device: takes over the sockets and publishes a session (`nbd_start_device()`).
@@ -139,7 +158,7 @@ impl Device {
         (state, started)
     }
 
-    /// Starts a device that was lost again, with the sockets that were passed since.
+    /// Restarts a lost device with the sockets that were passed since.
     ///
     /// The requests that wait for a connection continue. Programs that have the device open, and file
     /// systems on it, do not notice, so the sockets must be those of a server of the same image. As
@@ -148,8 +167,8 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// - `EINVAL`: there are several sockets that the server's flags do not allow, or the block size
-    ///   has changed.
+    /// - `EINVAL`: there are several sockets that the server's flags do not allow, or the size or the
+    ///   block size has changed.
     /// - `EBUSY`, `ENOTCONN`: no socket can be used; see [`Session::reconnect()`].
     /// - `ENODEV`: the module is being unloaded.
     /// - `ENOMEM`.
@@ -163,14 +182,22 @@ impl Device {
         let session = config.session.clone().ok_or(EINVAL)?;
         let sockets = core::mem::replace(&mut config.sockets, KVec::new());
         self.check_sockets(&sockets, session.flags())?;
-        if config.block_bytes != config.running_block_bytes {
+        let wanted = Geometry {
+            size_bytes: config.size_bytes,
+            block_bytes: config.block_bytes,
+        };
+        let Geometry {
+            size_bytes,
+            block_bytes,
+        } = config.disk_has;
+        (config.size_bytes, config.block_bytes) = (size_bytes, block_bytes);
+        if wanted != config.disk_has {
             pr_err!(
-                "nbd{}: cannot be started again: the block size was {} bytes, and would be {}\n",
+                "nbd{}: cannot be started again with {} bytes in blocks of {}: it has {size_bytes} in blocks of {block_bytes}\n",
                 self.index,
-                config.running_block_bytes,
-                config.block_bytes
+                wanted.size_bytes,
+                wanted.block_bytes
             );
-            config.block_bytes = config.running_block_bytes;
             return Err(EINVAL);
         }
         if config.flags != session.flags() {
@@ -184,9 +211,9 @@ impl Device {
         }
         self.reconnect_all(&session, &sockets)?;
         self.pid.store(task::current_pid(), Relaxed);
-        config.interrupted = None;
-        self.set_size(config, config.size_bytes, config.block_bytes)
-            .inspect_err(|_| session.end())?;
+        if let Some(data) = &config.debugfs_data {
+            data.pid.store(task::current_pid(), Relaxed);
+        }
         self.queue_wanted_scan(config);
         Ok(session)
     }
@@ -203,8 +230,8 @@ impl Device {
         for socket in sockets {
             match session.reconnect(&self.disk, socket, 0) {
                 Ok(true) => replaced += 1,
-                // There is no place for it. The caller drops its file only when it returns to user
-                // space, which may be long from now.
+                // There is no place for it. It is shut down here, because the kernel closes the file
+                // only when the task returns to user space, which may be long from now.
                 Ok(false) if !socket.is_hooked() => socket.end(Ending::Polite),
                 Ok(false) => {}
                 Err(e) => {
@@ -308,7 +335,7 @@ impl Device {
         }
         let data = Arc::new(
             FileData {
-                pid: task::current_pid(),
+                pid: Atomic::new(task::current_pid()),
                 session: session.clone(),
                 flags: config.flags,
                 size_bytes: Atomic::new(config.size_bytes),
@@ -324,7 +351,6 @@ impl Device {
         // A write to `queue/write_cache` since the last session must not keep this one from
         // flushing.
         self.disk.reset_limits();
-        self.want_scan(config);
         self.session.publish(session.clone()).map_err(|_| EBUSY)?;
         self.apply_size(config, config.size_bytes, config.block_bytes)?;
         // udev looks at the device when it receives an event, so these come last. Until the disk is

@@ -9,7 +9,10 @@
 use crate::kapi::bindings;
 use core::ops::Deref;
 use kernel::{
-    error::to_result,
+    error::{
+        from_err_ptr,
+        to_result, //
+    },
     prelude::*,
     sync::atomic::{
         Atomic,
@@ -165,7 +168,9 @@ impl DiskRef {
 
     /// Keeps the next open from reading the partition table. Returns whether it would have read it.
     pub(crate) fn cancel_partition_scan(&self) -> bool {
-        let needed = self.needs_partition_scan();
+        // SAFETY: By the type invariant, the disk is valid. Other tasks may change the bits at the same
+        // time, but a word is never read torn.
+        let state = unsafe { (&raw const (*self.as_ptr()).state).read_volatile() };
         // SAFETY: By the type invariant, the disk is valid. The bits of its state are changed
         // atomically.
         unsafe {
@@ -174,15 +179,37 @@ impl DiskRef {
                 &raw mut (*self.as_ptr()).state,
             )
         };
-        needed
+        state & (1 << bindings::GD_NEED_PART_SCAN) != 0
     }
 
-    /// Returns whether the next open reads the partition table.
-    fn needs_partition_scan(&self) -> bool {
-        // SAFETY: By the type invariant, the disk is valid. Other tasks may change the bits at the same
-        // time, but a word is never read torn.
-        let state = unsafe { (&raw const (*self.as_ptr()).state).read_volatile() };
-        state & (1 << bindings::GD_NEED_PART_SCAN) != 0
+    /// Opens the disk, as a program does, and closes it. The open reads the partition table if that is
+    /// [needed](Self::need_partition_scan).
+    ///
+    /// # Context
+    ///
+    /// May sleep, for as long as the requests take. [`BlockDevice::open()`] and
+    /// [`BlockDevice::release()`] are called by this task, so it must hold none of the locks that they
+    /// take.
+    ///
+    /// [`BlockDevice::open()`]: super::gendisk::BlockDevice::open
+    /// [`BlockDevice::release()`]: super::gendisk::BlockDevice::release
+    pub(crate) fn open_and_close(&self) {
+        // SAFETY: The first block device lives as long as the disk, and its number does not change.
+        let number = unsafe { (*self.part0()).bd_dev };
+        // SAFETY: Any number may be passed. Without a holder, no holder operations are needed.
+        let file = from_err_ptr(unsafe {
+            bindings::bdev_file_open_by_dev(
+                number,
+                bindings::BLK_OPEN_READ,
+                core::ptr::null_mut(),
+                core::ptr::null(),
+            )
+        });
+        if let Ok(file) = file {
+            // SAFETY: The file was opened above, and its only reference is dropped here. A kernel
+            // thread may close a file immediately.
+            unsafe { bindings::__fput_sync(file) };
+        }
     }
 
     /// Reads the first block, past the page cache, and drops it.
@@ -314,21 +341,6 @@ impl<'a> OpenMutexHeld<'a> {
             disk,
             _task: NotThreadSafe,
         }
-    }
-
-    /// Reads the partition table if the next open would do that, and creates the partitions. If one is
-    /// open, they all stay as they are.
-    ///
-    /// # Context
-    ///
-    /// May sleep, for as long as the requests take.
-    pub(crate) fn scan_partitions(&self) {
-        if !self.disk.needs_partition_scan() {
-            return;
-        }
-        // SAFETY: By the type invariants, the disk is valid and the current task holds its
-        // `open_mutex`. Whoever cares for a failure finds no partitions.
-        unsafe { bindings::bdev_disk_changed(self.disk.as_ptr(), false) };
     }
 
     /// Removes all partitions of the disk, and sets its size to zero. If one is still open, they

@@ -12,7 +12,7 @@ use super::{
         Address,
         Message, //
     },
-    port::Port, //
+    port::Sender, //
 };
 use crate::kapi::bindings;
 use core::{
@@ -363,14 +363,21 @@ impl<'a> Info<'a> {
         unsafe { bindings::netlink_capable(self.skb, bindings::CAP_SYS_ADMIN as i32) }
     }
 
-    /// Returns the port of the socket that has sent the message.
+    /// Returns the socket that has sent the message.
     ///
-    /// The socket is not released while the command is running: the task that sends the message holds a
+    /// It is not released while the command is running: the task that sends the message holds a
     /// reference to its file.
-    pub(crate) fn sender(&self) -> Port {
-        // SAFETY: By the type invariant, `raw` is valid.
-        let raw = unsafe { &*self.raw };
-        Port::new(raw._net.net, raw.snd_portid)
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL`: the message does not come from a socket.
+    pub(crate) fn sender(&self) -> Result<Sender> {
+        // SAFETY: By the type invariant, `skb` is a valid message that netlink has received, in whose
+        // control buffer the sender's socket is (`NETLINK_CB()`).
+        let sk = unsafe { (*(&raw const (*self.skb).cb).cast::<bindings::netlink_skb_parms>()).sk };
+        let sk = NonNull::new(sk.cast()).ok_or(EINVAL)?;
+        // SAFETY: By the type invariant, `raw` is valid. The sender's socket is valid during the call.
+        Ok(unsafe { Sender::new(sk, (*self.raw)._net.net, (*self.raw).snd_portid) })
     }
 
     /// Returns an attribute of the message, if the message has it.

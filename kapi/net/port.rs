@@ -7,28 +7,95 @@
 //! The `kernel` crate (7.3) has neither ports nor notifiers.
 
 use crate::kapi::bindings;
+use core::ptr::NonNull;
 use kernel::{
     error::to_result,
     ffi,
     prelude::*,
+    sync::Refcount,
     types::Opaque, //
 };
 
-/// The identity of a generic netlink socket in user space: its network namespace and its port number.
+/// The port of a generic netlink socket that is being released.
 ///
-/// It is only compared. Once a socket was released, another one may have the same identity.
+/// A new socket may have got the same port before the notifier is called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Port {
-    /// The address of the `struct net`.
+    /// The address of the `struct net`, which is only compared.
     net: usize,
     number: u32,
 }
 
-impl Port {
-    pub(super) fn new(net: *const bindings::net, number: u32) -> Self {
-        Port {
-            net: net as usize,
-            number,
+/// A reference to the generic netlink socket in user space that has sent a message.
+///
+/// It keeps the memory of the `struct sock`, but not the socket: user space can close that.
+///
+/// # Invariants
+///
+/// This owns a reference to `sk`, which is a netlink socket.
+pub(crate) struct Sender {
+    sk: NonNull<bindings::sock>,
+    port: Port,
+}
+
+// SAFETY: Any task may hold and drop a reference to a socket.
+unsafe impl Send for Sender {}
+// SAFETY: `&Sender` only reads a flag and compares.
+unsafe impl Sync for Sender {}
+
+impl Sender {
+    /// # Safety
+    ///
+    /// `sk` must be a netlink socket, to which the caller has a reference during the call.
+    pub(super) unsafe fn new(
+        sk: NonNull<bindings::sock>,
+        net: *const bindings::net,
+        number: u32,
+    ) -> Self {
+        // INVARIANT: The reference is taken here.
+        let this = Sender {
+            sk,
+            port: Port {
+                net: net as usize,
+                number,
+            },
+        };
+        this.references().inc();
+        this
+    }
+
+    fn references(&self) -> &Refcount {
+        // SAFETY: By the type invariant, `sk` is valid. A `Refcount` is a transparent `refcount_t`.
+        unsafe { &*(&raw const (*self.sk.as_ptr()).__sk_common.skc_refcnt).cast() }
+    }
+
+    /// Returns whether this socket is the one that is being released at `port`.
+    pub(crate) fn is_released_at(&self, port: Port) -> bool {
+        // SAFETY: By the type invariant, `sk` is valid, and the field is at this offset. Other tasks may
+        // change the flags at the same time, but a word is never read torn.
+        let flags = unsafe {
+            self.sk
+                .as_ptr()
+                .byte_add(bindings::OFFSET_SK_FLAGS)
+                .cast::<usize>()
+                .read_volatile()
+        };
+        // `netlink_release()` sets the flag before it calls the notifiers (`sock_orphan()`).
+        self.port == port && flags & (1 << bindings::SOCK_DEAD) != 0
+    }
+
+    /// Returns whether both are the same socket.
+    pub(crate) fn is(&self, other: &Sender) -> bool {
+        self.sk == other.sk
+    }
+}
+
+impl Drop for Sender {
+    /// Drops the reference (`sock_put()`).
+    fn drop(&mut self) {
+        if self.references().dec_and_test() {
+            // SAFETY: This was the last reference.
+            unsafe { bindings::sk_free(self.sk.as_ptr()) };
         }
     }
 }
@@ -111,7 +178,10 @@ impl<T: Released> Notifier<T> {
             // SAFETY: The block is not freed while it is registered, and unregistering it waits for
             // this call.
             let block = unsafe { &*block };
-            block.target.released(Port::new(socket.net, socket.portid));
+            block.target.released(Port {
+                net: socket.net as usize,
+                number: socket.portid,
+            });
         }
         bindings::NOTIFY_DONE as ffi::c_int
     }

@@ -47,6 +47,7 @@ pub struct Plan {
     send_buffer: Option<usize>,
     low_water: Option<u32>,
     hold: bool,
+    persist: bool,
     compat: bool,
 }
 
@@ -63,6 +64,7 @@ impl Plan {
             send_buffer: None,
             low_water: None,
             hold: false,
+            persist: false,
             compat: false,
         }
     }
@@ -126,6 +128,15 @@ impl Plan {
     /// Lets the client do nothing after NBD_DO_IT until it is told to go on.
     pub fn hold(self) -> Self {
         Self { hold: true, ..self }
+    }
+
+    /// Makes the client close the device when NBD_DO_IT fails, without clearing it, as one does that is
+    /// going to connect it again (nbd-client -persist).
+    pub fn persist(self) -> Self {
+        Self {
+            persist: true,
+            ..self
+        }
     }
 
     /// Makes the client's ioctls those of a 32-bit process.
@@ -223,8 +234,13 @@ impl Client {
                 .expect("the ioctls before NBD_DO_IT");
             drop(sockets);
             say_tid.send(gettid()).unwrap();
-            let _ = say_done.send(plan.ioctl(&device, proto::DO_IT, 0));
+            let answer = plan.ioctl(&device, proto::DO_IT, 0);
+            let comes_back = plan.persist && answer == Err(Errno::PIPE);
+            let _ = say_done.send(answer);
             let _ = told.recv();
+            if comes_back {
+                return;
+            }
             plan.ioctl(&device, proto::CLEAR_QUE, 0)
                 .expect("NBD_CLEAR_QUE");
             plan.ioctl(&device, proto::CLEAR_SOCK, 0)

@@ -19,6 +19,7 @@ pub fn main(arguments: &[String]) {
             index.parse().expect("an index"),
             size.parse().expect("a size"),
         ),
+        ["probe", device, _] => probe(device),
         ["attach-once", device, size] => {
             sys::handle_and_ignore(libc::SIGUSR1, false);
             attach(device, size.parse().expect("a size"));
@@ -46,6 +47,13 @@ fn attach(device: &str, size: u64) {
         Ok(_) | Err(Errno::INTR) => {}
         Err(error) => panic!("NBD_DO_IT: {error}"),
     }
+}
+
+/// Passes the socket on standard input to `device`, and ends with the errno.
+fn probe(device: &str) {
+    let device = OpenOptions::new().read(true).write(true).open(device);
+    let passed = ioctl_number(device.expect("the device"), proto::SET_SOCK, 0);
+    std::process::exit(passed.map_or_else(|errno| errno.raw_os_error(), |_| 0));
 }
 
 /// Connects device `index` by netlink to the socket on standard input, as its owner, and stays.

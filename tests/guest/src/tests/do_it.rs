@@ -188,8 +188,7 @@ fn says_goodbye_on_every_connection(_: &Guest) {
 fn leaves_the_device_empty(_: &Guest) {
     let mut rig = Plan::new(1 << 20).hold().attach();
     assert_eq!(rig.sysfs("size"), "2048");
-    rig.server.kill();
-    rig.client.wait_lost();
+    assert_eq!(rig.disconnect(), Ok(0));
     assert_eq!(
         rig.sysfs("size"),
         "0",

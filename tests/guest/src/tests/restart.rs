@@ -38,12 +38,15 @@ pub fn tests() -> Vec<Test> {
         test!(an_open_does_not_wait).parameters("nbds_max=4 dead_conn_timeout=60"),
         test!(the_partition_table_is_read_later).parameters("nbds_max=4 dead_conn_timeout=60"),
         test!(an_open_of_a_dead_device_reads_nothing),
-        test!(after_its_client_was_killed).parameters("nbds_max=4 dead_conn_timeout=60"),
+        test!(not_after_its_client_was_killed).parameters("nbds_max=4 dead_conn_timeout=60"),
+        test!(not_after_its_client_has_cleared_it).parameters("nbds_max=4 dead_conn_timeout=60"),
+        test!(not_by_a_program_that_looks_for_a_free_device),
+        test!(nothing_is_lost_silently),
         test!(not_after_it_was_ended),
         test!(not_with_another_block_size),
         test!(not_with_sockets_that_cannot_be_used),
         test!(with_fewer_and_with_more_connections),
-        test!(with_another_size),
+        test!(not_with_another_size),
         test!(with_other_flags),
         test!(again_and_again_under_load)
             .parameters("nbds_max=4 dead_conn_timeout=60")
@@ -56,6 +59,11 @@ pub fn tests() -> Vec<Test> {
 
 const SIZE: u64 = 1 << 20;
 const BLKRRPART: u32 = 0x125f;
+
+/// As of nbd-client -persist.
+fn plan_of(size: u64) -> Plan {
+    Plan::new(size).persist()
+}
 
 /// Passes new sockets to the device as nbd-client does, and starts it. Where the device cannot be
 /// started again, that fails.
@@ -84,7 +92,7 @@ fn lose(rig: &mut Rig) {
 
 fn while_a_program_has_it_open(guest: &Guest) {
     for transport in [Transport::Tcp4, Transport::Unix] {
-        let plan = Plan::new(SIZE).transport(transport);
+        let plan = plan_of(SIZE).transport(transport);
         let mut rig = plan.attach();
         let direct = rig.direct();
         lose(&mut rig);
@@ -140,17 +148,13 @@ fn by_the_task_that_has_it_open(guest: &Guest) {
             runs.join().unwrap()
         });
         assert_eq!(answer, lost(guest), "round {round}");
-        if round % 2 == 0 {
-            // It drops what was passed since, and nothing else.
-            assert_eq!(ioctl_number(&device, CLEAR_SOCK, 0), Ok(0));
-        }
     }
     drop(device);
     assert_usable(0);
 }
 
 fn requests_wait_for_it(guest: &Guest) {
-    let plan = Plan::new(SIZE).connections(2);
+    let plan = plan_of(SIZE).connections(2);
     let mut rig = plan.attach();
     let direct = rig.direct();
     let written = Buffer::filled(64 << 10, |data| pattern(5, 0, data));
@@ -179,7 +183,7 @@ fn requests_wait_for_it(guest: &Guest) {
 }
 
 fn requests_wait_no_longer_than_told(guest: &Guest) {
-    let plan = Plan::new(SIZE);
+    let plan = plan_of(SIZE);
     let mut rig = plan.attach();
     let direct = rig.direct();
     lose(&mut rig);
@@ -208,7 +212,7 @@ fn requests_wait_no_longer_than_told(guest: &Guest) {
 
 /// `nbd-client -d`, `qemu-nbd -d`
 fn a_disconnect_ends_the_wait(guest: &Guest) {
-    let mut rig = Plan::new(SIZE).attach();
+    let mut rig = plan_of(SIZE).attach();
     let direct = rig.direct();
     lose(&mut rig);
     thread::scope(|scope| {
@@ -228,7 +232,7 @@ fn a_disconnect_ends_the_wait(guest: &Guest) {
 
 /// The client itself has to open the device. Looking for partitions then would wait for the client.
 fn an_open_does_not_wait(_: &Guest) {
-    let mut rig = Plan::new(SIZE).attach();
+    let mut rig = plan_of(SIZE).attach();
     let direct = rig.direct();
     lose(&mut rig);
     for _ in 0..3 {
@@ -248,16 +252,16 @@ fn the_partition_table_is_read_later(guest: &Guest) {
         return;
     }
     let partitioned = partitioned_server();
-    let plan = Plan::new(SIZE);
+    let plan = plan_of(SIZE);
     let mut rig = plan.attach();
     let direct = rig.direct();
-    assert_eq!(ioctl_number(&direct, SET_SIZE, SIZE / 2), Ok(0));
+    assert_eq!(ioctl_number(&direct, SET_SIZE, 2 * SIZE), Ok(0));
     lose(&mut rig);
     let began = Instant::now();
     drop(rig.open_to_read());
     let took = began.elapsed();
     assert!(took < SOON, "{took:?}");
-    let mut client = plan.start(&partitioned);
+    let mut client = plan_of(2 * SIZE).start(&partitioned);
     let there = wait_until(SOON, || fs::exists("/sys/block/nbd0/nbd0p1").unwrap());
     assert!(there.is_ok());
     ioctl_number(&direct, DISCONNECT, 0).expect("NBD_DISCONNECT");
@@ -266,7 +270,7 @@ fn the_partition_table_is_read_later(guest: &Guest) {
     assert_usable(0);
 }
 
-/// Whether the kernel has said that it could not read the device.
+/// Counts the messages of the kernel about reads that failed.
 fn read_errors(guest: &Guest) -> usize {
     let words = [
         "I/O error, dev nbd0",
@@ -280,7 +284,7 @@ fn read_errors(guest: &Guest) -> usize {
 
 fn an_open_of_a_dead_device_reads_nothing(guest: &Guest) {
     for lost in [true, false] {
-        let mut rig = Plan::new(SIZE).attach();
+        let mut rig = plan_of(SIZE).attach();
         let direct = rig.direct();
         if lost {
             lose(&mut rig);
@@ -305,14 +309,10 @@ fn an_open_of_a_dead_device_reads_nothing(guest: &Guest) {
     assert_usable(0);
 }
 
-fn after_its_client_was_killed(guest: &Guest) {
+/// The end of the process is the end of its session.
+fn not_after_its_client_was_killed(_: &Guest) {
     let server = Server::new();
-    let socket = server.connect(Transport::Unix);
-    let mut killed = std::process::Command::new("/proc/self/exe")
-        .args(["helper", "attach", "/dev/nbd0", &SIZE.to_string()])
-        .stdin(socket)
-        .spawn()
-        .expect("a process");
+    let mut killed = helper("attach", server.connect(Transport::Unix));
     let connected = wait_until(SOON, || {
         device::sysfs(0, "size") == (SIZE / 512).to_string()
     });
@@ -320,26 +320,115 @@ fn after_its_client_was_killed(guest: &Guest) {
     let direct = device::open(0, libc::O_DIRECT).expect("the device");
     killed.kill().expect("to kill it");
     killed.wait().expect("it to end");
-    // As the killed process ends the session, nothing waits.
     let failed = direct.read_exact_at(&mut Buffer::new(4096), 0);
     assert_eq!(device::errno(failed), Err(Errno::IO));
+    let socket = Server::new().connect(Transport::Unix);
+    ioctl_number(&direct, SET_SIZE, SIZE).expect("NBD_SET_SIZE");
+    let passed = ioctl_number(&direct, SET_SOCK, socket.as_raw_fd() as u64);
+    assert_eq!(passed, Err(Errno::BUSY));
+    drop(direct);
+    assert_usable(0);
+}
 
+/// A process of its own that uses nbd0 and `socket`; see helper.rs.
+fn helper(what: &str, socket: OwnedFd) -> std::process::Child {
+    std::process::Command::new("/proc/self/exe")
+        .args(["helper", what, "/dev/nbd0", &SIZE.to_string()])
+        .stdin(socket)
+        .spawn()
+        .expect("a process")
+}
+
+/// A program that looks for a free device by passing each its socket must not get one that is in use,
+/// whose users would go on with another image.
+fn not_by_a_program_that_looks_for_a_free_device(guest: &Guest) {
+    let mut rig = plan_of(SIZE).attach();
+    let direct = rig.direct();
+    lose(&mut rig);
     let server = Server::new();
-    if let Some(mut client) = start_again(guest, &Plan::new(SIZE), &server) {
-        direct
-            .read_exact_at(&mut Buffer::new(4096), 0)
-            .expect("to read");
+    let mut other = helper("probe", server.connect(Transport::Unix));
+    assert_eq!(
+        other.wait().expect("it to end").code(),
+        Some(Errno::BUSY.raw_os_error())
+    );
+    // One that sets the size first means this device.
+    if guest.expected("a-lost-device-starts-again") == Driver::Rnbd {
+        let mut other = helper("attach", server.connect(Transport::Unix));
+        let served = wait_until(SOON, || {
+            direct.read_exact_at(&mut Buffer::new(4096), 0).is_ok()
+        });
+        assert!(served.is_ok());
         ioctl_number(&direct, DISCONNECT, 0).expect("NBD_DISCONNECT");
-        assert_eq!(client.wait(), Ok(0));
+        assert!(other.wait().expect("it to end").success());
     }
     drop(direct);
+    assert_usable(0);
+}
+
+/// A client that ends, and does not come back: nbd-client without -persist, qemu-nbd.
+fn not_after_its_client_has_cleared_it(_: &Guest) {
+    let mut rig = Plan::new(SIZE).hold().attach();
+    let direct = rig.direct();
+    rig.server.kill();
+    rig.client.wait_lost();
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| direct.read_exact_at(&mut Buffer::new(4096), 0));
+        thread::sleep(Duration::from_millis(100));
+        // NBD_CLEAR_SOCK, and a close.
+        rig.client.go_on();
+        assert_eq!(device::errno(reader.join().unwrap()), Err(Errno::IO));
+    });
+    let socket = Server::new().connect(Transport::Unix);
+    let passed = ioctl_number(&direct, SET_SOCK, socket.as_raw_fd() as u64);
+    assert_eq!(passed, Err(Errno::BUSY));
+    drop(direct);
+    assert_usable(0);
+}
+
+/// What was written, and was not sent when the server was lost, is sent to the next one, or whoever
+/// flushes it is told.
+fn nothing_is_lost_silently(guest: &Guest) {
+    let plan = plan_of(SIZE);
+    for others in [true, false] {
+        let mut rig = plan.clone().hold().attach();
+        let other = others.then(|| rig.open());
+        let written = Buffer::filled(256 << 10, |data| pattern(9, 0, data));
+        rig.open().write_all_at(&written, 0).expect("to write");
+        rig.server.kill();
+        rig.client.wait_lost();
+        rustix::fs::sync();
+        if guest.expected("a-lost-device-starts-again") == Driver::Nbd {
+            rig.client.go_on();
+            continue;
+        }
+        let server = Server::new();
+        let device = device::open(0, 0).expect("the device");
+        let socket = server.connect(Transport::Unix);
+        ioctl_number(&device, SET_SOCK, socket.as_raw_fd() as u64).expect("NBD_SET_SOCK");
+        thread::scope(|scope| {
+            let runs = scope.spawn(|| ioctl_number(&device, DO_IT, 0));
+            let served = wait_until(SOON, || {
+                rig.direct()
+                    .read_exact_at(&mut Buffer::new(4096), SIZE - 4096)
+                    .is_ok()
+            });
+            assert!(served.is_ok());
+            let flushed = rig.open().sync_all();
+            let there = server.peek(0, written.len()) == *written;
+            assert!(there || flushed.is_err(), "others: {others}");
+            ioctl_number(&device, DISCONNECT, 0).expect("NBD_DISCONNECT");
+            assert_eq!(runs.join().unwrap(), Ok(0));
+        });
+        drop((device, other));
+        rig.client.go_on();
+    }
     assert_usable(0);
 }
 
 /// Who has disconnected it, or has dropped its sockets, wants no other server to take its place.
 fn not_after_it_was_ended(_: &Guest) {
     for end in [DISCONNECT, CLEAR_SOCK] {
-        let mut rig = Plan::new(SIZE).attach();
+        let mut rig = plan_of(SIZE).attach();
         let direct = rig.direct();
         assert_eq!(ioctl_number(&direct, end, 0), Ok(0));
         assert_eq!(rig.client.wait(), Ok(0));
@@ -363,7 +452,7 @@ fn pass_and_start(sockets: &[OwnedFd]) -> SysResult {
 }
 
 fn not_with_another_block_size(guest: &Guest) {
-    let plan = Plan::new(SIZE);
+    let plan = plan_of(SIZE);
     let mut rig = plan.attach();
     let direct = rig.direct();
     lose(&mut rig);
@@ -374,7 +463,7 @@ fn not_with_another_block_size(guest: &Guest) {
             pass_and_start(&[server.connect(Transport::Unix)]),
             Err(Errno::INVAL)
         );
-        let line = "nbd0: cannot be started again: the block size was 512 bytes, and would be 4096";
+        let line = "nbd0: cannot be started again with 1048576 bytes in blocks of 4096";
         assert!(guest.log().iter().any(|l| l.contains(line)));
         assert!(server.is_deserted());
     }
@@ -395,7 +484,7 @@ fn not_with_another_block_size(guest: &Guest) {
 }
 
 fn not_with_sockets_that_cannot_be_used(guest: &Guest) {
-    let plan = Plan::new(SIZE);
+    let plan = plan_of(SIZE);
     let mut rig = plan.attach();
     let direct = rig.direct();
     lose(&mut rig);
@@ -404,7 +493,7 @@ fn not_with_sockets_that_cannot_be_used(guest: &Guest) {
         // In use by another device.
         let taken = server.connect(Transport::Unix);
         let copy = taken.try_clone().expect("dup");
-        let other = Plan::new(SIZE).index(1);
+        let other = plan_of(SIZE).index(1);
         let mut other_client = other.start_over(vec![copy]);
         other_client.wait_ready(SIZE);
         assert_eq!(pass_and_start(&[taken]), Err(Errno::BUSY));
@@ -429,13 +518,13 @@ fn not_with_sockets_that_cannot_be_used(guest: &Guest) {
 }
 
 fn with_fewer_and_with_more_connections(guest: &Guest) {
-    let plan = Plan::new(SIZE).connections(2);
+    let plan = plan_of(SIZE).connections(2);
     let mut rig = plan.attach();
     let direct = rig.direct();
     lose(&mut rig);
     for connections in [1, 3, 2] {
         let server = Server::new();
-        let plan = Plan::new(SIZE)
+        let plan = plan_of(SIZE)
             .flags(device::USUAL_FLAGS | CAN_MULTI_CONN)
             .connections(connections);
         let Some(mut client) = start_again(guest, &plan, &server) else {
@@ -455,20 +544,21 @@ fn with_fewer_and_with_more_connections(guest: &Guest) {
     assert_usable(0);
 }
 
-fn with_another_size(guest: &Guest) {
-    let mut rig = Plan::new(SIZE).attach();
+fn not_with_another_size(guest: &Guest) {
+    let plan = plan_of(SIZE);
+    let mut rig = plan.attach();
     let direct = rig.direct();
     lose(&mut rig);
-    let server = Server::new();
-    let plan = Plan::new(2 * SIZE);
-    if let Some(mut client) = start_again(guest, &plan, &server) {
-        let grown = wait_until(SOON, || {
-            device::sysfs(0, "size") == (2 * SIZE / 512).to_string()
-        });
-        assert!(grown.is_ok());
-        direct
-            .read_exact_at(&mut Buffer::new(4096), 2 * SIZE - 4096)
-            .expect("to read");
+    if guest.expected("a-lost-device-starts-again") == Driver::Rnbd {
+        let server = Server::new();
+        assert_eq!(ioctl_number(&direct, SET_SIZE, 2 * SIZE), Ok(0));
+        assert_eq!(
+            pass_and_start(&[server.connect(Transport::Unix)]),
+            Err(Errno::INVAL)
+        );
+    }
+    if let Some(mut client) = start_again(guest, &plan, &Server::new()) {
+        assert_eq!(device::sysfs(0, "size"), (SIZE / 512).to_string());
         ioctl_number(&direct, DISCONNECT, 0).expect("NBD_DISCONNECT");
         assert_eq!(client.wait(), Ok(0));
     }
@@ -478,11 +568,11 @@ fn with_another_size(guest: &Guest) {
 
 /// A server that cannot do less than the first one cannot surprise those who have it open.
 fn with_other_flags(guest: &Guest) {
-    let mut rig = Plan::new(SIZE).attach();
+    let mut rig = plan_of(SIZE).attach();
     let direct = rig.direct();
     lose(&mut rig);
     let server = Server::new();
-    let plan = Plan::new(SIZE).flags(SEND_FLUSH);
+    let plan = plan_of(SIZE).flags(SEND_FLUSH);
     if let Some(mut client) = start_again(guest, &plan, &server) {
         let line = "nbd0: the server's flags were";
         assert!(guest.log().iter().any(|l| l.contains(line)));
@@ -510,7 +600,7 @@ fn again_and_again_under_load(guest: &Guest) {
     if guest.expected("a-lost-device-starts-again") == Driver::Nbd {
         return;
     }
-    let plan = Plan::new(SIZE).transport(Transport::Tcp4);
+    let plan = plan_of(SIZE).transport(Transport::Tcp4);
     let mut rig = plan.attach();
     let direct = rig.direct();
     let storage = &rig.server;
