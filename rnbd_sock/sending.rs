@@ -126,6 +126,8 @@ pub(super) struct Sending {
     last_submitter: LastSubmitter,
     /// A sender is waiting for room in the socket.
     full: Atomic<bool>,
+    /// The last sender has left a message that was not sent completely.
+    unsent: Atomic<bool>,
     /// A disconnect is to be sent.
     send_disconnect: Atomic<bool>,
     /// The commands that no sender has taken yet.
@@ -148,6 +150,7 @@ impl Sending {
         Ok(pin_init!(Sending {
             last_submitter: LastSubmitter::nobody(),
             full: Atomic::new(false),
+            unsent: Atomic::new(false),
             send_disconnect: Atomic::new(false),
             backlog: List::new(),
             outbox <- new_mutex!(outbox),
@@ -251,7 +254,10 @@ impl Connection {
             if !self.is_alive() {
                 return;
             }
-            match self.transmit_all(&mut outbox) {
+            let stopped = self.transmit_all(&mut outbox);
+            let unsent = !outbox.transmit.is_empty();
+            self.sending.unsent.store(unsent, Relaxed);
+            match stopped {
                 Ok(StopReason::Idle) => {}
                 Ok(StopReason::Budget | StopReason::Signal) => {
                     drop(outbox);
@@ -288,12 +294,9 @@ impl Connection {
     /// jiffies; 0 if it owes nothing.
     pub(crate) fn stuck_jiffies(&self) -> usize {
         // A request counts as sent with its last byte, which the socket of a server that does not
-        // read may never take.
-        let partly_sent = || {
-            let outbox = self.sending.outbox.try_lock();
-            outbox.is_some_and(|o| !o.transmit.is_empty())
-        };
-        if self.traffic.awaited() > 0 || partly_sent() {
+        // read may never take. The lock is not taken: a sender that found it taken would rely on
+        // this task to send.
+        if self.traffic.awaited() > 0 || self.sending.unsent.load(Relaxed) {
             self.traffic.silent_jiffies()
         } else {
             0
