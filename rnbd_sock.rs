@@ -14,6 +14,7 @@
 
 #![forbid(unsafe_code)]
 
+mod draining;
 mod receiving;
 mod sending;
 mod stream;
@@ -81,14 +82,16 @@ const ROUNDS: u32 = 8;
 
 /// Commands can be queued on the connection.
 const ALIVE: u32 = 0;
+/// The server is shutting down: no other command is sent. See `rnbd_sock/draining.rs`.
+const DRAINING: u32 = 1;
 /// The connection was marked as dead: no sender starts any more. Bytes that were sent before may
 /// still leave the socket.
-const ENDING: u32 = 1;
+const ENDING: u32 = 2;
 /// The socket was shut down: bytes that it has not passed to the network device never leave it. The
 /// connection is still to be reaped.
-const ENDED: u32 = 2;
+const ENDED: u32 = 3;
 /// The connection was reaped.
-const REAPED: u32 = 3;
+const REAPED: u32 = 4;
 
 /// A connection of a session.
 #[pin_data]
@@ -280,6 +283,11 @@ impl Connection {
         self.state.load(Acquire) == ALIVE
     }
 
+    /// Returns whether the connection was marked as dead.
+    pub(crate) fn is_dead(&self) -> bool {
+        self.state.load(Acquire) >= ENDING
+    }
+
     /// Returns the index in the session's connections.
     pub(crate) fn index(&self) -> u16 {
         self.index
@@ -292,10 +300,10 @@ impl Connection {
 
     /// Writes the connection's state and counters as `name=value` pairs.
     pub(crate) fn describe(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.is_alive() {
-            "state=alive "
-        } else {
-            "state=dead "
+        f.write_str(match self.state.load(Acquire) {
+            ALIVE => "state=alive ",
+            DRAINING => "state=draining ",
+            _ => "state=dead ",
         })?;
         self.traffic.describe(f)
     }
@@ -313,42 +321,56 @@ impl Connection {
     ///
     /// The commands in flight are given back afterwards, when the connection is reaped. They may be
     /// sent again over another connection or fail, so nothing of them may leave the socket after
-    /// that. The death is reported to user space, unless the user wanted the session to end.
+    /// that. The death is reported to user space, unless the user wanted the session to end, or the
+    /// connection was draining, which was reported.
     ///
     /// # Context
     ///
     /// May sleep.
     pub(crate) fn mark_dead(self: ArcBorrow<'_, Self>) {
-        if self.state.cmpxchg(ALIVE, ENDING, Full).is_err() {
+        let Some(before) = self.begin_end() else {
             return;
-        }
-        if !self.table.fate.snapshot().is_end_wanted() {
+        };
+        if before == ALIVE && !self.table.fate.snapshot().is_end_wanted() {
             self.queue_link_dead();
         }
-        self.end_socket();
+        self.end_socket(self.suitable_ending());
     }
 
     /// Like [`Self::mark_dead()`], but does not report the death to user space, which is replacing
-    /// the connection.
+    /// the connection. Returns whether it would have been reported.
     ///
     /// # Context
     ///
     /// May sleep.
-    pub(crate) fn mark_dead_for_replacement(self: ArcBorrow<'_, Self>) {
-        if self.state.cmpxchg(ALIVE, ENDING, Full).is_ok() {
-            self.end_socket();
+    pub(crate) fn mark_dead_for_replacement(self: ArcBorrow<'_, Self>) -> bool {
+        let Some(before) = self.begin_end() else {
+            return false;
+        };
+        self.end_socket(self.suitable_ending());
+        before == ALIVE
+    }
+
+    /// Changes the state to [`ENDING`]. Returns the state before, unless it was that or a later one.
+    fn begin_end(&self) -> Option<u32> {
+        // A connection does not become alive again, so these two cover all interleavings.
+        let from = |state| self.state.cmpxchg(state, ENDING, Full).ok();
+        from(ALIVE).or_else(|| from(DRAINING))
+    }
+
+    /// Returns how to end the socket of a connection that was marked as dead.
+    fn suitable_ending(&self) -> Ending {
+        // If nothing is outstanding, a disconnect may be on its way, which must still be delivered.
+        if self.nothing_outstanding() {
+            Ending::Polite
+        } else {
+            Ending::Reset
         }
     }
 
     /// Shuts the socket down and queues the work that reaps the connection. To be called once, by
     /// the task that has marked the connection as dead.
-    fn end_socket(self: ArcBorrow<'_, Self>) {
-        // If nothing is outstanding, a disconnect may be on its way, which must still be delivered.
-        let ending = if self.nothing_outstanding() {
-            Ending::Polite
-        } else {
-            Ending::Reset
-        };
+    fn end_socket(self: ArcBorrow<'_, Self>, ending: Ending) {
         self.socket.end(ending);
         self.state.store(ENDED, Release);
         self.queue_receive();
@@ -368,11 +390,11 @@ impl Connection {
     /// Calls `receive` under the receive lock, unless another context holds it.
     ///
     /// The holder of the lock then learns that it was contended, and looks again. The receive work
-    /// is queued if `receive` returns true, which means that it has left something, or if the lock
-    /// was contended meanwhile.
+    /// is queued if `receive` returns true, which means that it has left something, if the lock was
+    /// contended meanwhile, or if the connection drains.
     fn try_receive(self: ArcBorrow<'_, Self>, receive: impl FnOnce(&mut Receive) -> bool) {
         if let Some((left, contended)) = self.receive.try_with(receive) {
-            if left || contended {
+            if left || contended || self.is_draining() {
                 self.queue_receive();
             }
         }
@@ -405,7 +427,7 @@ impl Connection {
     fn receive_or_reap(self: ArcBorrow<'_, Self>, receive: &mut Receive) -> bool {
         match self.receive_up_to(receive, WORKER_CALLS, usize::MAX) {
             Ok(true) => return true,
-            Ok(false) => {}
+            Ok(false) => self.check_drained(receive),
             Err(e) => {
                 self.receive_failed(e);
                 self.mark_dead();

@@ -121,13 +121,14 @@ impl Session {
                 return;
             };
             unsent = back;
-            // The connection has died since it was picked.
+            // The connection has died or begun to drain since it was picked.
             let Ok(ours) = slot.claim(generation, connection.index()) else {
                 // The reaper has claimed the command. A command that was not sent was not executed,
                 // whatever a reply that came before may claim.
                 unsent.overrule(Outcome::Requeue);
                 return;
             };
+            connection.command_taken_back();
             unanswered = ours;
             match self.pick(cx, self.table.fate.snapshot()) {
                 Some(next) => connection = next,

@@ -30,8 +30,9 @@ use kernel::{
 impl Session {
     /// Replaces a dead connection by one over `socket` (`nbd_genl_reconnect_sock_cb()`).
     ///
-    /// If no connection is dead and `stuck_jiffies` is not 0, replaces one whose server has not
-    /// replied, or not read, for that long. Returns false if there is nothing to replace.
+    /// If no connection is dead, replaces one whose server is shutting down. Its commands in flight
+    /// are given back. If there is none either and `stuck_jiffies` is not 0, replaces one whose server
+    /// has not replied, or not read, for that long. Returns false if there is nothing to replace.
     ///
     /// # Errors
     ///
@@ -75,7 +76,7 @@ impl Session {
         let _replaced = ScopeGuard::new(|| self.replacing.store(false, Release));
         let places = connections.get_mut(index).zip(self.slots.get(index));
         let (place, slot) = places.ok_or(EINVAL)?;
-        let ended = self.end_stuck(&place.connection, socket)?;
+        let unreported = self.end_usable(&place.connection, socket)?;
         // The new connection has the same index as the old one, so nothing may be in flight under
         // it.
         place.connection.wait_reaped();
@@ -87,8 +88,8 @@ impl Session {
             Ok(new)
         });
         let new = new.inspect_err(|_| {
-            if ended {
-                // It is lost after all, and was not reported.
+            if unreported {
+                // It is lost after all.
                 place.connection.as_arc_borrow().queue_link_dead();
             }
         })?;
@@ -109,12 +110,15 @@ impl Session {
         Ok(true)
     }
 
-    /// Returns the index of the connection to replace: the first dead one, or else the one that has
-    /// been stuck longest and for at least `stuck_jiffies`, unless that is 0.
+    /// Returns the index of the connection to replace: the first dead one, or else the first that
+    /// drains, or else the one that has been stuck longest and for at least `stuck_jiffies`, unless
+    /// that is 0.
     fn find_replaceable(places: &[Place], stuck_jiffies: usize) -> Option<usize> {
-        let dead = places.iter().position(|place| !place.connection.is_alive());
-        if dead.is_some() || stuck_jiffies == 0 {
-            return dead;
+        let dead = places.iter().position(|place| place.connection.is_dead());
+        let unused = || places.iter().position(|p| !p.connection.is_alive());
+        let unused = dead.or_else(unused);
+        if unused.is_some() || stuck_jiffies == 0 {
+            return unused;
         }
         let stuck = |place: &Place| place.connection.stuck_jiffies();
         let by_time = places.iter().map(stuck).enumerate();
@@ -123,14 +127,14 @@ impl Session {
         Some(index)
     }
 
-    /// Marks a stuck connection as dead, which is to be replaced by one over `socket`. Returns false
-    /// if it is dead already.
+    /// Marks a connection as dead that is stuck or drains, and is to be replaced by one over `socket`.
+    /// Returns whether its death is still to be reported if that fails.
     ///
     /// # Errors
     ///
-    /// `EBUSY` and `ENOTCONN`: `socket` cannot be used, and the stuck connection was kept.
-    fn end_stuck(&self, connection: &Arc<Connection>, socket: &Socket) -> Result<bool> {
-        if !connection.is_alive() {
+    /// `EBUSY` and `ENOTCONN`: `socket` cannot be used, and the connection was kept.
+    fn end_usable(&self, connection: &Arc<Connection>, socket: &Socket) -> Result<bool> {
+        if connection.is_dead() {
             return Ok(false);
         }
         // A connection that may still work is not shut down for a socket that cannot be used.
@@ -139,19 +143,21 @@ impl Session {
         }
         if !socket.is_connected() {
             pr_err!(
-                "nbd{}: the socket to replace a stuck connection is not connected\n",
-                self.table.device
+                "nbd{}: the socket to replace connection {} is not connected\n",
+                self.table.device,
+                connection.index()
             );
             return Err(ENOTCONN);
         }
-        pr_warn!(
-            "nbd{}: connection {}: stuck for {} seconds, replacing it\n",
-            self.table.device,
-            connection.index(),
-            connection.stuck_jiffies() / task::HZ as usize
-        );
+        if connection.is_alive() {
+            pr_warn!(
+                "nbd{}: connection {}: stuck for {} seconds, replacing it\n",
+                self.table.device,
+                connection.index(),
+                connection.stuck_jiffies() / task::HZ as usize
+            );
+        }
         self.replacing.store(true, Release);
-        connection.as_arc_borrow().mark_dead_for_replacement();
-        Ok(true)
+        Ok(connection.as_arc_borrow().mark_dead_for_replacement())
     }
 }

@@ -66,7 +66,7 @@ impl Session {
             self.warn_of_stuck(&rq, &connection);
             return TimeoutStatus::ResetTimer;
         }
-        if connection.is_alive() && self.table.log.allow() {
+        if !connection.is_dead() && self.table.log.allow() {
             pr_err!(
                 "nbd{}: connection {} timed out, retrying ({}/{} alive)\n",
                 self.table.device,

@@ -74,7 +74,10 @@ use crate::{
 };
 use kernel::{
     prelude::*,
-    sync::atomic::Acquire, //
+    sync::{
+        atomic::Acquire,
+        ArcBorrow, //
+    },
 };
 
 /// The number of `recvmsg()` calls after which the receive work queues itself again.
@@ -84,6 +87,8 @@ const INLINE_DATA_BYTES: usize = 32 << 10;
 /// The number of `recvmsg()` calls that a task makes which has sent a reply: one for the header and
 /// the data that comes along with it, one for the rest of the data.
 const SENDER_CALLS: u32 = 2;
+/// The outcome of a command that the server has executed.
+const SUCCESS: Outcome = Outcome::Complete(Status::OK);
 
 impl Connection {
     /// Logs why nothing more can be received, unless the reason was logged already or the end was
@@ -109,7 +114,11 @@ impl Connection {
     /// # Context
     ///
     /// Any context, including softirq. The socket is locked.
-    pub(super) fn receive_in_callback(&self, receive: &mut Receive, arrival: Arrival<'_>) -> bool {
+    pub(super) fn receive_in_callback(
+        self: ArcBorrow<'_, Self>,
+        receive: &mut Receive,
+        arrival: Arrival<'_>,
+    ) -> bool {
         let stayed = arrival.read(|segment| match self.receive_segment(receive, segment) {
             Ok(continues) => continues,
             Err(e) => {
@@ -126,7 +135,11 @@ impl Connection {
     /// # Errors
     ///
     /// `EPROTO`: the server has violated the protocol.
-    fn receive_segment(&self, receive: &mut Receive, segment: &mut Segment<'_>) -> Result<bool> {
+    fn receive_segment(
+        self: ArcBorrow<'_, Self>,
+        receive: &mut Receive,
+        segment: &mut Segment<'_>,
+    ) -> Result<bool> {
         if receive.failed.is_some() {
             return Ok(false);
         }
@@ -149,7 +162,7 @@ impl Connection {
     /// # Context
     ///
     /// May sleep, but not for long: the task belongs to somebody else.
-    pub(super) fn receive_in_sender(&self, receive: &mut Receive) -> bool {
+    pub(super) fn receive_in_sender(self: ArcBorrow<'_, Self>, receive: &mut Receive) -> bool {
         // The socket may have another user once the connection was reaped.
         if self.state.load(Acquire) == REAPED {
             return false;
@@ -176,7 +189,7 @@ impl Connection {
     ///
     /// May sleep for the socket's lock. It does not wait for data.
     pub(super) fn receive_up_to(
-        &self,
+        self: ArcBorrow<'_, Self>,
         receive: &mut Receive,
         calls: u32,
         bytes: usize,
@@ -205,10 +218,10 @@ impl Connection {
     }
 
     /// Handles the replies that were received.
-    fn parse(&self, receive: &mut Receive) -> Result {
+    fn parse(self: ArcBorrow<'_, Self>, receive: &mut Receive) -> Result {
         receive.parse(
             |header| self.handle_reply(header),
-            |payload| self.complete(payload.into_side(), Status::OK),
+            |payload| self.complete(payload.into_side(), SUCCESS),
         )
     }
 
@@ -220,7 +233,10 @@ impl Connection {
     /// # Errors
     ///
     /// `EPROTO`: this is not a reply to a command in flight on this connection.
-    fn handle_reply(&self, header: &[u8; REPLY_BYTES]) -> Result<Option<Payload<Unanswered>>> {
+    fn handle_reply(
+        self: ArcBorrow<'_, Self>,
+        header: &[u8; REPLY_BYTES],
+    ) -> Result<Option<Payload<Unanswered>>> {
         let reply = ReplyHeader::decode(header).map_err(|magic| {
             self.report_violation(format_args!("wrong magic ({:#010x})", magic.0));
             EPROTO
@@ -244,27 +260,33 @@ impl Connection {
         })?;
         self.traffic.replied();
         if let Some(error) = ServerError::from_wire(reply.error) {
-            self.report_server_error(&request, reply.error);
-            let op = request.extent().op;
-            self.complete(request, status_of(error, op));
+            let outcome = if error == ServerError::Shutdown {
+                // The command may be sent again at once, but not here.
+                self.drain();
+                self.table.lost_command_outcome()
+            } else {
+                self.report_server_error(&request, reply.error);
+                Outcome::Complete(status_of(error, request.extent().op))
+            };
+            self.complete(request, outcome);
             return Ok(None);
         }
         let payload = Payload::new(request);
         if payload.left_bytes() > 0 {
             return Ok(Some(payload));
         }
-        self.complete(payload.into_side(), Status::OK);
+        self.complete(payload.into_side(), SUCCESS);
         Ok(None)
     }
 
-    /// Completes a command that was answered.
+    /// Ends a command that was answered.
     ///
     /// The caller holds the receive lock, so the connection is not reaped concurrently.
-    fn complete(&self, request: Unanswered, status: Status) {
+    fn complete(&self, request: Unanswered, outcome: Outcome) {
         if request.should_fake_timeout() {
             self.table.forget_reply(request);
         } else {
-            request.finish(Outcome::Complete(status));
+            request.finish(outcome);
         }
     }
 

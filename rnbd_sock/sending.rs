@@ -59,10 +59,12 @@ const BUDGET: u32 = 32;
 const NO_MEMORY_DELAY_MS: u32 = 10;
 
 /// The commands that senders have taken from the backlog.
-struct Outbox {
+pub(super) struct Outbox {
     /// Commands that were not staged yet, for lack of room in `transmit`.
-    waiting: Batch<Unsent>,
-    transmit: Transmit,
+    pub(super) waiting: Batch<Unsent>,
+    pub(super) transmit: Transmit,
+    /// A disconnect was staged. No other follows.
+    pub(super) said_goodbye: bool,
 }
 
 /// The task that has submitted last, and how often it had slept by then.
@@ -129,9 +131,13 @@ pub(super) struct Sending {
     /// The last sender has left a message that was not sent completely.
     unsent: Atomic<bool>,
     /// A disconnect is to be sent.
-    send_disconnect: Atomic<bool>,
+    pub(super) send_disconnect: Atomic<bool>,
+    /// The connection drains, and all commands that were not staged were given back.
+    pub(super) stopped: Atomic<bool>,
+    /// The connection drains, and no command is in flight on it.
+    pub(super) drained: Atomic<bool>,
     /// The commands that no sender has taken yet.
-    backlog: List<Unsent>,
+    pub(super) backlog: List<Unsent>,
     #[pin]
     outbox: Mutex<Outbox>,
 }
@@ -146,12 +152,15 @@ impl Sending {
         let outbox = Outbox {
             waiting: Batch::empty(),
             transmit: Transmit::new()?,
+            said_goodbye: false,
         };
         Ok(pin_init!(Sending {
             last_submitter: LastSubmitter::nobody(),
             full: Atomic::new(false),
             unsent: Atomic::new(false),
             send_disconnect: Atomic::new(false),
+            stopped: Atomic::new(false),
+            drained: Atomic::new(false),
             backlog: List::new(),
             outbox <- new_mutex!(outbox),
         }))
@@ -164,7 +173,7 @@ impl Connection {
     ///
     /// # Errors
     ///
-    /// Returns the request if the connection was reaped or is being reaped.
+    /// Returns the request if the connection drains, or was reaped or is being reaped.
     pub(crate) fn push(&self, request: Unsent) -> Result<(), Unsent> {
         self.sending.backlog.push(request)
     }
@@ -229,7 +238,7 @@ impl Connection {
     }
 
     /// Queues the transmit work.
-    fn queue_transmit(self: ArcBorrow<'_, Self>) {
+    pub(super) fn queue_transmit(self: ArcBorrow<'_, Self>) {
         // If the work is queued already, it will see what this caller has done before.
         let _ = self.table.shared.io.enqueue::<Arc<Self>, 2>(self.into());
     }
@@ -245,20 +254,25 @@ impl Connection {
     fn transmit_backlog(self: ArcBorrow<'_, Self>) {
         let mut refused = 0;
         // The reaper gives back what is left on a dead connection.
-        while self.is_alive() {
+        while !self.is_dead() {
             let Some(mut outbox) = self.sending.outbox.try_lock() else {
                 return;
             };
             // `mark_dead()` first changes the state and then tries this lock. So either it learns
             // what is being sent here, or nothing is sent.
-            if !self.is_alive() {
+            if self.is_dead() {
                 return;
             }
             let stopped = self.transmit_all(&mut outbox);
             let unsent = !outbox.transmit.is_empty();
             self.sending.unsent.store(unsent, Relaxed);
             match stopped {
-                Ok(StopReason::Idle) => {}
+                Ok(StopReason::Idle) => {
+                    let Some(kept) = self.end_if_drained(outbox) else {
+                        return;
+                    };
+                    drop(kept);
+                }
                 Ok(StopReason::Budget | StopReason::Signal) => {
                     drop(outbox);
                     return self.queue_transmit();
@@ -269,8 +283,11 @@ impl Connection {
                     // and use it up before the flag is set, and the socket would report no more
                     // room.
                     self.sending.full.xchg(true, Full);
-                    drop(outbox);
-                    if !self.look_for_room(refused) {
+                    let Some(kept) = self.end_if_drained(outbox) else {
+                        return;
+                    };
+                    drop(kept);
+                    if !self.look_for_room(refused) && !self.must_stop_staging() {
                         return;
                     }
                     continue;
@@ -280,9 +297,9 @@ impl Connection {
                     return self.send_failed(e);
                 }
             }
-            drop(outbox);
-            // Another task may have queued more and found the lock taken. Pairs with the exchange
-            // in `List::push()`, which orders the push before the failed `try_lock()`.
+            // Another task may have queued more, or begun to drain the connection, and found the lock
+            // taken. Pairs with the exchange in `List::push()`, which orders the push before the failed
+            // `try_lock()`, and with those in `drain()` and `check_drained()`.
             smp_mb(Full);
             if !self.has_backlog() {
                 return;
@@ -323,7 +340,9 @@ impl Connection {
 
     /// Returns whether there is anything that no sender has taken yet.
     fn has_backlog(&self) -> bool {
-        !self.sending.backlog.is_empty() || self.sending.send_disconnect.load(Acquire)
+        !self.sending.backlog.is_empty()
+            || self.sending.send_disconnect.load(Acquire)
+            || self.drain_wants_sender()
     }
 
     /// Decides how to continue after the socket has taken less than it was given.
@@ -368,7 +387,7 @@ impl Connection {
     /// # Errors
     ///
     /// Those of the socket. The connection cannot be used any more.
-    fn transmit_all(&self, outbox: &mut Outbox) -> Result<StopReason> {
+    fn transmit_all(self: ArcBorrow<'_, Self>, outbox: &mut Outbox) -> Result<StopReason> {
         for _ in 0..BUDGET {
             let next = self.stage(outbox);
             if outbox.transmit.is_empty() {
@@ -390,10 +409,14 @@ impl Connection {
 
     /// Stages the disconnect and as many commands as there is room for. Returns whether any are
     /// left.
-    fn stage(&self, outbox: &mut Outbox) -> Next {
+    fn stage(self: ArcBorrow<'_, Self>, outbox: &mut Outbox) -> Next {
+        if self.is_draining() {
+            self.stop_staging(outbox);
+        }
         if outbox.transmit.can_stage()
             && self.sending.send_disconnect.load(Acquire)
             && self.sending.send_disconnect.xchg(false, Full)
+            && !core::mem::replace(&mut outbox.said_goodbye, true)
         {
             outbox
                 .transmit

@@ -136,6 +136,11 @@ impl Transmit {
         self.staged.is_empty()
     }
 
+    /// Returns whether a request was staged that was not sent completely.
+    pub(crate) fn has_requests(&self) -> bool {
+        self.staged.iter().any(|message| message.payload.is_some())
+    }
+
     /// Ends all requests that were not sent completely with `outcome`, even if their reply has
     /// arrived.
     pub(crate) fn give_back(&mut self, outcome: Outcome) {

@@ -179,6 +179,13 @@ fn a_disconnect_is_no_request() {
     assert_eq!(sender.send(HEADER), (HEADER, 0, false));
     assert_eq!(sender.send(usize::MAX), (HEADER - 1, 1, true));
     sender.assert_sent();
+    sender.stage(Op::Read, 512, 512);
+    assert!(sender.transmit.has_requests());
+    sender.send(usize::MAX);
+    sender
+        .transmit
+        .stage(&proto::RequestHeader::DISCONNECT, None);
+    assert!(!sender.transmit.has_requests());
     let socket = Socket::default();
     assert_eq!(send_disconnect_on(&socket), Err(EAGAIN));
     socket.limit.set(usize::MAX);

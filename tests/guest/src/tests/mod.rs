@@ -30,6 +30,7 @@ mod races;
 mod replies;
 mod restart;
 mod shared_sockets;
+mod shutdowns;
 mod signals;
 mod soak;
 mod timeouts;
@@ -63,6 +64,7 @@ pub fn all() -> Vec<Test> {
         transports::tests(),
         shared_sockets::tests(),
         netlink::tests(),
+        shutdowns::tests(),
         races::tests(),
         faults::tests(),
         udev::tests(),

@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fastrand::Rng;
+use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
 use super::user_space::{fio, serve};
@@ -25,6 +26,7 @@ use crate::test;
 pub fn tests() -> Vec<Test> {
     vec![
         test!(servers_of_single_connections_die).limit_seconds(300),
+        test!(servers_shut_down).limit_seconds(400),
         test!(a_host_is_cut_off).limit_seconds(300),
         test!(a_daemon_reconnects).limit_seconds(400),
         test!(a_daemon_reconnects_200_times)
@@ -92,6 +94,13 @@ impl Host {
     /// kill -9
     fn kill(&mut self) {
         self.server = None;
+    }
+
+    /// Asks it to end, and waits until it has.
+    fn shut_down(&mut self) {
+        let mut server = self.server.take().expect("a server");
+        server.terminate();
+        assert!(server.wait(SOON), "{}", server.said());
     }
 
     /// Dials, for a while: neighbours that were cut off are not found at once.
@@ -183,6 +192,40 @@ fn servers_of_single_connections_die(_: &Guest) {
             attached.reconnect(host);
         }
     });
+}
+
+/// nbdkit answers what comes after SIGTERM with ESHUTDOWN, and stays until its clients have said
+/// goodbye.
+fn servers_shut_down(guest: &Guest) {
+    say(sh("nbdkit --version").trim());
+    if guest.expected("shutting-down-is-not-an-error") == Driver::Nbd {
+        let _storage = Storage::new();
+        let host = Host::local("a");
+        let attached = Attached::to([&host]);
+        let direct = device::open(0, libc::O_DIRECT).unwrap();
+        host.server.as_ref().expect("a server").terminate();
+        thread::sleep(Duration::from_millis(200));
+        let read = direct.read_exact_at(&mut Buffer::new(4096), 0);
+        assert_eq!(device::errno(read), Err(Errno::IO));
+        drop((direct, attached));
+        return;
+    }
+    let storage = Storage::new();
+    let mut hosts = ["a", "b"].map(Host::local);
+    let attached = Attached::to(&hosts);
+    under_fio(|| {
+        for round in 0..8 {
+            thread::sleep(Duration::from_millis(700));
+            let host = &mut hosts[round % 2];
+            host.shut_down();
+            assert_eq!(attached.news.expect_dead_link(), 0);
+            host.revive();
+            attached.reconnect(host);
+        }
+    });
+    drop((attached, hosts, storage));
+    // The only server.
+    restart_under_load(20, Host::shut_down);
 }
 
 /// A host of its own, as far as the network is concerned.
@@ -356,8 +399,8 @@ impl Ledger {
     }
 }
 
-/// Kills and restarts a server so many times while blocks are written; verifies them all.
-fn restart_under_load(restarts: u32) {
+/// Ends and restarts a server so many times while blocks are written; verifies them all.
+fn restart_under_load(restarts: u32, end: impl Fn(&mut Host)) {
     let seed = seed();
     let mut random = Rng::with_seed(seed);
     let _storage = Storage::new();
@@ -383,7 +426,7 @@ fn restart_under_load(restarts: u32) {
             let enough = acknowledged.load(Ordering::Relaxed) + random.u64(4..30);
             let goes_on = wait_until(6 * SOON, || acknowledged.load(Ordering::Relaxed) >= enough);
             assert!(goes_on.is_ok(), "nothing goes on after {restart} restarts");
-            host.kill();
+            end(&mut host);
             thread::sleep(Duration::from_millis(random.u64(..40)));
             host.revive();
         }
@@ -411,12 +454,13 @@ fn restart_under_load(restarts: u32) {
 
 fn a_daemon_reconnects(guest: &Guest) {
     // nbd.ko has requests wait for their timeout each time.
-    restart_under_load(match guest.expected("failover-is-immediate") {
+    let restarts = match guest.expected("failover-is-immediate") {
         Driver::Nbd => 5,
         Driver::Rnbd => 50,
-    });
+    };
+    restart_under_load(restarts, Host::kill);
 }
 
 fn a_daemon_reconnects_200_times(_: &Guest) {
-    restart_under_load(200);
+    restart_under_load(200, Host::kill);
 }

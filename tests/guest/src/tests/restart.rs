@@ -673,7 +673,13 @@ fn a_mounted_file_system_under_nbd_client_persist(guest: &Guest) {
             thread::sleep(Duration::from_millis(200));
             // nbd-client ends if a server accepts it and dies before it has negotiated.
             fs::remove_file("/tmp/restart.sock").expect("the socket");
-            server.kill();
+            if round % 2 == 0 {
+                server.kill();
+            } else {
+                // Then it answers with ESHUTDOWN.
+                server.terminate();
+                assert!(server.wait(SOON), "{}", server.said());
+            }
             let before = written.load(Ordering::Relaxed);
             server = revive();
             // The first of them may have been complete when the server was killed.

@@ -52,12 +52,12 @@ fn try_connect(setup: &Setup) -> SysResult<()> {
     setup.try_attach()?.disconnect()
 }
 
-fn read_one(device: &File, offset: u64) -> SysResult<()> {
+pub(super) fn read_one(device: &File, offset: u64) -> SysResult<()> {
     errno(device.read_exact_at(&mut Buffer::new(4096), offset))
 }
 
 /// Writes and reads a little, at `offset`.
-fn move_data(direct: &File, offset: u64, seed: u64) {
+pub(super) fn move_data(direct: &File, offset: u64, seed: u64) {
     let data = Buffer::filled(64 << 10, |data| pattern(seed, offset, data));
     direct.write_all_at(&data, offset).unwrap();
     let mut back = Buffer::new(data.len());
