@@ -76,14 +76,13 @@ impl Device {
     /// Ends the session if nobody waits for its end in `NBD_DO_IT` again
     /// ([`Config::is_abandoned()`]).
     fn end_abandoned_session(&self) {
-        // It fails only if there is no configuration.
-        let _ = self.with_config(|config| {
-            if config.is_abandoned() {
-                config.interrupted = None;
-                config.end_for_good();
-            }
-            Ok(())
-        });
+        // This does not wait for a start that is in progress: the caller holds the `open_mutex`, and
+        // nobody is in `NBD_DO_IT` then.
+        let mut state = self.state.lock();
+        if let Some(config) = state.config.as_mut().filter(|c| c.is_abandoned()) {
+            config.interrupted = None;
+            config.end_for_good();
+        }
     }
 
     /// Creates a configuration with one reference (`nbd_alloc_and_init_config()`). The device must

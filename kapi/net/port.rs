@@ -106,7 +106,8 @@ pub(crate) trait Released: Send + Sync + 'static {
     ///
     /// # Context
     ///
-    /// Process context. May sleep, but every close of a netlink socket may wait meanwhile.
+    /// Process context. May sleep, but every close of a netlink socket may wait meanwhile. It must not
+    /// drop a [`Notifier`].
     fn released(&self, port: Port);
 }
 

@@ -361,6 +361,10 @@ fn not_by_a_program_that_looks_for_a_free_device(guest: &Guest) {
         ioctl_number(&direct, DISCONNECT, 0).expect("NBD_DISCONNECT");
         assert!(other.wait().expect("it to end").success());
     }
+    // The program that was refused has left a connection.
+    server.kill();
+    let gone = wait_until(SOON, || server.living() == 0);
+    assert!(gone.is_ok());
     drop(direct);
     assert_usable(0);
 }
