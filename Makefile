@@ -39,7 +39,8 @@
 ##                           mutate: only such faults; bench: only such cells
 ##   SEED=number             check, check-debug, soak: repeat the random tests of an earlier run
 ##   QUICK=1 ROUNDS=n        bench: measure less; measure n rounds
-##   MODES="cost wall scale" bench: or fewer: instructions for an I/O, speed, many devices
+##   MODES="mode ..."        bench: some of cost (instructions for an I/O), wall (speed), scale (many
+##                           devices), connect (connecting and disconnecting)
 ##   SECONDS=n               fuzz: for how long
 ##   V=1                     show the commands of the build
 
