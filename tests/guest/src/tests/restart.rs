@@ -83,6 +83,12 @@ fn start_again(guest: &Guest, plan: &Plan, server: &Server) -> Option<device::Cl
     Some(client)
 }
 
+/// As nbd-client -d, which the client takes for an end that was asked for.
+fn disconnect(device: &File, client: &mut device::Client) {
+    ioctl_number(device, DISCONNECT, 0).expect("NBD_DISCONNECT");
+    assert_eq!(client.wait(), Ok(0));
+}
+
 /// A device that has lost its server and is still open.
 fn lose(rig: &mut Rig) {
     rig.server.kill();
@@ -113,8 +119,7 @@ fn while_a_program_has_it_open(guest: &Guest) {
         assert!(*read == *written);
         assert_eq!(device::sysfs(0, "size"), (SIZE / 512).to_string());
 
-        ioctl_number(&direct, DISCONNECT, 0).expect("NBD_DISCONNECT");
-        assert_eq!(client.wait(), Ok(0));
+        disconnect(&direct, &mut client);
         drop(direct);
         assert_usable(0);
     }
@@ -203,8 +208,7 @@ fn requests_wait_no_longer_than_told(guest: &Guest) {
         direct
             .read_exact_at(&mut Buffer::new(4096), 0)
             .expect("to read");
-        ioctl_number(&direct, DISCONNECT, 0).expect("NBD_DISCONNECT");
-        assert_eq!(client.wait(), Ok(0));
+        disconnect(&direct, &mut client);
     }
     drop(direct);
     assert_usable(0);
@@ -264,8 +268,7 @@ fn the_partition_table_is_read_later(guest: &Guest) {
     let mut client = plan_of(2 * SIZE).start(&partitioned);
     let there = wait_until(SOON, || fs::exists("/sys/block/nbd0/nbd0p1").unwrap());
     assert!(there.is_ok());
-    ioctl_number(&direct, DISCONNECT, 0).expect("NBD_DISCONNECT");
-    assert_eq!(client.wait(), Ok(0));
+    disconnect(&direct, &mut client);
     drop(direct);
     assert_usable(0);
 }
@@ -480,8 +483,7 @@ fn not_with_another_block_size(guest: &Guest) {
         direct
             .read_exact_at(&mut Buffer::new(512), 512)
             .expect("to read");
-        ioctl_number(&direct, DISCONNECT, 0).expect("NBD_DISCONNECT");
-        assert_eq!(client.wait(), Ok(0));
+        disconnect(&direct, &mut client);
     }
     drop(direct);
     assert_usable(0);
@@ -514,8 +516,7 @@ fn not_with_sockets_that_cannot_be_used(guest: &Guest) {
         direct
             .read_exact_at(&mut Buffer::new(4096), 0)
             .expect("to read");
-        ioctl_number(&direct, DISCONNECT, 0).expect("NBD_DISCONNECT");
-        assert_eq!(client.wait(), Ok(0));
+        disconnect(&direct, &mut client);
     }
     drop(direct);
     assert_usable(0);
@@ -563,8 +564,7 @@ fn not_with_another_size(guest: &Guest) {
     }
     if let Some(mut client) = start_again(guest, &plan, &Server::new()) {
         assert_eq!(device::sysfs(0, "size"), (SIZE / 512).to_string());
-        ioctl_number(&direct, DISCONNECT, 0).expect("NBD_DISCONNECT");
-        assert_eq!(client.wait(), Ok(0));
+        disconnect(&direct, &mut client);
     }
     drop(direct);
     assert_usable(0);
@@ -592,8 +592,7 @@ fn with_other_flags(guest: &Guest) {
         assert_eq!(ioctl_number(&direct, SET_SIZE, 2 * SIZE), Ok(0));
         sh("blkdiscard -l 65536 /dev/nbd0");
         assert_eq!(server.requests_of(Command::Trim).len(), 2);
-        ioctl_number(&direct, DISCONNECT, 0).expect("NBD_DISCONNECT");
-        assert_eq!(client.wait(), Ok(0));
+        disconnect(&direct, &mut client);
     }
     drop(direct);
     assert_usable(0);
