@@ -197,8 +197,8 @@ impl Events for Connection {
         }
     }
 
-    fn write_space(this: ArcBorrow<'_, Self>) {
-        this.write_space();
+    fn write_space(this: ArcBorrow<'_, Self>) -> bool {
+        this.write_space()
     }
 }
 

@@ -55,18 +55,12 @@ RNBD_CONST(u8, TCP_CLOSE);
 RNBD_CONST(size_t, SK_USER_DATA_NOCOPY);
 RNBD_CONST(size_t, SK_USER_DATA_BPF);
 RNBD_CONST(size_t, SK_USER_DATA_PSOCK);
-RNBD_CONST(u32, EPOLLOUT);
-RNBD_CONST(u32, EPOLLERR);
-RNBD_CONST(u32, EPOLLHUP);
-RNBD_CONST(u32, EPOLLRDHUP);
-RNBD_CONST(u32, TCP_NODELAY);
 RNBD_CONST(u32, HZ);
 
 /* Offsets of fields of types that are not generated, as they depend on hundreds of other types. */
 #define RNBD_OFFSET(type, field, name) const size_t RNBD_CONST_OFFSET_##name = offsetof(type, field)
 RNBD_OFFSET(struct sock, sk_flags, SK_FLAGS);
 RNBD_OFFSET(struct sock, sk_lock.slock, SK_SLOCK);
-RNBD_OFFSET(struct proto, disconnect, PROTO_DISCONNECT);
 RNBD_OFFSET(struct inet_connection_sock, icsk_ulp_ops, ULP_OPS);
 RNBD_OFFSET(struct inet_connection_sock, icsk_ulp_data, ULP_DATA);
 RNBD_OFFSET(struct tcp_ulp_ops, name, ULP_NAME);

@@ -144,7 +144,7 @@ impl Device {
             BadSocket::Fd(errno) => errno,
             BadSocket::Kind => {
                 pr_err!(
-                    "nbd{}: unsupported socket: should be a stream of TCP, MPTCP, UNIX or vsock\n",
+                    "nbd{}: unsupported socket: should be TCP or UNIX\n",
                     self.index
                 );
                 EINVAL

@@ -26,7 +26,10 @@ use crate::{
             Batch,
             List, //
         },
-        net::sock::Next,
+        net::sock::{
+            Next,
+            RoomFor, //
+        },
         task,
         wq, //
     },
@@ -216,19 +219,21 @@ impl Connection {
         }
     }
 
-    /// Queues the transmit work if a sender is waiting for room and there is some
-    /// (`sk_write_space`).
+    /// Queues the transmit work if a sender is waiting for room (`sk_write_space`). Returns whether
+    /// one is.
     ///
     /// # Context
     ///
     /// Any context, including softirq.
-    pub(super) fn write_space(self: ArcBorrow<'_, Self>) {
+    pub(super) fn write_space(self: ArcBorrow<'_, Self>) -> bool {
         // Pairs with the barrier in `look_for_room()`: either this sees the flag, or that sees the
         // room. A UNIX socket frees room with no more than release ordering (`sock_wfree()`).
         smp_mb(Full);
-        if self.sending.full.load(Relaxed) && self.socket.take_room() {
-            self.queue_transmit();
+        if !self.sending.full.load(Relaxed) || !self.socket.has_room(RoomFor::Wakeup) {
+            return false;
         }
+        self.queue_transmit();
+        true
     }
 
     /// Sends the backlog in a worker (`nbd_pending_cmd_work()`).
@@ -355,7 +360,7 @@ impl Connection {
         // later room to the transmit work, which does nothing if it finds the lock taken. Pairs
         // with the barrier in `write_space()`, and with `clear_full()`.
         smp_mb(Full);
-        if !self.socket.has_room() {
+        if !self.socket.has_room(RoomFor::Sending) {
             return false;
         }
         if refused > 1 {

@@ -8,7 +8,7 @@
 
 use super::{
     iov::IoPage,
-    kind::has_data, //
+    sock::has_data, //
 };
 use crate::kapi::{
     bindings,
@@ -37,8 +37,8 @@ pub(crate) struct Arrival<'a> {
 }
 
 impl Arrival<'_> {
-    /// Returns the received data of `sk`. Returns nothing unless this is a TCP socket without an upper
-    /// layer protocol.
+    /// Returns the received data of `sk`. Returns nothing for a UNIX socket, or if there is an upper layer
+    /// protocol on top of TCP.
     ///
     /// # Safety
     ///

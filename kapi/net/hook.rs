@@ -60,10 +60,6 @@
 
 use super::{
     callbacks::hook_callbacks,
-    kind::{
-        has_upper_layer,
-        was_connected, //
-    },
     lock_class::LockClass,
     memalloc::{
         MemallocSockets,
@@ -79,7 +75,11 @@ use super::{
         Record,
         SocketId, //
     },
-    sock::Socket, //
+    sock::{
+        has_upper_layer,
+        was_connected,
+        Socket, //
+    },
 };
 use crate::kapi::{
     bindings,
@@ -111,7 +111,7 @@ impl<T: Events> Hook<T> {
     ///
     /// # Safety
     ///
-    /// - `self.sk` must be a valid socket of a [`Kind`](super::kind::Kind) that a file refers to.
+    /// - `self.sk` must be a valid TCP or UNIX socket that a file refers to.
     /// - The caller must hold the socket's lock, and `sk_callback_lock` for writing.
     /// - If this succeeds, the hook must not be moved, and must be freed only as its type invariant requires.
     unsafe fn install(&mut self, record: KBox<Record>) -> Result {
@@ -130,7 +130,7 @@ impl<T: Events> Hook<T> {
         if self.had.has_one_of(&hook_callbacks::<T>()) {
             return Err(EBUSY);
         }
-        // SAFETY: By this function's safety requirements, `sk` is valid.
+        // SAFETY: By this function's safety requirements, `sk` is a valid TCP or UNIX socket.
         let (id, has_upper) = unsafe { (SocketId::of(sk), has_upper_layer(sk)) };
         saved::note(record, id, self.had, has_upper, self.as_ptr())?;
         // SAFETY: `sk` is valid, and `sk_callback_lock`, which protects this field, is held for writing.
@@ -211,8 +211,8 @@ impl Socket {
             unsafe { Settings::change(self.sk()) }
         };
         self.set_nodelay();
-        // SAFETY: `self` keeps `sk` valid, which is of this kind.
-        let lock_class = unsafe { LockClass::give(self.sk(), self.kind()) };
+        // SAFETY: `self` keeps `sk` valid, which is a TCP or UNIX socket.
+        let lock_class = unsafe { LockClass::give(self.sk()) };
         // INVARIANT: The hook was installed on `self` above.
         Ok(Hooked {
             socket: self.clone(),

@@ -7,11 +7,10 @@
 //! nbd.c (`nbd_reclassify_socket()`), nvme-tcp and sunrpc give their sockets classes, too, but never
 //! restore the former ones.
 
-use super::kind::Kind;
 use crate::kapi::bindings;
 #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
 use {
-    super::kind::has_upper_layer,
+    super::sock::is_unix,
     core::ptr::NonNull,
     kernel::{
         prelude::*,
@@ -50,22 +49,17 @@ impl LockClass {
     ///
     /// # Safety
     ///
-    /// `sk` must be a valid socket of this kind.
-    pub(super) unsafe fn give(sk: *mut bindings::sock, kind: Kind) -> Self {
+    /// `sk` must be a valid TCP or UNIX socket.
+    pub(super) unsafe fn give(sk: *mut bindings::sock) -> Self {
+        // One class for each family, as in nbd.c: a task that holds the lock of a socket of one family
+        // may take that of a socket of another, which TLS may use as its transport.
         // SAFETY: By this function's safety requirements, `sk` is valid.
-        let family = u32::from(unsafe { (*sk).__sk_common.skc_family });
-        // One class for each kind and family, as in nbd.c: a task that holds the lock of one socket may take
-        // that of another kind, which is its transport. MPTCP takes the locks of its TCP connections.
-        let (name, key) = match kind {
-            Kind::Tcp if family == bindings::AF_INET => {
-                (c"sk_lock-AF_INET-RNBD", kernel::static_lock_class!())
-            }
-            Kind::Tcp => (c"sk_lock-AF_INET6-RNBD", kernel::static_lock_class!()),
-            Kind::Unix => (c"sk_lock-AF_UNIX-RNBD", kernel::static_lock_class!()),
-            Kind::Mptcp => (c"sk_lock-MPTCP-RNBD", kernel::static_lock_class!()),
-            Kind::Vsock => (c"sk_lock-AF_VSOCK-RNBD", kernel::static_lock_class!()),
+        let (name, key) = match u32::from(unsafe { (*sk).__sk_common.skc_family }) {
+            bindings::AF_INET => (c"sk_lock-AF_INET-RNBD", kernel::static_lock_class!()),
+            bindings::AF_INET6 => (c"sk_lock-AF_INET6-RNBD", kernel::static_lock_class!()),
+            _ => (c"sk_lock-AF_UNIX-RNBD", kernel::static_lock_class!()),
         };
-        // SAFETY: By this function's safety requirements, `sk` is valid.
+        // SAFETY: By this function's safety requirements, `sk` is a valid TCP or UNIX socket.
         let tls = unsafe { tls_lock(sk) };
         // SAFETY: `sk` is valid, and `tls` is from `tls_lock()`.
         unsafe { lock_both(sk, tls) };
@@ -184,17 +178,19 @@ impl LockClass {
 ///
 /// # Safety
 ///
-/// `sk` must be a valid socket.
+/// `sk` must be a valid TCP or UNIX socket.
 #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
 unsafe fn tls_lock(sk: *mut bindings::sock) -> Option<NonNull<bindings::mutex>> {
     // SAFETY: By this function's safety requirements, `sk` is valid.
-    if !unsafe { has_upper_layer(sk) } {
+    if unsafe { is_unix(sk) } {
         return None;
     }
-    // SAFETY: This is a TCP socket, so it is a `struct inet_connection_sock`, which has pointers at both offsets
-    // used below. The first is not null, and stays until the socket is closed.
+    // SAFETY: A TCP socket is a `struct inet_connection_sock`, which has pointers at both offsets used below.
     let field = |offset| unsafe { sk.byte_add(offset).cast::<*mut u8>().read_volatile() };
     let ops = field(bindings::OFFSET_ULP_OPS);
+    if ops.is_null() {
+        return None;
+    }
     // The protocol sets its data before its operations, and both stay until the socket is closed.
     let context = field(bindings::OFFSET_ULP_DATA);
     // SAFETY: `ops` points to a static `struct tcp_ulp_ops`, whose name is longer than four bytes.
@@ -243,7 +239,7 @@ impl LockClass {
     /// # Safety
     ///
     /// There are no requirements. The function is `unsafe` only to match the one for lockdep.
-    pub(super) unsafe fn give(_sk: *mut bindings::sock, _kind: Kind) -> Self {
+    pub(super) unsafe fn give(_sk: *mut bindings::sock) -> Self {
         LockClass {}
     }
 

@@ -68,9 +68,10 @@ pub(crate) trait Events: Send + Sync + 'static {
     /// reason.
     fn input_ready(this: ArcBorrow<'_, Self>);
 
-    /// There may be room in the send buffer. An owner that has been waiting for it asks
-    /// [`Socket::take_room()`](super::sock::Socket::take_room).
-    fn write_space(this: ArcBorrow<'_, Self>);
+    /// There may be room in the send buffer. Returns whether the owner was waiting for it, in which case the
+    /// caller clears `SOCK_NOSPACE`: the socket then calls `sk_write_space` again only after another send
+    /// has found no room.
+    fn write_space(this: ArcBorrow<'_, Self>) -> bool;
 }
 
 /// All flags that the low bits of `sk_user_data` can hold.

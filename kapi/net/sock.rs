@@ -9,18 +9,10 @@
 //! (`PF_MEMALLOC`, the credentials of the kernel) follows `__sock_xmit()` in `drivers/block/nbd.c`.
 //! nvme-tcp and sunrpc set `PF_MEMALLOC` for their sockets, too.
 
-use super::{
-    iov::{
-        Iov,
-        RecvIov,
-        SendIov, //
-    },
-    kind::{
-        has_data,
-        has_upper_layer,
-        was_connected,
-        Kind, //
-    }, //
+use super::iov::{
+    Iov,
+    RecvIov,
+    SendIov, //
 };
 use crate::kapi::bindings;
 use core::{
@@ -37,7 +29,7 @@ use kernel::{
 pub(crate) enum BadSocket {
     /// The descriptor is not open, or is not a socket. Holds the error of `sockfd_lookup()`.
     Fd(Error),
-    /// The socket is of none of the kinds that can be used ([`Kind`]).
+    /// The socket is neither a TCP socket nor a UNIX stream socket.
     Kind,
     /// The socket is not connected and never was.
     NotConnected,
@@ -48,21 +40,20 @@ pub(crate) enum BadSocket {
 pub(crate) enum Ending {
     /// They are still delivered.
     Polite,
-    /// They are discarded, if the protocol can do that: TCP and MPTCP send a reset. On UNIX and vsock sockets
-    /// this is the same as [`Self::Polite`].
+    /// They are discarded, if the protocol can do that: TCP sends a reset. On a UNIX socket this is the
+    /// same as [`Self::Polite`].
     Reset,
 }
 
-/// A connected stream socket, with a reference to its file.
+/// A TCP or UNIX stream socket, with a reference to its file.
 ///
 /// # Invariants
 ///
 /// - This holds a reference to the file of `socket`. Therefore `socket` and its `sk` are valid, and `sk` does
 ///   not change.
-/// - `socket` is of this `kind`.
+/// - `socket` is a TCP socket or a UNIX stream socket.
 pub(crate) struct Socket {
     socket: NonNull<bindings::socket>,
-    kind: Kind,
 }
 
 // SAFETY: A socket may be used by any task. The socket calls take the locks that they need.
@@ -79,8 +70,18 @@ pub(crate) enum Next {
     Nothing,
 }
 
-/// The operation `disconnect` of `struct proto`.
-type Disconnect = unsafe extern "C" fn(*mut bindings::sock, i32) -> i32;
+/// The purpose for which [`Socket::has_room()`] is asked. It corresponds to the argument `wake` of
+/// `__sk_stream_is_writeable()`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RoomFor {
+    /// To send now: whether the socket accepts at least some data (`sk_stream_is_writeable()`,
+    /// `unix_writable()`).
+    Sending,
+    /// To wake up a sender, in `sk_write_space`: whether enough room is free to make that worthwhile
+    /// (`sk_stream_write_space()`). This is stricter than [`Self::Sending`] only on TCP, where less than half
+    /// of `TCP_NOTSENT_LOWAT` may be unsent, instead of less than all of it.
+    Wakeup,
+}
 
 impl Socket {
     /// Returns the socket of a file descriptor of the current process (nbd.c's `nbd_get_socket()`).
@@ -99,16 +100,12 @@ impl Socket {
         let Some(socket) = NonNull::new(socket) else {
             return Err(BadSocket::Fd(to_result(err).err().unwrap_or(EBADF)));
         };
-        // SAFETY: `sockfd_lookup()` has returned a socket and taken a reference to its file.
-        let kind = unsafe { Kind::of((*socket.as_ptr()).sk.cast()) };
-        let Some(kind) = kind else {
-            // As `sockfd_put()`.
-            // SAFETY: The reference to the file was taken above.
-            unsafe { bindings::fput((*socket.as_ptr()).file) };
+        // INVARIANT: `sockfd_lookup()` has taken a reference to the file. The kind of the socket is
+        // checked below, before anything relies on it.
+        let socket = Socket { socket };
+        if !socket.is_tcp() && !socket.is_unix_stream() {
             return Err(BadSocket::Kind);
-        };
-        // INVARIANT: `sockfd_lookup()` has taken a reference to the file, and the socket is of this kind.
-        let socket = Socket { socket, kind };
+        }
         // SAFETY: By the type invariant, `sk` is valid and this refers to its file.
         if !unsafe { was_connected(socket.sk()) } {
             return Err(BadSocket::NotConnected);
@@ -124,8 +121,27 @@ impl Socket {
         unsafe { (*self.socket.as_ptr()).sk.cast() }
     }
 
-    pub(super) fn kind(&self) -> Kind {
-        self.kind
+    fn family(&self) -> u32 {
+        // SAFETY: By the type invariant, `sk` is valid. The only change to the family of a connected
+        // socket is from IPv6 to IPv4 (`IPV6_ADDRFORM`), which makes no difference here.
+        u32::from(unsafe { (*self.sk()).__sk_common.skc_family })
+    }
+
+    /// Whether this is a TCP socket (`sk_is_tcp()`).
+    fn is_tcp(&self) -> bool {
+        let sk = self.sk();
+        // SAFETY: By the type invariant, `sk` is valid. These fields do not change.
+        let (kind, protocol) = unsafe { ((*sk).sk_type, (*sk).sk_protocol) };
+        matches!(self.family(), bindings::AF_INET | bindings::AF_INET6)
+            && u32::from(kind) == bindings::SOCK_STREAM
+            && u32::from(protocol) == bindings::IPPROTO_TCP
+    }
+
+    /// Whether this is a UNIX stream socket (`sk_is_stream_unix()`).
+    fn is_unix_stream(&self) -> bool {
+        // SAFETY: By the type invariant, `sk` is valid. The field does not change.
+        let kind = unsafe { (*self.sk()).sk_type };
+        self.family() == bindings::AF_UNIX && u32::from(kind) == bindings::SOCK_STREAM
     }
 
     /// Sends as much of `data` as the socket has room for, and returns the number of bytes.
@@ -151,8 +167,8 @@ impl Socket {
                 bindings::sock_sendmsg(socket, msg)
             }
         });
-        // If there is no memory, TCP and MPTCP return EAGAIN. UNIX and vsock sockets return these errors, and
-        // have accepted nothing.
+        // If there is no memory, TCP returns EAGAIN. A UNIX socket returns these errors, and has accepted
+        // nothing.
         sent.map_err(|e| match e {
             ENOBUFS | ENOMEM => EAGAIN,
             e => e,
@@ -206,14 +222,10 @@ impl Socket {
         Ok(result as usize)
     }
 
-    /// Whether there may be something to receive: data, the end of the stream, or an error. The answer may
-    /// miss what arrives at the same time, which
+    /// Whether there is something to receive: data, the end of the stream, or an error. The answer may miss
+    /// what arrives at the same time, which
     /// [`Events::input_ready()`](super::hook::Events::input_ready) then announces.
     pub(crate) fn has_input(&self) -> bool {
-        // The transports of vsock have queues of their own.
-        if self.kind == Kind::Vsock {
-            return true;
-        }
         let sk = self.sk();
         // SAFETY: By the type invariant, `sk` is valid. `tcp_poll()` reads these fields without a lock, too.
         unsafe {
@@ -226,30 +238,35 @@ impl Socket {
     /// Whether there is an upper layer protocol on top of TCP, such as TLS. One can be added at any time, and
     /// stays until the socket is closed.
     pub(crate) fn has_upper_layer(&self) -> bool {
-        // SAFETY: By the type invariant, `sk` is valid.
+        // SAFETY: By the type invariant, `sk` is a valid TCP or UNIX socket.
         unsafe { has_upper_layer(self.sk()) }
     }
 
-    /// Returns the operations of the socket.
-    fn ops(&self) -> &bindings::proto_ops {
-        // SAFETY: By the type invariant, the socket is valid. Its operations are static, in the kernel or in
-        // a module that the file of the socket keeps loaded.
-        unsafe { &*(&raw const (*self.socket.as_ptr()).ops).read_volatile() }
-    }
-
-    /// Asks the protocol what the socket is ready for (`EPOLL...`), as `poll()` without waiting.
+    /// Whether the send buffer has room. How much it must have depends on what the room is for.
     ///
-    /// # Context
-    ///
-    /// Process context. May sleep to get the socket's lock.
-    pub(super) fn poll(&self) -> u32 {
-        let Some(poll) = self.ops().poll else {
-            return 0;
-        };
-        let socket = self.socket.as_ptr();
-        // SAFETY: By the type invariant, the socket and its file are valid. A null pointer as the last
-        // argument means not to wait (`poll_does_not_wait()`).
-        in_io_context(|| unsafe { poll((*socket).file, socket, core::ptr::null_mut()) })
+    /// The answer may be out of date at once. A socket on which a send has found no room calls
+    /// [`Events::write_space()`](super::hook::Events::write_space) when there is room again, also for
+    /// [`RoomFor::Wakeup`].
+    pub(crate) fn has_room(&self, room_for: RoomFor) -> bool {
+        let sk = self.sk();
+        // SAFETY: By the type invariant, `sk` is valid. C reads the limit without a lock, too.
+        let limit = unsafe { (&raw const (*sk).sk_sndbuf).read_volatile() };
+        if self.family() == bindings::AF_UNIX {
+            // SAFETY: `sk` is valid. `refcount_read()` is such a read, too.
+            let used = unsafe { (&raw const (*sk).sk_wmem_alloc.refs.counter).read_volatile() };
+            return used.saturating_mul(4) <= limit;
+        }
+        // SAFETY: `sk` is valid. `sk_stream_wspace()` reads this without a lock, too.
+        let used = unsafe { (&raw const (*sk).sk_wmem_queued).read_volatile() };
+        if used >= limit || limit.saturating_sub(used) < used >> 1 {
+            return false;
+        }
+        let wake = i32::from(room_for == RoomFor::Wakeup);
+        // The `struct sock` of `kernel::bindings` and ours are the same type in C.
+        // SAFETY: By the type invariant, a socket that is not a UNIX socket is a TCP socket. This
+        // function is the `stream_memory_free()` of TCP over IPv4 and IPv6 and of all protocols on top. C
+        // calls it without a lock, too.
+        unsafe { bindings::tcp_stream_memory_free(sk.cast(), wake) }
     }
 
     /// Ends the connection: nothing can be sent or received any more. May be called again.
@@ -258,59 +275,22 @@ impl Socket {
     ///
     /// Process context. May sleep.
     pub(crate) fn end(&self, ending: Ending) {
-        // Not to start reclaim, which may wait for the commands of this connection.
-        in_io_context(|| {
-            if ending == Ending::Reset {
-                self.reset();
-            }
-            // SAFETY: By the type invariant, the socket is valid.
-            unsafe {
-                bindings::kernel_sock_shutdown(
-                    self.socket.as_ptr(),
-                    bindings::sock_shutdown_cmd_SHUT_RDWR,
-                )
-            }
-        });
-    }
-
-    /// Discards what was sent and has not left this machine, if the protocol can do that, and tells the peer.
-    fn reset(&self) {
-        // The `struct sock` of `kernel::bindings` and ours are the same type in C.
-        let sk = self.sk();
-        match self.kind {
-            Kind::Tcp => {
-                // SAFETY: By the type invariant, `sk` is valid, and it is a TCP socket.
-                unsafe { bindings::tcp_abort(sk.cast(), bindings::ECONNABORTED as i32) };
-            }
-            Kind::Mptcp => {
-                let _locked = self.lock();
-                // As `connect()` with `AF_UNSPEC`, which waiting tasks recognize by the counter. The state of
-                // the `struct socket` is left alone, so that the socket cannot be connected again, nor
-                // listen.
-                // SAFETY: By the type invariant, `sk` is valid, and it is locked. The protocol is a static
-                // structure, of which all have this operation.
-                unsafe {
-                    (*sk).sk_disconnects = (*sk).sk_disconnects.wrapping_add(1);
-                    let protocol = (&raw const (*sk).__sk_common.skc_prot).read_volatile();
-                    let disconnect = protocol
-                        .byte_add(bindings::OFFSET_PROTO_DISCONNECT)
-                        .cast::<Disconnect>()
-                        .read();
-                    disconnect(sk, 0);
-                }
-            }
-            // What was sent is at the peer, or on its way there in the memory of this machine, from where
-            // nothing can take it back.
-            Kind::Unix | Kind::Vsock => {}
+        if ending == Ending::Reset && self.is_tcp() {
+            // The `struct sock` of `kernel::bindings` and ours are the same type in C.
+            // SAFETY: By the type invariant, `sk` is valid, and it is a TCP socket.
+            unsafe { bindings::tcp_abort(self.sk().cast(), bindings::ECONNABORTED as i32) };
+        }
+        // SAFETY: By the type invariant, the socket is valid.
+        unsafe {
+            bindings::kernel_sock_shutdown(
+                self.socket.as_ptr(),
+                bindings::sock_shutdown_cmd_SHUT_RDWR,
+            );
         }
     }
 
     /// Whether the socket is connected and neither side has shut it down, not even in one direction, as
     /// far as this machine knows.
-    ///
-    /// # Context
-    ///
-    /// Process context. May sleep to get the socket's lock.
     pub(crate) fn is_connected(&self) -> bool {
         let sk = self.sk();
         // SAFETY: By the type invariant, `sk` is valid. `tcp_poll()` reads these fields without a lock, too.
@@ -320,42 +300,20 @@ impl Socket {
                 (&raw const (*sk).sk_shutdown).read_volatile(),
             )
         };
-        // Vsock keeps what the peer has shut down elsewhere.
-        let peer_ended = || self.kind == Kind::Vsock && self.poll() & bindings::EPOLLRDHUP != 0;
-        state == bindings::TCP_ESTABLISHED && shutdown == 0 && !peer_ended()
+        state == bindings::TCP_ESTABLISHED && shutdown == 0
     }
 
-    /// Makes TCP and MPTCP send data at once, without waiting for the acknowledgement of earlier data
-    /// (`TCP_NODELAY`). Does nothing on other sockets, which never wait.
+    /// Makes TCP send data at once, without waiting for the acknowledgement of earlier data
+    /// (`TCP_NODELAY`). Does nothing on a UNIX socket, which never waits.
     ///
     /// # Context
     ///
     /// Process context, without a lock of the socket. May sleep.
     pub(super) fn set_nodelay(&self) {
-        match self.kind {
+        if self.is_tcp() {
             // The `struct sock` of `kernel::bindings` and ours are the same type in C.
             // SAFETY: By the type invariant, `sk` is valid, and it is a TCP socket.
-            Kind::Tcp => unsafe { bindings::tcp_sock_set_nodelay(self.sk().cast()) },
-            Kind::Mptcp => {
-                let mut on = 1i32;
-                let mut value = bindings::sockptr_t::default();
-                value.__bindgen_anon_1.kernel = (&raw mut on).cast();
-                value.set_is_kernel(true);
-                if let Some(set_option) = self.ops().setsockopt {
-                    // SAFETY: By the type invariant, the socket is valid. `value` points to an `int` in kernel
-                    // memory, which lives during the call.
-                    unsafe {
-                        set_option(
-                            self.socket.as_ptr(),
-                            bindings::SOL_TCP as i32,
-                            bindings::TCP_NODELAY as i32,
-                            value,
-                            size_of::<i32>() as u32,
-                        )
-                    };
-                }
-            }
-            Kind::Unix | Kind::Vsock => {}
+            unsafe { bindings::tcp_sock_set_nodelay(self.sk().cast()) };
         }
     }
 
@@ -393,7 +351,6 @@ impl Clone for Socket {
         // INVARIANT: The reference to the file was taken above. The socket is the same, so its kind is, too.
         Socket {
             socket: self.socket,
-            kind: self.kind,
         }
     }
 }
@@ -423,6 +380,79 @@ impl Drop for LockedCallbacks<'_> {
     fn drop(&mut self) {
         // SAFETY: `Socket::lock_callbacks()` has taken the lock.
         unsafe { bindings::_raw_write_unlock_bh(&raw mut (*self.0.sk()).sk_callback_lock) };
+    }
+}
+
+/// Whether the socket is connected, or was until it was shut down. No other socket may be hooked: a TCP
+/// socket that listens, or could start to listen, passes its callbacks on to the connections that it
+/// accepts.
+///
+/// # Safety
+///
+/// `sk` must be a valid socket, and a file must refer to it during the call.
+pub(super) unsafe fn was_connected(sk: *mut bindings::sock) -> bool {
+    // SAFETY: By this function's safety requirements, `sk` is valid. C reads the state without a lock, too.
+    let state = unsafe { (&raw const (*sk).__sk_common.skc_state).read_volatile() };
+    match state {
+        bindings::TCP_LISTEN | bindings::TCP_SYN_SENT => false,
+        // `sk_shutdown` is no evidence of a connection: `shutdown()` also sets it on a socket that was never
+        // connected. The state of the `struct socket` is what `listen()` checks.
+        bindings::TCP_CLOSE => {
+            // SAFETY: By this function's safety requirements, a file refers to `sk`, so it has its
+            // `struct socket`.
+            let state = unsafe {
+                let socket = (*sk).sk_socket.cast::<bindings::socket>();
+                (&raw const (*socket).state).read_volatile()
+            };
+            state == bindings::socket_state_SS_CONNECTED
+        }
+        _ => true,
+    }
+}
+
+/// Whether `sk` is a UNIX socket.
+///
+/// # Safety
+///
+/// `sk` must be a valid socket.
+pub(super) unsafe fn is_unix(sk: *mut bindings::sock) -> bool {
+    // SAFETY: By this function's safety requirements, `sk` is valid. The family of a UNIX socket never
+    // changes.
+    u32::from(unsafe { (*sk).__sk_common.skc_family }) == bindings::AF_UNIX
+}
+
+/// Whether there is an upper layer protocol on top of TCP.
+///
+/// # Safety
+///
+/// `sk` must be a valid TCP or UNIX socket.
+pub(super) unsafe fn has_upper_layer(sk: *mut bindings::sock) -> bool {
+    // SAFETY: By this function's safety requirements, `sk` is valid.
+    if unsafe { is_unix(sk) } {
+        return false;
+    }
+    // SAFETY: A TCP socket is a `struct inet_connection_sock`, which has this field. The pointer in it is
+    // only compared.
+    let ops = unsafe {
+        sk.byte_add(bindings::OFFSET_ULP_OPS)
+            .cast::<*const u8>()
+            .read_volatile()
+    };
+    !ops.is_null()
+}
+
+/// Whether the receive queue of a socket holds anything.
+///
+/// # Safety
+///
+/// `sk` must be a valid socket.
+pub(super) unsafe fn has_data(sk: *mut bindings::sock) -> bool {
+    // As `skb_queue_empty_lockless()`.
+    // SAFETY: By this function's safety requirements, `sk` is valid. The pointer read is only compared.
+    unsafe {
+        let queue = &raw const (*sk).sk_receive_queue;
+        let first = (&raw const (*queue).__bindgen_anon_1.list.next).read_volatile();
+        !core::ptr::eq(first.cast::<u8>(), queue.cast::<u8>())
     }
 }
 

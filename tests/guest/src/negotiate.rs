@@ -8,8 +8,6 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use crate::sys::connect_by_vsock;
-
 const GREETING: &[u8; 16] = b"NBDMAGICIHAVEOPT";
 const NO_ZEROES_AND_FIXED_NEWSTYLE: u32 = 3;
 const OPT_EXPORT_NAME: u32 = 1;
@@ -30,7 +28,7 @@ pub struct Export {
 ///
 /// Nobody is there, or does not speak as expected, or is gone in the middle.
 pub fn dial(address: &str) -> io::Result<Export> {
-    let stream = match address.parse::<SocketAddr>() {
+    let mut stream = match address.parse::<SocketAddr>() {
         Ok(address) => {
             let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
             stream.set_nodelay(true)?;
@@ -39,15 +37,6 @@ pub fn dial(address: &str) -> io::Result<Export> {
         }
         Err(_) => UnixStream::connect(address)?,
     };
-    greet(stream)
-}
-
-/// As [`dial`], to a vsock port of this machine.
-pub fn dial_by_vsock(port: u32) -> io::Result<Export> {
-    greet(UnixStream::from(connect_by_vsock(port)?))
-}
-
-fn greet(mut stream: UnixStream) -> io::Result<Export> {
     stream.set_read_timeout(Some(PATIENCE))?;
     let mut greeting = [0; 18];
     stream.read_exact(&mut greeting)?;

@@ -10,7 +10,7 @@
 use std::collections::BTreeMap;
 use std::io::{self, IoSlice, Read, Write};
 use std::mem::MaybeUninit;
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,10 +20,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::fcntl_dupfd_cloexec;
-use rustix::net::{
-    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType,
-    ipproto, sockopt,
-};
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sockopt};
 
 use crate::debug_kernel::patient;
 use crate::proto::{self, Command, REQUEST_LEN, REQUEST_MAGIC, Request};
@@ -37,26 +34,6 @@ pub enum Transport {
     /// TCP that the kernel encrypts.
     Tls,
     Unix,
-    Mptcp,
-    /// The client speaks MPTCP and the server plain TCP, which the client's socket then uses.
-    FallenBack,
-    /// Within this machine.
-    Vsock,
-}
-
-impl Transport {
-    /// Whether this kernel has it.
-    pub fn is_there(self) -> bool {
-        match self {
-            Transport::Mptcp | Transport::FallenBack => mptcp_socket().is_ok(),
-            Transport::Vsock => {
-                // It is part of some kernels.
-                let _ = crate::programs::try_sh("modprobe vsock_loopback");
-                crate::sys::listen_on_vsock().is_ok()
-            }
-            _ => true,
-        }
-    }
 }
 
 type Script = dyn Fn(&mut Conn, &Request) -> io::Result<()> + Send + Sync;
@@ -149,7 +126,20 @@ impl Server {
 
     /// As [`Self::connect`], where somebody may meddle with it.
     pub fn try_connect(&self, transport: Transport) -> io::Result<OwnedFd> {
-        let (client, served) = pair(transport)?;
+        let (client, served) = match transport {
+            Transport::Tcp4 => try_tcp_pair((Ipv4Addr::LOCALHOST, 0).into())?,
+            Transport::Tcp6 => try_tcp_pair((Ipv6Addr::LOCALHOST, 0).into())?,
+            Transport::Tls => {
+                let (client, served) = try_tcp_pair((Ipv4Addr::LOCALHOST, 0).into())?;
+                encrypt(&client);
+                encrypt(&served);
+                (client, served)
+            }
+            Transport::Unix => {
+                let (client, served) = UnixStream::pair()?;
+                (client.into(), served)
+            }
+        };
         self.serve_socket(served);
         Ok(client)
     }
@@ -286,31 +276,6 @@ impl Drop for Server {
     }
 }
 
-/// A connection: the client's end, the server's.
-pub fn pair(transport: Transport) -> io::Result<(OwnedFd, UnixStream)> {
-    match transport {
-        Transport::Tcp4 => try_tcp_pair((Ipv4Addr::LOCALHOST, 0).into()),
-        Transport::Tcp6 => try_tcp_pair((Ipv6Addr::LOCALHOST, 0).into()),
-        Transport::Tls => {
-            let (client, served) = try_tcp_pair((Ipv4Addr::LOCALHOST, 0).into())?;
-            encrypt(&client);
-            encrypt(&served);
-            Ok((client, served))
-        }
-        Transport::Unix => {
-            let (client, served) = UnixStream::pair()?;
-            Ok((client.into(), served))
-        }
-        Transport::Mptcp => mptcp_pair(mptcp_listener()?),
-        Transport::FallenBack => mptcp_pair(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.into()),
-        Transport::Vsock => {
-            let (listener, port) = crate::sys::listen_on_vsock()?;
-            let client = crate::sys::connect_by_vsock(port)?;
-            Ok((client, UnixStream::from(rustix::net::accept(&listener)?)))
-        }
-    }
-}
-
 /// A TCP connection: the client's end, the server's.
 pub fn tcp_pair(address: SocketAddr) -> (OwnedFd, UnixStream) {
     try_tcp_pair(address).expect("a TCP connection over the loopback")
@@ -324,31 +289,6 @@ fn try_tcp_pair(address: SocketAddr) -> io::Result<(OwnedFd, UnixStream)> {
     served.set_nodelay(true)?;
     // Reading, writing and shutting down are the same calls for every kind of socket.
     Ok((client.into(), UnixStream::from(OwnedFd::from(served))))
-}
-
-pub fn mptcp_socket() -> io::Result<OwnedFd> {
-    Ok(rustix::net::socket_with(
-        AddressFamily::INET,
-        SocketType::STREAM,
-        SocketFlags::CLOEXEC,
-        Some(ipproto::MPTCP),
-    )?)
-}
-
-fn mptcp_listener() -> io::Result<OwnedFd> {
-    let listener = mptcp_socket()?;
-    rustix::net::bind(&listener, &SocketAddrV4::new(Ipv4Addr::LOCALHOST, 0))?;
-    rustix::net::listen(&listener, 4)?;
-    Ok(listener)
-}
-
-/// A connection of an MPTCP socket to this listener: the client's end, the server's.
-fn mptcp_pair(listener: OwnedFd) -> io::Result<(OwnedFd, UnixStream)> {
-    let client = mptcp_socket()?;
-    rustix::net::connect(&client, &rustix::net::getsockname(&listener)?)?;
-    let served = rustix::net::accept(&listener)?;
-    sockopt::set_tcp_nodelay(&served, true)?;
-    Ok((client, UnixStream::from(served)))
 }
 
 /// Has the kernel encrypt what goes over a TCP socket, and decrypt what comes: what is left to do after a

@@ -128,62 +128,6 @@ pub fn socket_option(fd: impl AsFd, level: i32, name: i32) -> SysResult<u32> {
     }
 }
 
-/// A vsock socket that listens within this machine, and its port.
-pub fn listen_on_vsock() -> SysResult<(OwnedFd, u32)> {
-    let mut address = vsock_address(libc::VMADDR_PORT_ANY);
-    let mut len = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
-    let socket = vsock_socket()?;
-    // SAFETY: the borrows last for the calls, and `len` is the size of `address`.
-    let answer = unsafe {
-        let fd = socket.as_raw_fd();
-        libc::bind(fd, ptr::from_ref(&address).cast(), len)
-            | libc::listen(fd, 4)
-            | libc::getsockname(
-                fd,
-                ptr::from_mut(&mut address).cast(),
-                ptr::from_mut(&mut len),
-            )
-    };
-    if answer < 0 {
-        return Err(last_errno());
-    }
-    Ok((socket, address.svm_port))
-}
-
-/// Connects to a vsock port of this machine.
-pub fn connect_by_vsock(port: u32) -> SysResult<OwnedFd> {
-    let address = vsock_address(port);
-    let len = size_of::<libc::sockaddr_vm>() as libc::socklen_t;
-    let socket = vsock_socket()?;
-    // SAFETY: the borrow lasts for the call, and `len` is the size of `address`.
-    let answer = unsafe { libc::connect(socket.as_raw_fd(), ptr::from_ref(&address).cast(), len) };
-    if answer < 0 {
-        return Err(last_errno());
-    }
-    Ok(socket)
-}
-
-fn vsock_socket() -> SysResult<OwnedFd> {
-    // SAFETY: no pointers; the descriptor is new, so nobody else owns it.
-    unsafe {
-        let fd = libc::socket(libc::AF_VSOCK, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0);
-        if fd < 0 {
-            return Err(last_errno());
-        }
-        Ok(OwnedFd::from_raw_fd(fd))
-    }
-}
-
-fn vsock_address(port: u32) -> libc::sockaddr_vm {
-    libc::sockaddr_vm {
-        svm_family: libc::AF_VSOCK as libc::sa_family_t,
-        svm_reserved1: 0,
-        svm_port: port,
-        svm_cid: libc::VMADDR_CID_LOCAL,
-        svm_zero: [0; 4],
-    }
-}
-
 /// Takes over a descriptor that this process was started with.
 pub fn take_fd(number: RawFd) -> OwnedFd {
     // SAFETY: the parent left it open for this purpose, and nobody else here knows it.

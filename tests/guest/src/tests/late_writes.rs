@@ -22,10 +22,10 @@ use rustix::net::sockopt;
 use crate::debug_kernel::patient;
 use crate::device::{self, Plan, SOON, USUAL_FLAGS, assert_pattern, errno, pattern};
 use crate::driver::Driver;
-use crate::harness::{Guest, Test, run_on, skip, wait_until};
+use crate::harness::{Guest, Test, run_on, wait_until};
 use crate::netlink::{Netlink, Setup};
 use crate::proto::{self, CAN_MULTI_CONN, Command, Request};
-use crate::server::{Conn, Server, Transport, ok, pair, tcp_pair};
+use crate::server::{Conn, Server, Transport, ok, tcp_pair};
 use crate::sys::{self, Buffer, ioctl_number};
 use crate::test;
 
@@ -33,8 +33,6 @@ pub fn tests() -> Vec<Test> {
     vec![
         test!(after_clear_sock),
         test!(after_a_netlink_disconnect),
-        test!(over_mptcp),
-        test!(over_mptcp_that_has_fallen_back),
         test!(after_the_client_was_killed),
         test!(after_the_server_has_half_closed),
         test!(after_the_server_broke_the_protocol),
@@ -79,11 +77,7 @@ impl Lazy {
 
     /// A connection over which little gets to the server, and of which the client's socket takes much.
     fn connect(&self) -> OwnedFd {
-        self.connect_over(Transport::Tcp4)
-    }
-
-    fn connect_over(&self, transport: Transport) -> OwnedFd {
-        let (client, served) = pair(transport).expect("a connection");
+        let (client, served) = tcp_pair((Ipv4Addr::LOCALHOST, 0).into());
         sockopt::set_socket_recv_buffer_size(&served, 4096).expect("SO_RCVBUF");
         sockopt::set_socket_send_buffer_size(&client, 4 * LEN).expect("SO_SNDBUF");
         *self.narrow.lock().unwrap() = Some(served.try_clone().expect("dup"));
@@ -135,16 +129,11 @@ fn write_new(direct: &File) {
 }
 
 /// Has a netlink session end by `end` while a write is on its way, and writes newer data in another one.
-fn sessions_one_after_the_other(
-    guest: &Guest,
-    transport: Transport,
-    end: impl FnOnce(&Netlink, &File),
-) {
+fn sessions_one_after_the_other(guest: &Guest, end: impl FnOnce(&Netlink, &File)) {
     let lazy = Lazy::new(|_| ());
     let netlink = Netlink::open();
     let setup = || Setup::new(LEN as u64).index(0).flags(USUAL_FLAGS);
-    let first = lazy.connect_over(transport);
-    assert_eq!(netlink.connect(&setup().sockets([first])), Ok(0));
+    assert_eq!(netlink.connect(&setup().sockets([lazy.connect()])), Ok(0));
     let direct = device::open(0, libc::O_DIRECT).expect("the device");
     let written = write_old(&lazy, &direct, || end(&netlink, &direct));
     assert_eq!(written, Err(Errno::IO));
@@ -163,37 +152,15 @@ fn sessions_one_after_the_other(
 }
 
 fn after_clear_sock(guest: &Guest) {
-    sessions_one_after_the_other(guest, Transport::Tcp4, |_, direct| {
+    sessions_one_after_the_other(guest, |_, direct| {
         ioctl_number(direct, proto::CLEAR_SOCK, 0).expect("NBD_CLEAR_SOCK");
     });
 }
 
 fn after_a_netlink_disconnect(guest: &Guest) {
-    after_a_netlink_disconnect_over(guest, Transport::Tcp4);
-}
-
-fn after_a_netlink_disconnect_over(guest: &Guest, transport: Transport) {
-    sessions_one_after_the_other(guest, transport, |netlink, _| {
+    sessions_one_after_the_other(guest, |netlink, _| {
         assert_eq!(netlink.disconnect(0), Ok(()));
     });
-}
-
-fn over_mptcp(guest: &Guest) {
-    after_a_netlink_disconnect_of_mptcp(guest, Transport::Mptcp);
-}
-
-fn over_mptcp_that_has_fallen_back(guest: &Guest) {
-    after_a_netlink_disconnect_of_mptcp(guest, Transport::FallenBack);
-}
-
-fn after_a_netlink_disconnect_of_mptcp(guest: &Guest, transport: Transport) {
-    if guest.expected("mptcp-and-vsock-are-taken") == Driver::Nbd {
-        return;
-    }
-    if !transport.is_there() {
-        skip("this kernel has no MPTCP");
-    }
-    after_a_netlink_disconnect_over(guest, transport);
 }
 
 fn after_the_client_was_killed(guest: &Guest) {

@@ -35,7 +35,6 @@ mod signals;
 mod soak;
 mod timeouts;
 mod tls;
-mod transports;
 mod udev;
 mod user_space;
 
@@ -61,7 +60,6 @@ pub fn all() -> Vec<Test> {
         late_writes::tests(),
         signals::tests(),
         tls::tests(),
-        transports::tests(),
         shared_sockets::tests(),
         netlink::tests(),
         shutdowns::tests(),
