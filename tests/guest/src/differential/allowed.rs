@@ -47,7 +47,7 @@ pub fn meant(
     if any(&|past, difference| takes_an_open_device(past, difference, &nbd[at])) {
         return Some("connect-takes-an-open-device");
     }
-    if sets_up_a_lost_device(&past) {
+    if sets_up_a_lost_device(&past) || any(&keeps_its_size) {
         return Some("a-lost-device-starts-again");
     }
     if past.forgot_sockets.contains(&true) {
@@ -409,4 +409,14 @@ fn sets_up_a_lost_device(past: &Past) -> bool {
     );
     let lost = |device: Dev| past.started[device as usize] && past.lost[device as usize];
     sets_up && past.files[*file].is_some_and(lost)
+}
+
+/// With nbd.ko, the size is 0 when the server has gone and nobody else has the device open.
+fn keeps_its_size(past: &Past, difference: &Difference<'_>) -> bool {
+    let (key, nbd, rnbd) = *difference;
+    let lost = |device: &Dev| {
+        let index = *device as usize;
+        key == format!("{device:?} size") && past.started[index] && past.lost[index]
+    };
+    nbd == "0" && rnbd != "0" && DEVICES.iter().any(lost)
 }
