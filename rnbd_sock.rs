@@ -197,6 +197,11 @@ impl Events for Connection {
         }
     }
 
+    fn state_changed(this: ArcBorrow<'_, Self>) {
+        Self::input_ready(this);
+        this.write_space();
+    }
+
     fn write_space(this: ArcBorrow<'_, Self>) -> bool {
         this.write_space()
     }
@@ -359,6 +364,10 @@ impl Connection {
     }
 
     /// Returns how to end the socket of a connection that was marked as dead.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     fn suitable_ending(&self) -> Ending {
         // If nothing is outstanding, a disconnect may be on its way, which must still be delivered.
         if self.nothing_outstanding() {

@@ -128,7 +128,10 @@ impl Session {
                 unsent.overrule(Outcome::Requeue);
                 return;
             };
-            connection.command_taken_back();
+            // The slot names the index of the connection, which another one may have by now.
+            if let Some(current) = self.connection(cx, usize::from(connection.index())) {
+                current.command_taken_back();
+            }
             unanswered = ours;
             match self.pick(cx, self.table.fate.snapshot()) {
                 Some(next) => connection = next,

@@ -109,20 +109,18 @@ impl Connection {
         }
     }
 
-    /// Returns whether the connection drains and [`Self::stop_staging()`] has not been called yet.
-    pub(super) fn must_stop_staging(&self) -> bool {
-        self.is_draining() && !self.sending.stopped.load(Acquire)
-    }
-
-    /// Returns whether the next step of draining is up to the transmit side.
+    /// Returns whether the next step of draining is up to [`Self::stop_staging()`].
     pub(super) fn drain_wants_sender(&self) -> bool {
-        self.must_stop_staging() || self.is_draining() && self.sending.drained.load(Acquire)
+        let is_wanted =
+            || !self.sending.stopped.load(Acquire) || self.sending.drained.load(Acquire);
+        self.is_draining() && is_wanted()
     }
 
     /// Closes the backlog of a connection that drains and gives back the commands that were not
     /// staged yet. Stages the disconnect once the connection is drained.
     pub(super) fn stop_staging(self: ArcBorrow<'_, Self>, outbox: &mut Outbox) {
-        if self.sending.drained.load(Acquire) && !outbox.said_goodbye {
+        if self.sending.drained.load(Acquire) && self.sending.drained.xchg(false, Full) {
+            outbox.drained = true;
             self.sending.send_disconnect.store(true, Release);
         }
         if self.sending.stopped.load(Acquire) {
@@ -166,8 +164,7 @@ impl Connection {
         self: ArcBorrow<'_, Self>,
         outbox: MutexGuard<'a, Outbox>,
     ) -> Option<MutexGuard<'a, Outbox>> {
-        let drained = self.sending.drained.load(Acquire);
-        if !drained || !outbox.said_goodbye || outbox.transmit.has_requests() {
+        if !outbox.drained || !outbox.said_goodbye || outbox.transmit.has_requests() {
             return Some(outbox);
         }
         // No sender starts after this, since the lock is held. What the socket contains was answered,

@@ -27,6 +27,7 @@ use crate::{
             List, //
         },
         net::sock::{
+            Ending,
             Next,
             RoomFor, //
         },
@@ -68,6 +69,8 @@ pub(super) struct Outbox {
     pub(super) transmit: Transmit,
     /// A disconnect was staged. No other follows.
     pub(super) said_goodbye: bool,
+    /// The connection drains, and no command is in flight on it.
+    pub(super) drained: bool,
 }
 
 /// The task that has submitted last, and how often it had slept by then.
@@ -129,7 +132,7 @@ enum StopReason {
 #[pin_data]
 pub(super) struct Sending {
     last_submitter: LastSubmitter,
-    /// A sender is waiting for room in the socket.
+    /// The last sender has found no room in the socket. Written with the lock of the outbox held.
     full: Atomic<bool>,
     /// The last sender has left a message that was not sent completely.
     unsent: Atomic<bool>,
@@ -137,7 +140,7 @@ pub(super) struct Sending {
     pub(super) send_disconnect: Atomic<bool>,
     /// The connection drains, and all commands that were not staged were given back.
     pub(super) stopped: Atomic<bool>,
-    /// The connection drains, and no command is in flight on it.
+    /// The receive side has found the connection to be drained, which is to be recorded in the outbox.
     pub(super) drained: Atomic<bool>,
     /// The commands that no sender has taken yet.
     pub(super) backlog: List<Unsent>,
@@ -156,6 +159,7 @@ impl Sending {
             waiting: Batch::empty(),
             transmit: Transmit::new()?,
             said_goodbye: false,
+            drained: false,
         };
         Ok(pin_init!(Sending {
             last_submitter: LastSubmitter::nobody(),
@@ -238,7 +242,6 @@ impl Connection {
 
     /// Sends the backlog in a worker (`nbd_pending_cmd_work()`).
     pub(super) fn transmit_work(self: ArcBorrow<'_, Self>) {
-        self.clear_full();
         self.transmit_backlog();
     }
 
@@ -263,11 +266,12 @@ impl Connection {
             let Some(mut outbox) = self.sending.outbox.try_lock() else {
                 return;
             };
-            // `mark_dead()` first changes the state and then tries this lock. So either it learns
-            // what is being sent here, or nothing is sent.
+            // `mark_dead()` first changes the state and then takes this lock. So either it learns what
+            // was sent here, or nothing is sent.
             if self.is_dead() {
                 return;
             }
+            self.clear_full();
             let stopped = self.transmit_all(&mut outbox);
             let unsent = !outbox.transmit.is_empty();
             self.sending.unsent.store(unsent, Relaxed);
@@ -292,7 +296,7 @@ impl Connection {
                         return;
                     };
                     drop(kept);
-                    if !self.look_for_room(refused) && !self.must_stop_staging() {
+                    if !self.look_for_room(refused) && !self.drain_wants_sender() {
                         return;
                     }
                     continue;
@@ -325,22 +329,33 @@ impl Connection {
         }
     }
 
-    /// Returns whether all messages that were staged were sent, and all commands were answered.
+    /// Returns whether all commands that were staged were sent and answered.
     ///
-    /// For a live connection the answer may be outdated immediately. For one that was marked as
-    /// dead, true stays true, because no sender starts any more. This does not wait for a task that
-    /// is sending, which may take until the socket is shut down; the answer is then false.
+    /// The connection must have been marked as dead, so that no sender starts any more.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
     pub(super) fn nothing_outstanding(&self) -> bool {
-        let outbox = self.sending.outbox.try_lock();
-        outbox.is_some_and(|o| o.transmit.is_empty()) && !self.table.has_open(self.index)
+        let outbox = self.sending.outbox.try_lock().unwrap_or_else(|| {
+            // A task is sending, perhaps no more than a disconnect to which the server has reacted
+            // already. It may wait for TLS's lock until the socket is shut down.
+            self.socket.end(Ending::Polite);
+            self.sending.outbox.lock()
+        });
+        !outbox.transmit.has_requests() && !self.table.has_open(self.index)
     }
 
     /// Allows the next task that queues a command to send it.
     ///
-    /// The exchange is fully ordered: a command that was queued by a task which still saw `full` is
-    /// found by the caller, or by the holder of the lock.
+    /// The caller holds the lock of the outbox. Otherwise `full` could be cleared that a sender has just
+    /// set who then waits for room.
     fn clear_full(&self) {
-        self.sending.full.xchg(false, Full);
+        // A command that was queued by a task which still sees `full` is found by the caller, who looks
+        // at the backlog again after a full barrier, or finds the socket full again.
+        if self.sending.full.load(Relaxed) {
+            self.sending.full.store(false, Release);
+        }
     }
 
     /// Returns whether there is anything that no sender has taken yet.
@@ -358,7 +373,7 @@ impl Connection {
     fn look_for_room(self: ArcBorrow<'_, Self>, refused: u32) -> bool {
         // The socket did not report room that became free before `full` was set. It reports any
         // later room to the transmit work, which does nothing if it finds the lock taken. Pairs
-        // with the barrier in `write_space()`, and with `clear_full()`.
+        // with the barrier in `write_space()`.
         smp_mb(Full);
         if !self.socket.has_room(RoomFor::Sending) {
             return false;
@@ -369,7 +384,6 @@ impl Connection {
             self.queue_retry();
             return false;
         }
-        self.clear_full();
         true
     }
 
@@ -416,6 +430,9 @@ impl Connection {
     /// left.
     fn stage(self: ArcBorrow<'_, Self>, outbox: &mut Outbox) -> Next {
         if self.is_draining() {
+            if outbox.transmit.announced_more() {
+                self.stage_next(outbox);
+            }
             self.stop_staging(outbox);
         }
         if outbox.transmit.can_stage()
@@ -428,17 +445,8 @@ impl Connection {
                 .stage(&proto::RequestHeader::DISCONNECT, None);
         }
         while outbox.transmit.can_stage() {
-            if outbox.waiting.is_empty() {
-                outbox.waiting = self.sending.backlog.take();
-            }
-            let Some(request) = outbox.waiting.pop() else {
+            if !self.stage_next(outbox) {
                 return Next::Nothing;
-            };
-            match self.wire_of(&request) {
-                Some(wire) => outbox.transmit.stage(&wire, Some(Payload::new(request))),
-                // This cannot happen: `queue_rq` fails requests that NBD has no command for, and
-                // each tag has a slot.
-                None => request.overrule(Outcome::Complete(Status::IOERR)),
             }
         }
         if outbox.waiting.is_empty() && self.sending.backlog.is_empty() {
@@ -446,6 +454,23 @@ impl Connection {
         } else {
             Next::More
         }
+    }
+
+    /// Stages a command, for which there must be room. Returns whether there was one.
+    fn stage_next(&self, outbox: &mut Outbox) -> bool {
+        if outbox.waiting.is_empty() {
+            outbox.waiting = self.sending.backlog.take();
+        }
+        let Some(request) = outbox.waiting.pop() else {
+            return false;
+        };
+        match self.wire_of(&request) {
+            Some(wire) => outbox.transmit.stage(&wire, Some(Payload::new(request))),
+            // This cannot happen: `queue_rq` fails requests that NBD has no command for, and each tag
+            // has a slot.
+            None => request.overrule(Outcome::Complete(Status::IOERR)),
+        }
+        true
     }
 
     /// Returns the header of a request, or `None` if NBD has no command for it.

@@ -83,6 +83,8 @@ pub(crate) struct Transmit {
     staged: Ring<Outgoing>,
     /// The offset of the next header in the page.
     next_header: usize,
+    /// What the socket was told to expect after the last call.
+    next: Next,
 }
 
 /// The state of the receive side. The receive lock protects it.
@@ -123,6 +125,7 @@ impl Transmit {
             pieces: Pieces::new(PIECES)?,
             staged: Ring::new(STAGED)?,
             next_header: 0,
+            next: Next::Nothing,
         })
     }
 
@@ -134,6 +137,12 @@ impl Transmit {
     /// Returns whether there is nothing to send.
     pub(crate) fn is_empty(&self) -> bool {
         self.staged.is_empty()
+    }
+
+    /// Returns whether all was sent, and the socket was told that more follows (`MSG_MORE`). Until it is
+    /// given more, it may hold back what it has: TLS keeps an incomplete record.
+    pub(crate) fn announced_more(&self) -> bool {
+        self.is_empty() && self.next == Next::More
     }
 
     /// Returns whether a request was staged that was not sent completely.
@@ -173,7 +182,9 @@ impl Transmit {
             }
         }
         let offered = iov.bytes();
-        let bytes = socket.send(iov, if whole { next } else { Next::More })?;
+        let next = if whole { next } else { Next::More };
+        let bytes = socket.send(iov, next)?;
+        self.next = next;
         Ok(Sent {
             bytes,
             requests: self.count(bytes),

@@ -103,6 +103,13 @@ impl<'a, T: Events> Found<'a, T> {
             T::input_ready(hook.owner.as_arc_borrow());
         }
     }
+
+    /// Tells the owner that the connection has changed its state or has an error.
+    fn state_changed(&self) {
+        if let Some(hook) = self.hook {
+            T::state_changed(hook.owner.as_arc_borrow());
+        }
+    }
 }
 
 /// Calls `f` with what is known about a socket, while `sk_callback_lock` is held for reading, so that it
@@ -204,7 +211,7 @@ unsafe extern "C" fn write_space<T: Events>(sk: *mut bindings::sock) {
 /// As for [`data_ready()`].
 unsafe extern "C" fn state_change<T: Events>(sk: *mut bindings::sock) {
     let in_hook = |found: Found<'_, T>| {
-        found.input_ready();
+        found.state_changed();
         found.had.state_change
     };
     // SAFETY: This is such a callback, and by its safety requirements `sk` was hooked for a `T`.
@@ -225,7 +232,7 @@ unsafe extern "C" fn error_report<T: Events>(sk: *mut bindings::sock) {
         return;
     }
     let in_hook = |found: Found<'_, T>| {
-        found.input_ready();
+        found.state_changed();
         // SAFETY: `sk` is valid during its callback.
         let closed = unsafe { (*sk).__sk_common.skc_state } == bindings::TCP_CLOSE;
         // From now on any process that has the descriptor can make the socket listen, and the connections

@@ -68,6 +68,11 @@ pub(crate) trait Events: Send + Sync + 'static {
     /// reason.
     fn input_ready(this: ArcBorrow<'_, Self>);
 
+    /// The connection has changed its state, or has an error. There may be something to receive, as for
+    /// [`Self::input_ready()`], and a send that waits for room may have to fail instead: no
+    /// [`Self::write_space()`] may follow.
+    fn state_changed(this: ArcBorrow<'_, Self>);
+
     /// There may be room in the send buffer. Returns whether the owner was waiting for it, in which case the
     /// caller clears `SOCK_NOSPACE`: the socket then calls `sk_write_space` again only after another send
     /// has found no room.

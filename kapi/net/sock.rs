@@ -242,15 +242,24 @@ impl Socket {
         unsafe { has_upper_layer(self.sk()) }
     }
 
-    /// Whether the send buffer has room. How much it must have depends on what the room is for.
+    /// Whether the send buffer has room. How much it must have depends on what the room is for. True if
+    /// sending was shut down, because a send then fails at once (as in `tcp_poll()`).
     ///
     /// The answer may be out of date at once. A socket on which a send has found no room calls
     /// [`Events::write_space()`](super::hook::Events::write_space) when there is room again, also for
     /// [`RoomFor::Wakeup`].
     pub(crate) fn has_room(&self, room_for: RoomFor) -> bool {
         let sk = self.sk();
-        // SAFETY: By the type invariant, `sk` is valid. C reads the limit without a lock, too.
-        let limit = unsafe { (&raw const (*sk).sk_sndbuf).read_volatile() };
+        // SAFETY: By the type invariant, `sk` is valid. C reads both without a lock, too.
+        let (limit, shutdown) = unsafe {
+            (
+                (&raw const (*sk).sk_sndbuf).read_volatile(),
+                (&raw const (*sk).sk_shutdown).read_volatile(),
+            )
+        };
+        if u32::from(shutdown) & bindings::SEND_SHUTDOWN != 0 {
+            return true;
+        }
         if self.family() == bindings::AF_UNIX {
             // SAFETY: `sk` is valid. `refcount_read()` is such a read, too.
             let used = unsafe { (&raw const (*sk).sk_wmem_alloc.refs.counter).read_volatile() };

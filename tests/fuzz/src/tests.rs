@@ -77,8 +77,13 @@ impl Sender {
     /// Has the socket take at most `limit` bytes. Returns how many it took, how many requests ended in
     /// them, and whether that was all.
     fn send(&mut self, limit: usize) -> (usize, u64, bool) {
+        self.send_before(limit, Next::Nothing)
+    }
+
+    /// Does the same before `next`.
+    fn send_before(&mut self, limit: usize, next: Next) -> (usize, u64, bool) {
         self.socket.limit.set(limit);
-        let sent = self.transmit.send(&self.socket, Next::Nothing).unwrap();
+        let sent = self.transmit.send(&self.socket, next).unwrap();
         (sent.bytes, sent.requests, sent.all)
     }
 
@@ -103,6 +108,21 @@ fn sixty_four_requests_are_staged() {
     assert_eq!(sender.send(usize::MAX), (64 * HEADER, 64, true));
     assert!(sender.transmit.can_stage() && sender.transmit.is_empty());
     sender.assert_sent();
+}
+
+#[test]
+fn more_is_announced_until_all_was_sent_without_that() {
+    let mut sender = Sender::new();
+    sender.stage(Op::Read, 512, 512);
+    assert_eq!(
+        sender.send_before(usize::MAX, Next::More),
+        (HEADER, 1, true)
+    );
+    assert!(sender.transmit.announced_more());
+    sender.stage(Op::Read, 512, 512);
+    assert!(!sender.transmit.announced_more());
+    assert_eq!(sender.send(usize::MAX), (HEADER, 1, true));
+    assert!(!sender.transmit.announced_more());
 }
 
 #[test]

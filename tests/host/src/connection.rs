@@ -16,12 +16,13 @@ use crate::{
 use loom::{
     cell::UnsafeCell,
     sync::{
-        Condvar, Mutex,
+        Condvar, Mutex, MutexGuard,
         atomic::{AtomicUsize, Ordering},
     },
 };
 use std::{
     collections::VecDeque,
+    ops::{Deref, DerefMut},
     sync::{Arc, atomic::AtomicBool},
 };
 
@@ -36,6 +37,8 @@ pub(crate) enum LeftOut {
     Nothing,
     /// A socket ends politely whatever is owed.
     Resetting,
+    /// A socket is reset if somebody is sending, although that may be nothing but a goodbye.
+    WaitingForSender,
     /// A connection is cleared away as soon as it was declared dead.
     EndingBeforeReaping,
     /// What was not sent is dropped rather than overruled.
@@ -52,8 +55,8 @@ pub(crate) enum LeftOut {
     WaitingBeforeLooking,
     /// It does both, but without the barrier in between.
     BarrierBeforeLookingForRoom,
-    /// Who takes its turn does not order that before its attempt at the lock.
-    OrderingOfTurns,
+    /// Who takes its turn says so before its attempt at the lock, which may fail.
+    LockingBeforeTurns,
     /// Who tells of room does not order that before it looks who waits.
     BarrierAfterRoom,
     /// Who reconnects does not wait until the dead connection was cleared away.
@@ -102,6 +105,8 @@ struct Socket {
 #[derive(Default)]
 struct Stream {
     ended: bool,
+    /// It was reset. The test's own.
+    reset: bool,
     /// What was sent and has not left yet.
     queue: VecDeque<Message>,
     /// What the server has answered.
@@ -175,6 +180,7 @@ impl Socket {
         let mut stream = self.stream.lock().unwrap();
         stream.ended = true;
         if ending == Ending::Reset {
+            stream.reset = true;
             stream.queue.clear();
         }
     }
@@ -309,6 +315,63 @@ struct Outbox<P: Parts> {
     staged: Vec<Outgoing>,
 }
 
+/// The lock of the outbox. Loom lets others run before an attempt at a lock, but not before the unlocking.
+/// Each attempt reads `unlocks` and the unlocking writes it, so it does.
+struct OutboxLock<P: Parts> {
+    mutex: Mutex<Outbox<P>>,
+    unlocks: AtomicUsize,
+}
+
+struct OutboxGuard<'a, P: Parts> {
+    outbox: MutexGuard<'a, Outbox<P>>,
+    unlocks: &'a AtomicUsize,
+}
+
+impl<P: Parts> OutboxLock<P> {
+    fn new(outbox: Outbox<P>) -> Self {
+        OutboxLock {
+            mutex: Mutex::new(outbox),
+            unlocks: AtomicUsize::new(0),
+        }
+    }
+
+    fn try_lock(&self) -> Option<OutboxGuard<'_, P>> {
+        self.unlocks.load(Ordering::Relaxed);
+        self.mutex.try_lock().ok().map(|outbox| self.guard(outbox))
+    }
+
+    fn lock(&self) -> OutboxGuard<'_, P> {
+        self.guard(self.mutex.lock().unwrap())
+    }
+
+    fn guard<'a>(&'a self, outbox: MutexGuard<'a, Outbox<P>>) -> OutboxGuard<'a, P> {
+        OutboxGuard {
+            outbox,
+            unlocks: &self.unlocks,
+        }
+    }
+}
+
+impl<P: Parts> Drop for OutboxGuard<'_, P> {
+    fn drop(&mut self) {
+        self.unlocks.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+impl<P: Parts> Deref for OutboxGuard<'_, P> {
+    type Target = Outbox<P>;
+
+    fn deref(&self) -> &Outbox<P> {
+        &self.outbox
+    }
+}
+
+impl<P: Parts> DerefMut for OutboxGuard<'_, P> {
+    fn deref_mut(&mut self) -> &mut Outbox<P> {
+        &mut self.outbox
+    }
+}
+
 /// How sending stopped.
 enum StopReason {
     Idle,
@@ -337,7 +400,7 @@ pub(crate) struct Connection<P: Parts> {
     full: Atomic<bool>,
     send_disconnect: Atomic<bool>,
     backlog: P::List,
-    outbox: Mutex<Outbox<P>>,
+    outbox: OutboxLock<P>,
     /// The lock that nobody waits for; `receiving` is about how that works.
     receive: Mutex<()>,
     pub(crate) receive_work: Work,
@@ -367,7 +430,7 @@ impl<P: Parts> Connection<P> {
             full: Atomic::new(false),
             send_disconnect: Atomic::new(false),
             backlog: P::List::new(),
-            outbox: Mutex::new(Outbox {
+            outbox: OutboxLock::new(Outbox {
                 waiting: Batches::empty(),
                 staged: Vec::new(),
             }),
@@ -418,6 +481,11 @@ impl<P: Parts> Connection<P> {
         stream.got.contains(&(tag, use_number))
     }
 
+    /// Whether the socket was reset.
+    pub(crate) fn was_reset(&self) -> bool {
+        self.socket.stream.lock().unwrap().reset
+    }
+
     /// How many commands and goodbyes were sent.
     pub(crate) fn sent(&self) -> (usize, usize) {
         self.socket.stream.lock().unwrap().sent
@@ -458,15 +526,15 @@ impl<P: Parts> Connection<P> {
 
     /// The work item.
     pub(crate) fn transmit_work(&self) {
-        self.clear_full();
+        if self.table.left_out == LeftOut::LockingBeforeTurns {
+            self.full.xchg(false, Full);
+        }
         self.transmit_backlog();
     }
 
     fn clear_full(&self) {
-        if self.table.left_out == LeftOut::OrderingOfTurns {
+        if self.full.load(Relaxed) {
             self.full.store(false, Release);
-        } else {
-            self.full.xchg(false, Full);
         }
     }
 
@@ -478,12 +546,13 @@ impl<P: Parts> Connection<P> {
         let left_out = self.table.left_out;
         let mut refused = 0;
         while self.is_alive() {
-            let Ok(mut outbox) = self.outbox.try_lock() else {
+            let Some(mut outbox) = self.outbox.try_lock() else {
                 return;
             };
             if !self.is_alive() {
                 return;
             }
+            self.clear_full();
             match self.transmit_all(&mut outbox) {
                 Ok(StopReason::Idle) => {}
                 Ok(StopReason::Full { sent_some }) => {
@@ -525,8 +594,16 @@ impl<P: Parts> Connection<P> {
     }
 
     fn nothing_outstanding(&self) -> bool {
-        let outbox = self.outbox.try_lock();
-        outbox.is_ok_and(|o| o.staged.is_empty()) && !self.table.has_open(self.index)
+        let outbox = match self.outbox.try_lock() {
+            Some(outbox) => outbox,
+            None if self.table.left_out == LeftOut::WaitingForSender => return false,
+            None => {
+                self.socket.end(Ending::Polite);
+                self.outbox.lock()
+            }
+        };
+        let has_requests = outbox.staged.iter().any(|o| o.request.is_some());
+        !has_requests && !self.table.has_open(self.index)
     }
 
     fn has_backlog(&self) -> bool {
@@ -546,7 +623,6 @@ impl<P: Parts> Connection<P> {
             self.queue_transmit();
             return false;
         }
-        self.clear_full();
         true
     }
 
@@ -604,7 +680,8 @@ impl<P: Parts> Connection<P> {
                 request.overrule(outcome);
             }
         };
-        let mut outbox = self.outbox.lock().unwrap();
+        let mut outbox = self.outbox.lock();
+        let outbox = &mut *outbox;
         outbox
             .staged
             .drain(..)

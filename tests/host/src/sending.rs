@@ -107,6 +107,20 @@ fn the_goodbye_is_sent<P: Parts>() {
     the_goodbye_is_sent_without::<P>(LeftOut::Nothing);
 }
 
+/// The server reacts to the goodbye, and the connection is marked as dead, while the sender has not
+/// unlocked yet: nothing is owed, so the server gets no reset.
+fn a_goodbye_ends_politely_without<P: Parts>(left_out: LeftOut) {
+    let sender = Sender::<P>::new(left_out, 0, None);
+    let user = sender.spawn(|s| s.connection.send_disconnect());
+    sender.connection.mark_dead();
+    user.join().unwrap();
+    assert!(!sender.connection.was_reset(), "the server got a reset");
+}
+
+fn a_goodbye_ends_politely<P: Parts>() {
+    a_goodbye_ends_politely_without::<P>(LeftOut::Nothing);
+}
+
 /// The socket is full, and an acknowledgement makes room, while a command is submitted: it is sent, by
 /// whomever, although nothing comes after it.
 fn room_is_noticed_without<P: Parts>(left_out: LeftOut) {
@@ -168,6 +182,7 @@ models! {
     the_last_command_is_sent,
     what_is_left_to_the_work_item_is_sent within 4 preemptions,
     the_goodbye_is_sent,
+    a_goodbye_ends_politely,
     room_is_noticed,
     room_for_two_is_noticed within 3 preemptions,
     room_for_both_is_noticed within 2 preemptions,
@@ -210,6 +225,24 @@ fn who_says_goodbye_must_be_seen() {
 }
 
 #[test]
+#[should_panic(expected = "the server got a reset")]
+fn who_ends_a_socket_must_wait_for_the_sender() {
+    explore(
+        || a_goodbye_ends_politely_without::<Module>(LeftOut::WaitingForSender),
+        None,
+    );
+}
+
+#[test]
+#[should_panic(expected = "a command was not sent")]
+fn who_takes_its_turn_must_have_the_lock() {
+    explore(
+        || room_for_two_is_noticed_without::<Module>(LeftOut::LockingBeforeTurns),
+        Some(3),
+    );
+}
+
+#[test]
 #[should_panic(expected = "a command was not sent")]
 fn who_waits_for_room_must_look_for_it() {
     explore(
@@ -242,14 +275,5 @@ fn who_tells_of_room_must_have_made_it() {
     explore(
         || room_is_noticed_without::<Module>(LeftOut::BarrierAfterRoom),
         None,
-    );
-}
-
-#[test]
-#[should_panic(expected = "a command was not sent")]
-fn who_takes_its_turn_must_not_undo_what_comes_after() {
-    explore(
-        || room_for_two_is_noticed_without::<Module>(LeftOut::OrderingOfTurns),
-        Some(3),
     );
 }

@@ -6,6 +6,7 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::process::{Child, Command as Process, Stdio};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -13,6 +14,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 
+use crate::debug_kernel::patient;
 use crate::device::{self, Plan, Rig, SOON, assert_pattern, assert_usable, errno, pattern};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, wait_until};
@@ -33,6 +35,7 @@ pub fn tests() -> Vec<Test> {
         test!(client_is_stopped_and_goes_on),
         test!(client_leaves_after_a_signal),
         test!(nobody_waits_for_room_in_a_socket),
+        test!(server_stops_reading_while_a_write_waits_for_room),
         test!(server_dies_with_dirty_pages),
         test!(server_dies_under_load_again_and_again),
         test!(disconnect_races_with_requests),
@@ -302,6 +305,27 @@ fn nobody_waits_for_room_in_a_socket(guest: &Guest) {
         rig.server.kill();
         assert_eq!(write.join().unwrap(), Err(Errno::IO));
     });
+    let _ = rig.client.wait();
+}
+
+/// Nothing more can be sent then, and no room is ever reported.
+fn server_stops_reading_while_a_write_waits_for_room(_: &Guest) {
+    let mut rig = Plan::new(16 << 20).attach();
+    let let_go = Arc::new(AtomicBool::new(false));
+    let told = Arc::clone(&let_go);
+    rig.server.script(move |conn, _| {
+        // The socket is full by then.
+        thread::sleep(Duration::from_millis(500));
+        conn.stop_reading()?;
+        let _ = wait_until(patient(SOON) * 2, || told.load(Ordering::Relaxed));
+        conn.close()
+    });
+    let direct = rig.direct();
+    let write = thread::spawn(move || errno(direct.write_all_at(&Buffer::new(8 << 20), 0)));
+    let ended = wait_until(patient(SOON), || write.is_finished());
+    let_go.store(true, Ordering::Relaxed);
+    assert!(ended.is_ok(), "the write hangs");
+    assert_eq!(write.join().unwrap(), Err(Errno::IO));
     let _ = rig.client.wait();
 }
 
