@@ -29,7 +29,7 @@ use kernel::{
     types::Opaque, //
 };
 
-/// Proof that an operation of a queue is running. Until it returns, either a quiesce of the queue or
+/// Proof that an operation of a queue is running. Until it returns, either `blk_mq_wait_quiesce_done()` or
 /// `blk_sync_queue()` does not return.
 ///
 /// # Safety
@@ -42,7 +42,8 @@ pub(crate) unsafe trait InQueue {
     fn queue(&self) -> *mut bindings::request_queue;
 }
 
-/// Proof that `queue_rq` or `commit_rqs` is running. The queue cannot be quiesced until it returns.
+/// Proof that `queue_rq` or `commit_rqs` is running. Until it returns, `blk_mq_wait_quiesce_done()` does not
+/// return.
 pub(crate) struct Dispatch<'a> {
     hctx: *mut bindings::blk_mq_hw_ctx,
     _call: PhantomData<&'a ()>,

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Pointers that blk-mq operations read without locks or reference counts.
 //!
-//! The block layer can wait for running operations: `queue_rq` and `commit_rqs` run on no quiesced
-//! queue, and `timeout` runs only in the work item that `blk_sync_queue()` waits for. So a pointer is
+//! The block layer can wait for running operations: `blk_mq_wait_quiesce_done()` waits for `queue_rq`
+//! and `commit_rqs`, and `blk_sync_queue()` for the work item in which `timeout` runs. So a pointer is
 //! replaced first, and the object released only after such a wait, much as with RCU. The `kernel`
 //! crate (7.3) has nothing similar.
 //!
@@ -103,17 +103,25 @@ impl<T> Published<T> {
         if old.is_null() {
             return None;
         }
-        // SAFETY: The queue of a `DiskRef` is valid. When the first call returns, every dispatch that
-        // began before has ended; the last one waits for the work item in which `timeout` runs.
-        unsafe {
-            bindings::blk_mq_quiesce_queue(queue);
-            bindings::blk_mq_unquiesce_queue(queue);
-            bindings::blk_sync_queue(queue);
-        }
+        wait_for_dispatches(disk);
+        // SAFETY: The queue of a `DiskRef` is valid. This waits for the work item in which `timeout` runs.
+        unsafe { bindings::blk_sync_queue(queue) };
         // SAFETY: By the type invariant, `old` was returned by `Arc::into_raw()`. No operation that has
         // read it is still running, and operations that begin now read null or a newer pointer.
         Some(unsafe { Arc::from_raw(old) })
     }
+}
+
+/// Waits until every dispatch that has begun before is over. Others may begin meanwhile: unlike a quiesce,
+/// this keeps no request waiting.
+///
+/// # Context
+///
+/// May sleep. The caller must hold no lock that a dispatch takes.
+fn wait_for_dispatches(disk: &DiskRef) {
+    // SAFETY: The queue of a `DiskRef` is valid, and has the tag set of its disk for its whole life. The
+    // function does no more than wait for the read side of the set's (S)RCU, in which each dispatch runs.
+    unsafe { bindings::blk_mq_wait_quiesce_done((*disk.queue()).tag_set) };
 }
 
 impl<T> Drop for Published<T> {
@@ -173,9 +181,8 @@ impl<T> Dispatched<T> {
         }
         let ptr = self.ptr.load(Acquire);
         // SAFETY: By the type invariant, `ptr` belongs to an `Arc`. This object and its `Arc` are
-        // not dropped during `'a`, as `self` is borrowed. `replace()` drops the `Arc` only after
-        // the queue was quiesced, which is impossible during `'a`, while a dispatch runs that has
-        // read `ptr`.
+        // not dropped during `'a`, as `self` is borrowed. `replace()` does not drop the `Arc` during
+        // `'a` either: it first waits until the dispatch that has read `ptr` is over.
         Some(unsafe { ArcBorrow::from_raw(ptr) })
     }
 
@@ -188,18 +195,14 @@ impl<T> Dispatched<T> {
     ///
     /// # Context
     ///
-    /// May sleep.
+    /// May sleep. The caller must hold no lock that a dispatch takes.
     pub(crate) fn replace(&self, disk: &DiskRef, value: Arc<T>) -> Result {
         let queue = disk.queue();
         if QueueId::new(queue) != self.queue {
             return Err(EINVAL);
         }
         let old = self.ptr.xchg(Arc::into_raw(value), Full);
-        // SAFETY: The queue of a `DiskRef` is valid. When this returns, every dispatch that began
-        // before has ended.
-        unsafe { bindings::blk_mq_quiesce_queue(queue) };
-        // SAFETY: The queue was quiesced above.
-        unsafe { bindings::blk_mq_unquiesce_queue(queue) };
+        wait_for_dispatches(disk);
         // SAFETY: By the type invariant, `old` was returned by `Arc::into_raw()`. No dispatch that
         // has read it is still running.
         drop(unsafe { Arc::from_raw(old) });
