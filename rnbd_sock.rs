@@ -199,11 +199,17 @@ impl Events for Connection {
 
     fn state_changed(this: ArcBorrow<'_, Self>) {
         Self::input_ready(this);
-        this.write_space();
+        if this.awaits_space() {
+            this.queue_transmit();
+        }
     }
 
-    fn write_space(this: ArcBorrow<'_, Self>) -> bool {
-        this.write_space()
+    fn awaits_space(&self) -> bool {
+        self.sender_awaits_space()
+    }
+
+    fn write_space(this: ArcBorrow<'_, Self>) {
+        this.queue_transmit();
     }
 }
 
@@ -278,9 +284,12 @@ impl Connection {
         Ok(Prepared { connection, memory })
     }
 
-    /// Queues the receive work, for data that arrived before the callbacks were installed.
+    /// Has received what arrived before the callbacks were installed, which is nothing as a rule.
     pub(crate) fn start_receiving(self: ArcBorrow<'_, Self>) {
-        self.queue_receive();
+        // TLS has a queue of its own.
+        if self.socket.has_input() || self.socket.has_upper_layer() {
+            self.queue_receive();
+        }
     }
 
     /// Returns whether commands can be queued on the connection.
@@ -416,9 +425,6 @@ impl Connection {
     /// by then are honoured.
     fn receive_work(self: ArcBorrow<'_, Self>) {
         for _ in 0..ROUNDS {
-            if self.state.load(Acquire) == REAPED {
-                return;
-            }
             let received = |receive: &mut _| self.receive_or_reap(receive);
             match self.receive.try_with(received) {
                 // The holder of the receive lock queues this work again.
@@ -434,11 +440,17 @@ impl Connection {
     /// Receives within the worker's budget, and then reaps the connection if its socket was shut
     /// down. Returns whether anything may be left to receive.
     fn receive_or_reap(self: ArcBorrow<'_, Self>, receive: &mut Receive) -> bool {
+        // The socket may have another user once the connection was reaped.
+        if self.state.load(Acquire) == REAPED {
+            return false;
+        }
         match self.receive_up_to(receive, WORKER_CALLS, usize::MAX) {
             Ok(true) => return true,
             Ok(false) => self.check_drained(receive),
             Err(e) => {
                 self.receive_failed(e);
+                // What follows in the stream means nothing.
+                receive.failed = Some(e);
                 self.mark_dead();
             }
         }

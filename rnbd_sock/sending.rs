@@ -128,6 +128,14 @@ enum StopReason {
     Full { sent_some: bool },
 }
 
+/// What a sender does if another one holds the lock of the outbox.
+enum IfHeld {
+    /// It leaves everything to the other one.
+    Leave,
+    /// It waits for the lock.
+    Wait,
+}
+
 /// The transmit side of a connection.
 #[pin_data]
 pub(super) struct Sending {
@@ -217,27 +225,28 @@ impl Connection {
         // The holder of the lock looks again after unlocking. Pairs with the barrier in
         // `transmit_backlog()`.
         smp_mb(Full);
-        // The disconnect is sent immediately, since the socket is shut down soon.
-        if !self.sending.full.load(Acquire) {
-            self.transmit_backlog();
+        if self.sending.full.load(Acquire) {
+            return;
         }
+        // The disconnect is sent immediately, since the socket is shut down soon. A task that is sending
+        // is waited for, but not with TLS, where it may itself be waiting for others.
+        let if_held = match self.socket.has_upper_layer() {
+            true => IfHeld::Leave,
+            false => IfHeld::Wait,
+        };
+        self.transmit(if_held);
     }
 
-    /// Queues the transmit work if a sender is waiting for room (`sk_write_space`). Returns whether
-    /// one is.
+    /// Returns whether a sender is waiting for room in the socket, and there is some.
     ///
     /// # Context
     ///
     /// Any context, including softirq.
-    pub(super) fn write_space(self: ArcBorrow<'_, Self>) -> bool {
-        // Pairs with the barrier in `look_for_room()`: either this sees the flag, or that sees the
-        // room. A UNIX socket frees room with no more than release ordering (`sock_wfree()`).
+    pub(super) fn sender_awaits_space(&self) -> bool {
+        // Pairs with the barrier in `has_room_or_reports_it()`: either this sees `full`, or
+        // `look_for_room()` sees the room. A UNIX socket frees room with no more than release ordering (`sock_wfree()`).
         smp_mb(Full);
-        if !self.sending.full.load(Relaxed) || !self.socket.has_room(RoomFor::Wakeup) {
-            return false;
-        }
-        self.queue_transmit();
-        true
+        self.sending.full.load(Relaxed) && self.socket.has_room(RoomFor::Wakeup)
     }
 
     /// Sends the backlog in a worker (`nbd_pending_cmd_work()`).
@@ -260,14 +269,20 @@ impl Connection {
 
     /// Sends until the backlog is empty. The holder of the lock sends for all.
     fn transmit_backlog(self: ArcBorrow<'_, Self>) {
+        self.transmit(IfHeld::Leave);
+    }
+
+    /// Sends until the backlog is empty.
+    fn transmit(self: ArcBorrow<'_, Self>, if_held: IfHeld) {
+        let outbox = &self.sending.outbox;
+        let mut taken = match if_held {
+            IfHeld::Leave => outbox.try_lock(),
+            IfHeld::Wait => Some(outbox.lock()),
+        };
         let mut refused = 0;
-        // The reaper gives back what is left on a dead connection.
-        while !self.is_dead() {
-            let Some(mut outbox) = self.sending.outbox.try_lock() else {
-                return;
-            };
+        while let Some(mut outbox) = taken {
             // `mark_dead()` first changes the state and then takes this lock. So either it learns what
-            // was sent here, or nothing is sent.
+            // was sent here, or nothing is sent. The reaper gives back what is left.
             if self.is_dead() {
                 return;
             }
@@ -281,6 +296,13 @@ impl Connection {
                         return;
                     };
                     drop(kept);
+                    // Another task may have queued more, or begun to drain the connection, and found the
+                    // lock taken. Pairs with the exchange in `List::push()`, which orders the push before
+                    // the failed `try_lock()`, and with those in `drain()` and `check_drained()`.
+                    smp_mb(Full);
+                    if !self.has_backlog() {
+                        return;
+                    }
                 }
                 Ok(StopReason::Budget | StopReason::Signal) => {
                     drop(outbox);
@@ -299,20 +321,13 @@ impl Connection {
                     if !self.look_for_room(refused) && !self.drain_wants_sender() {
                         return;
                     }
-                    continue;
                 }
                 Err(e) => {
                     drop(outbox);
                     return self.send_failed(e);
                 }
             }
-            // Another task may have queued more, or begun to drain the connection, and found the lock
-            // taken. Pairs with the exchange in `List::push()`, which orders the push before the failed
-            // `try_lock()`, and with those in `drain()` and `check_drained()`.
-            smp_mb(Full);
-            if !self.has_backlog() {
-                return;
-            }
+            taken = self.sending.outbox.try_lock();
         }
     }
 
@@ -337,12 +352,16 @@ impl Connection {
     ///
     /// May sleep.
     pub(super) fn nothing_outstanding(&self) -> bool {
+        if self.table.has_open(self.index) {
+            return false;
+        }
         let outbox = self.sending.outbox.try_lock().unwrap_or_else(|| {
             // A task is sending, perhaps no more than a disconnect to which the server has reacted
             // already. It may wait for TLS's lock until the socket is shut down.
             self.socket.end(Ending::Polite);
             self.sending.outbox.lock()
         });
+        // What that task has sent may not have been open above.
         !outbox.transmit.has_requests() && !self.table.has_open(self.index)
     }
 
@@ -371,11 +390,9 @@ impl Connection {
     /// attempts in which the socket has taken nothing. Returns true if the caller should send now.
     /// Otherwise the transmit work or the retry work continues.
     fn look_for_room(self: ArcBorrow<'_, Self>, refused: u32) -> bool {
-        // The socket did not report room that became free before `full` was set. It reports any
-        // later room to the transmit work, which does nothing if it finds the lock taken. Pairs
-        // with the barrier in `write_space()`.
-        smp_mb(Full);
-        if !self.socket.has_room(RoomFor::Sending) {
+        // The socket did not report room that became free before `full` was set. It reports any later
+        // room to the transmit work.
+        if !self.socket.has_room_or_reports_it() {
             return false;
         }
         if refused > 1 {

@@ -182,13 +182,14 @@ unsafe extern "C" fn write_space<T: Events>(sk: *mut bindings::sock) {
         let Some(hook) = found.hook else {
             return found.had.write_space;
         };
-        if T::write_space(hook.owner.as_arc_borrow()) {
-            // As `sk_stream_write_space()` does. The next send that finds no room sets the bit again.
+        if hook.owner.awaits_space() {
+            // As `sk_stream_write_space()` does. Whoever finds no room next sets the bit again.
             // SAFETY: The hook holds a reference to the file, so `sk` has its `struct socket`.
             unsafe {
                 let socket = (*sk).sk_socket;
                 bindings::clear_bit(bindings::SOCK_NOSPACE as usize, &raw mut (*socket).flags);
             }
+            T::write_space(hook.owner.as_arc_borrow());
         }
         // TLS may have accepted more of a record than the socket had room for. It sends the rest in its own
         // callback.

@@ -73,10 +73,14 @@ pub(crate) trait Events: Send + Sync + 'static {
     /// [`Self::write_space()`] may follow.
     fn state_changed(this: ArcBorrow<'_, Self>);
 
-    /// There may be room in the send buffer. Returns whether the owner was waiting for it, in which case the
-    /// caller clears `SOCK_NOSPACE`: the socket then calls `sk_write_space` again only after another send
-    /// has found no room.
-    fn write_space(this: ArcBorrow<'_, Self>) -> bool;
+    /// There may be room in the send buffer. Returns whether there is, and the owner was waiting for it.
+    ///
+    /// The caller then clears `SOCK_NOSPACE`, so that the socket does not call `sk_write_space` again before
+    /// it is asked to, and calls [`Self::write_space()`], in this order: the owner may ask at once.
+    fn awaits_space(&self) -> bool;
+
+    /// There is room in the send buffer that the owner was waiting for.
+    fn write_space(this: ArcBorrow<'_, Self>);
 }
 
 /// All flags that the low bits of `sk_user_data` can hold.

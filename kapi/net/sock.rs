@@ -21,7 +21,11 @@ use core::{
 };
 use kernel::{
     error::to_result,
-    prelude::*, //
+    prelude::*,
+    sync::{
+        atomic::Full,
+        barrier::smp_mb, //
+    }, //
 };
 
 /// Why a file descriptor cannot be used.
@@ -243,11 +247,9 @@ impl Socket {
     }
 
     /// Whether the send buffer has room. How much it must have depends on what the room is for. True if
-    /// sending was shut down, because a send then fails at once (as in `tcp_poll()`).
+    /// sending was shut down, because no room is reported then (as in `tcp_poll()`).
     ///
-    /// The answer may be out of date at once. A socket on which a send has found no room calls
-    /// [`Events::write_space()`](super::hook::Events::write_space) when there is room again, also for
-    /// [`RoomFor::Wakeup`].
+    /// The answer may be out of date at once.
     pub(crate) fn has_room(&self, room_for: RoomFor) -> bool {
         let sk = self.sk();
         // SAFETY: By the type invariant, `sk` is valid. C reads both without a lock, too.
@@ -278,6 +280,27 @@ impl Socket {
         unsafe { bindings::tcp_stream_memory_free(sk.cast(), wake) }
     }
 
+    /// Returns whether the send buffer has room for [`RoomFor::Sending`], and has the socket call
+    /// [`Events::write_space()`](super::hook::Events::write_space) otherwise, once there is room for
+    /// [`RoomFor::Wakeup`].
+    ///
+    /// A send that finds no room has that effect, too, but only until the next call of the callback. The
+    /// room that this was about may be gone.
+    pub(crate) fn has_room_or_reports_it(&self) -> bool {
+        if self.has_room(RoomFor::Sending) {
+            return true;
+        }
+        // As `tcp_poll()` does.
+        // SAFETY: By the type invariant, the socket is valid.
+        unsafe {
+            let flags = &raw mut (*self.socket.as_ptr()).flags;
+            bindings::set_bit(bindings::SOCK_NOSPACE as usize, flags);
+        }
+        // What the caller has stored before is seen by a callback of whose room this learns nothing.
+        smp_mb(Full);
+        self.has_room(RoomFor::Sending)
+    }
+
     /// Ends the connection: nothing can be sent or received any more. May be called again.
     ///
     /// # Context
@@ -286,8 +309,11 @@ impl Socket {
     pub(crate) fn end(&self, ending: Ending) {
         if ending == Ending::Reset && self.is_tcp() {
             // The `struct sock` of `kernel::bindings` and ours are the same type in C.
-            // SAFETY: By the type invariant, `sk` is valid, and it is a TCP socket.
-            unsafe { bindings::tcp_abort(self.sk().cast(), bindings::ECONNABORTED as i32) };
+            // SAFETY: By the type invariant, `sk` is valid, and it is a TCP socket. The function takes the
+            // lock of the socket, since the task is in no BPF program.
+            outside_bpf(|| unsafe {
+                bindings::tcp_abort(self.sk().cast(), bindings::ECONNABORTED as i32)
+            });
         }
         // SAFETY: By the type invariant, the socket is valid.
         unsafe {
@@ -463,6 +489,25 @@ pub(super) unsafe fn has_data(sk: *mut bindings::sock) -> bool {
         let first = (&raw const (*queue).__bindgen_anon_1.list.next).read_volatile();
         !core::ptr::eq(first.cast::<u8>(), queue.cast::<u8>())
     }
+}
+
+/// Runs `f` as if the current task did not run a BPF program (`has_current_bpf_ctx()`), which it may if the
+/// program has faulted in a page of user memory. `tcp_abort()` and others assume that such a task has
+/// locked the socket already.
+fn outside_bpf<R>(f: impl FnOnce() -> R) -> R {
+    #[cfg(CONFIG_BPF_SYSCALL)]
+    {
+        // SAFETY: The current task is valid.
+        let context = unsafe { &raw mut (*bindings::get_current()).bpf_ctx };
+        // SAFETY: Only the current task uses this field, and it is restored below.
+        let had = unsafe { context.replace(core::ptr::null_mut()) };
+        let result = f();
+        // SAFETY: As above.
+        unsafe { context.write(had) };
+        result
+    }
+    #[cfg(not(CONFIG_BPF_SYSCALL))]
+    f()
 }
 
 /// Runs `f` in the context that I/O needs, as nbd.c's `__sock_xmit()` does: allocations may use the

@@ -17,13 +17,13 @@ use loom::{
     cell::UnsafeCell,
     sync::{
         Condvar, Mutex, MutexGuard,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicBool, AtomicUsize, Ordering},
     },
 };
 use std::{
     collections::VecDeque,
     ops::{Deref, DerefMut},
-    sync::{Arc, atomic::AtomicBool},
+    sync::Arc,
 };
 
 pub(crate) const ALIVE: u32 = 0;
@@ -43,6 +43,8 @@ pub(crate) enum LeftOut {
     EndingBeforeReaping,
     /// What was not sent is dropped rather than overruled.
     Overruling,
+    /// Who says goodbye leaves that to whoever is sending.
+    WaitingForTurn,
     /// A sender does not look at the backlog again after it has unlocked.
     LookingAgain,
     /// It does, but without the barrier before that.
@@ -57,6 +59,11 @@ pub(crate) enum LeftOut {
     BarrierBeforeLookingForRoom,
     /// Who takes its turn says so before its attempt at the lock, which may fail.
     LockingBeforeTurns,
+    /// A sender relies on the report that its send has asked for, which may have been about room that is
+    /// gone.
+    AskingForRoom,
+    /// Who tells of room lets somebody send before it forgets that a report was asked for.
+    ForgettingReportFirst,
     /// Who tells of room does not order that before it looks who waits.
     BarrierAfterRoom,
     /// Who reconnects does not wait until the dead connection was cleared away.
@@ -100,6 +107,8 @@ struct Socket {
     limit: Option<usize>,
     /// How many it has taken.
     used: AtomicUsize,
+    /// `SOCK_NOSPACE`: it reports room. Only ever exchanged, as bits are.
+    reports: AtomicBool,
 }
 
 #[derive(Default)]
@@ -150,6 +159,8 @@ impl Socket {
         let takes = self.used.load(Ordering::Relaxed) < limit;
         if takes {
             self.used.fetch_add(1, Ordering::Relaxed);
+        } else {
+            self.reports.swap(true, Ordering::Relaxed);
         }
         takes
     }
@@ -157,6 +168,19 @@ impl Socket {
     fn has_room(&self) -> bool {
         self.limit
             .is_none_or(|limit| self.used.load(Ordering::Relaxed) < limit)
+    }
+
+    fn has_room_or_reports_it(&self, left_out: LeftOut) -> bool {
+        if self.has_room() {
+            return true;
+        }
+        if left_out != LeftOut::AskingForRoom {
+            self.reports.swap(true, Ordering::Relaxed);
+        }
+        if left_out != LeftOut::BarrierBeforeLookingForRoom {
+            smp_mb(Full);
+        }
+        self.has_room()
     }
 
     /// The network: what was sent leaves, in its own time, unless the socket was reset. A server that
@@ -378,6 +402,12 @@ enum StopReason {
     Full { sent_some: bool },
 }
 
+/// What a sender does if another one holds the lock of the outbox.
+enum IfHeld {
+    Leave,
+    Wait,
+}
+
 /// How a connection is in a model.
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Conditions {
@@ -424,6 +454,7 @@ impl<P: Parts> Connection<P> {
                 stream: Mutex::default(),
                 limit: conditions.limit,
                 used: AtomicUsize::new(conditions.limit.unwrap_or(0)),
+                reports: AtomicBool::new(false),
             },
             state: Atomic::new(ALIVE),
             reaped: Completion::default(),
@@ -472,7 +503,17 @@ impl<P: Parts> Connection<P> {
     /// `refcount_sub_and_test()`, which is no more than a release.
     pub(crate) fn acknowledge(&self) {
         self.socket.used.fetch_sub(1, Ordering::Release);
-        self.write_space();
+        if self.table.left_out != LeftOut::BarrierAfterRoom {
+            smp_mb(Full);
+        }
+        if self.socket.reports.load(Ordering::Relaxed) {
+            self.write_space();
+        }
+    }
+
+    /// The socket takes room for something else: TCP cuts what it sends into pieces.
+    pub(crate) fn shrink(&self) {
+        self.socket.used.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Whether the server has got that use of a tag.
@@ -511,7 +552,11 @@ impl<P: Parts> Connection<P> {
             smp_mb(Full);
         }
         if !self.full.load(Acquire) {
-            self.transmit_backlog();
+            self.transmit(match self.table.left_out {
+                // The latter is needed where a sender must not wait, with TLS.
+                LeftOut::WaitingForTurn | LeftOut::BarrierAfterGoodbye => IfHeld::Leave,
+                _ => IfHeld::Wait,
+            });
         }
     }
 
@@ -519,8 +564,17 @@ impl<P: Parts> Connection<P> {
         if self.table.left_out != LeftOut::BarrierAfterRoom {
             smp_mb(Full);
         }
-        if self.full.load(Relaxed) && self.socket.has_room() {
-            self.queue_transmit();
+        if !self.full.load(Relaxed) || !self.socket.has_room() {
+            return;
+        }
+        // The callback in `kapi/net/callbacks.rs`.
+        let late = self.table.left_out == LeftOut::ForgettingReportFirst;
+        if !late {
+            self.socket.reports.swap(false, Ordering::Relaxed);
+        }
+        self.queue_transmit();
+        if late {
+            self.socket.reports.swap(false, Ordering::Relaxed);
         }
     }
 
@@ -543,28 +597,42 @@ impl<P: Parts> Connection<P> {
     }
 
     fn transmit_backlog(&self) {
+        self.transmit(IfHeld::Leave);
+    }
+
+    fn transmit(&self, if_held: IfHeld) {
         let left_out = self.table.left_out;
+        let mut taken = match if_held {
+            IfHeld::Leave => self.outbox.try_lock(),
+            IfHeld::Wait => Some(self.outbox.lock()),
+        };
         let mut refused = 0;
-        while self.is_alive() {
-            let Some(mut outbox) = self.outbox.try_lock() else {
-                return;
-            };
+        while let Some(mut outbox) = taken {
             if !self.is_alive() {
                 return;
             }
             self.clear_full();
             match self.transmit_all(&mut outbox) {
-                Ok(StopReason::Idle) => {}
+                Ok(StopReason::Idle) => {
+                    drop(outbox);
+                    if left_out != LeftOut::BarrierBeforeLookingAgain {
+                        smp_mb(Full);
+                    }
+                    if left_out == LeftOut::LookingAgain || !self.has_backlog() {
+                        return;
+                    }
+                }
                 Ok(StopReason::Full { sent_some }) => {
                     refused = if sent_some { 0 } else { refused + 1 };
                     if left_out == LeftOut::WaitingBeforeLooking {
                         drop(outbox);
                         let has_room = self.socket.has_room();
                         self.full.store(!has_room, Release);
-                        if has_room {
-                            continue;
+                        if !has_room {
+                            return;
                         }
-                        return;
+                        taken = self.outbox.try_lock();
+                        continue;
                     }
                     if left_out == LeftOut::BarrierBeforeLookingForRoom {
                         self.full.store(true, Release);
@@ -575,7 +643,6 @@ impl<P: Parts> Connection<P> {
                     if !self.look_for_room(refused) {
                         return;
                     }
-                    continue;
                 }
                 // `send_failed()`
                 Err(Ended) => {
@@ -583,17 +650,14 @@ impl<P: Parts> Connection<P> {
                     return self.mark_dead();
                 }
             }
-            drop(outbox);
-            if left_out != LeftOut::BarrierBeforeLookingAgain {
-                smp_mb(Full);
-            }
-            if left_out == LeftOut::LookingAgain || !self.has_backlog() {
-                return;
-            }
+            taken = self.outbox.try_lock();
         }
     }
 
     fn nothing_outstanding(&self) -> bool {
+        if self.table.has_open(self.index) {
+            return false;
+        }
         let outbox = match self.outbox.try_lock() {
             Some(outbox) => outbox,
             None if self.table.left_out == LeftOut::WaitingForSender => return false,
@@ -612,10 +676,7 @@ impl<P: Parts> Connection<P> {
 
     fn look_for_room(&self, refused: u32) -> bool {
         let left_out = self.table.left_out;
-        if left_out != LeftOut::BarrierBeforeLookingForRoom {
-            smp_mb(Full);
-        }
-        if left_out == LeftOut::LookingForRoom || !self.socket.has_room() {
+        if left_out == LeftOut::LookingForRoom || !self.socket.has_room_or_reports_it(left_out) {
             return false;
         }
         if refused > 1 {

@@ -117,6 +117,21 @@ fn a_goodbye_ends_politely_without<P: Parts>(left_out: LeftOut) {
     assert!(!sender.connection.was_reset(), "the server got a reset");
 }
 
+/// The user says goodbye, and ends the connection, while a sender that has nothing left to send has not
+/// unlocked yet.
+fn a_goodbye_is_not_lost_without<P: Parts>(left_out: LeftOut) {
+    let sender = Sender::<P>::new(left_out, 0, None);
+    let other = sender.spawn(|s| s.connection.kick());
+    sender.connection.send_disconnect();
+    sender.connection.mark_dead();
+    other.join().unwrap();
+    assert_eq!(sender.connection.sent(), (0, 1), "the goodbye was not sent");
+}
+
+fn a_goodbye_is_not_lost<P: Parts>() {
+    a_goodbye_is_not_lost_without::<P>(LeftOut::Nothing);
+}
+
 fn a_goodbye_ends_politely<P: Parts>() {
     a_goodbye_ends_politely_without::<P>(LeftOut::Nothing);
 }
@@ -160,6 +175,27 @@ fn room_for_two_is_noticed<P: Parts>() {
     room_for_two_is_noticed_without::<P>(LeftOut::Nothing);
 }
 
+/// The same with one command, and room that is gone again when the sender looks for it.
+fn room_that_goes_and_comes_is_noticed_without<P: Parts>(left_out: LeftOut) {
+    let sender = Sender::<P>::new(left_out, 1, Some(1));
+    let worker = sender.work();
+    let network = sender.spawn(|s| {
+        s.connection.acknowledge();
+        s.connection.shrink();
+        s.connection.acknowledge();
+    });
+    sender.submit(0);
+    network.join().unwrap();
+    sender.connection.transmit_work.stop();
+    worker.join().unwrap();
+    assert_eq!(sender.connection.sent().0, 1, "a command was not sent");
+    sender.answer();
+}
+
+fn room_that_goes_and_comes_is_noticed<P: Parts>() {
+    room_that_goes_and_comes_is_noticed_without::<P>(LeftOut::Nothing);
+}
+
 /// The same with two tasks that submit.
 fn room_for_both_is_noticed<P: Parts>() {
     let sender = Sender::<P>::new(LeftOut::Nothing, 2, Some(2));
@@ -183,8 +219,10 @@ models! {
     what_is_left_to_the_work_item_is_sent within 4 preemptions,
     the_goodbye_is_sent,
     a_goodbye_ends_politely,
-    room_is_noticed,
+    a_goodbye_is_not_lost,
+    room_is_noticed within 4 preemptions,
     room_for_two_is_noticed within 3 preemptions,
+    room_that_goes_and_comes_is_noticed within 3 preemptions,
     room_for_both_is_noticed within 2 preemptions,
 }
 
@@ -230,6 +268,33 @@ fn who_ends_a_socket_must_wait_for_the_sender() {
     explore(
         || a_goodbye_ends_politely_without::<Module>(LeftOut::WaitingForSender),
         None,
+    );
+}
+
+#[test]
+#[should_panic(expected = "the goodbye was not sent")]
+fn who_says_goodbye_must_wait_for_its_turn() {
+    explore(
+        || a_goodbye_is_not_lost_without::<Module>(LeftOut::WaitingForTurn),
+        None,
+    );
+}
+
+#[test]
+#[should_panic(expected = "a command was not sent")]
+fn who_waits_for_room_must_ask_for_a_report() {
+    explore(
+        || room_that_goes_and_comes_is_noticed_without::<Module>(LeftOut::AskingForRoom),
+        Some(3),
+    );
+}
+
+#[test]
+#[should_panic(expected = "a command was not sent")]
+fn who_tells_of_room_must_not_undo_a_later_wait() {
+    explore(
+        || room_for_two_is_noticed_without::<Module>(LeftOut::ForgettingReportFirst),
+        Some(3),
     );
 }
 
