@@ -22,7 +22,7 @@ pub(crate) const REQUEST_MAGIC: u32 = 0x2560_9513;
 pub(crate) const REPLY_MAGIC: u32 = 0x6744_6698;
 
 /// Command flag: the server replies only when the data is on stable storage (`NBD_CMD_FLAG_FUA`).
-pub(crate) const CMD_FLAG_FUA: u16 = 1 << 0;
+pub(crate) const CMD_FLAG_FUA: u16 = 1;
 /// Command flag of [`Command::WriteZeroes`]: the server must not punch a hole
 /// (`NBD_CMD_FLAG_NO_HOLE`).
 pub(crate) const CMD_FLAG_NO_HOLE: u16 = 1 << 1;

@@ -213,7 +213,9 @@ impl Connection {
             if data > INLINE_DATA_BYTES || segment.left_bytes() == 0 {
                 return Ok(());
             }
-            self.receive.take_from(segment)?;
+            let before = segment.left_bytes();
+            let taken = self.receive.take_from(segment)?;
+            assert_eq!(taken, before - segment.left_bytes());
         }
     }
 

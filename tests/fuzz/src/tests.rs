@@ -9,7 +9,7 @@ use crate::{
     },
     prelude::*,
     pure::cmd::Cookie,
-    pure::proto::{self as proto, Command, ServerError},
+    pure::proto::{self as proto, Command, RequestHeader, ServerError},
     rnbd_translate::{RequestDescription, status_of, wire_of},
     stream::{Receive, Transmit, send_disconnect_on},
 };
@@ -123,6 +123,17 @@ fn more_is_announced_until_all_was_sent_without_that() {
     assert!(!sender.transmit.announced_more());
     assert_eq!(sender.send(usize::MAX), (HEADER, 1, true));
     assert!(!sender.transmit.announced_more());
+}
+
+#[test]
+fn what_follows_a_disconnect_is_sent() {
+    let mut sender = Sender::new();
+    sender.to_send.extend(RequestHeader::DISCONNECT.encode());
+    sender.transmit.stage(&RequestHeader::DISCONNECT, None);
+    sender.stage(Op::Read, 512, 512);
+    assert_eq!(sender.send(HEADER + 3), (HEADER + 3, 0, false));
+    assert_eq!(sender.send(HEADER - 3), (HEADER - 3, 1, true));
+    sender.assert_sent();
 }
 
 #[test]

@@ -253,8 +253,12 @@ lists!(llist);
 parts!(Module, cmd, fate, llist);
 
 /// Runs `model` once for each interleaving; where `preemptions` are given, for each in which no more
-/// threads than that are interrupted by another one where they could have gone on.
+/// threads than that are interrupted by another one where they could have gone on. The environment
+/// variable `PREEMPTIONS` can only lower that, for tools/mutants.
 pub(crate) fn explore(model: fn(), preemptions: Option<usize>) {
+    let wanted = std::env::var("PREEMPTIONS").ok();
+    let wanted = wanted.map(|number| number.parse().expect("PREEMPTIONS must be a number"));
+    let preemptions = preemptions.into_iter().chain(wanted).min();
     let runs = Arc::new(AtomicUsize::new(0));
     let counted = runs.clone();
     let mut builder = Builder::new();
