@@ -236,6 +236,16 @@ impl Config {
         }
     }
 
+    /// Returns whether the device has sockets for a session and has had none yet.
+    pub(super) fn is_startable(&self) -> bool {
+        !self.started && !self.sockets.is_empty()
+    }
+
+    /// Returns whether netlink has connected the device.
+    pub(super) fn is_reconfigurable(&self) -> bool {
+        self.bound && self.started
+    }
+
     /// Returns whether the device is merely open: nothing has been set up since the first open, and
     /// no session was started.
     pub(super) fn is_idle(&self) -> bool {

@@ -11,7 +11,10 @@ use super::{
     State, //
 };
 use crate::kapi::{
-    block::gendisk::File,
+    block::{
+        disk::OpenMutexHeld,
+        gendisk::File, //
+    },
     net::port::Sender,
     task, //
 };
@@ -77,14 +80,19 @@ impl Device {
     ///
     /// May sleep.
     pub(crate) fn connect(&self, setup: &Setup<'_>) -> Result<bool> {
-        let mut state = self.lock();
+        let block_bytes = setup.block_bytes.unwrap_or(0);
+        let wanted = |c: Option<&Config>| {
+            let free = c.is_none_or(Config::is_idle);
+            free.then_some(checked_block_bytes(block_bytes).ok()?)
+        };
+        let (mut state, held) = self.lock_for_block_size(|| Ok(self.lock()), wanted)?;
         if !self.take_config(&mut state)? {
             return Ok(false);
         }
         // The lock, or `State::starting`, is held until the device has started, or everything has been
         // undone. In between the device would look connected, and could be disconnected.
         let (mut state, started) = match self.set_up(&mut state, setup) {
-            Ok(()) => self.start(state),
+            Ok(()) => self.start(state, held),
             Err(e) => (state, Err(e)),
         };
         started
@@ -124,7 +132,7 @@ impl Device {
     ///
     /// Those of [`Self::connect()`] except for the ones that starting a session adds.
     fn set_up(&self, state: &mut State, setup: &Setup<'_>) -> Result {
-        self.apply(state, setup)?;
+        self.apply(state, None, setup)?;
         let config = state.config_mut()?;
         if let Some(flags) = setup.server_flags {
             config.flags = flags as u32;
@@ -152,7 +160,12 @@ impl Device {
     /// - `EINVAL`: the size or the block size is not valid.
     /// - `EBUSY`: see [`Self::set_size()`].
     /// - `ENODEV`: the device has no configuration.
-    fn apply(&self, state: &mut State, setup: &Setup<'_>) -> Result {
+    fn apply(
+        &self,
+        state: &mut State,
+        held: Option<&OpenMutexHeld<'_>>,
+        setup: &Setup<'_>,
+    ) -> Result {
         let config = state.config.as_mut().ok_or(ENODEV)?;
         let size_bytes = setup.size_bytes.unwrap_or(config.size_bytes);
         let block_bytes = match setup.block_bytes {
@@ -160,7 +173,7 @@ impl Device {
             _ => config.block_bytes,
         };
         if size_bytes != config.size_bytes || block_bytes != config.block_bytes {
-            self.set_size(config, size_bytes, block_bytes)?;
+            self.set_size(config, held, size_bytes, block_bytes)?;
         }
         if let Some(seconds) = setup.dead_timeout_seconds {
             config.dead_timeout_jiffies = seconds.saturating_mul(u64::from(task::HZ));
@@ -199,26 +212,34 @@ impl Device {
     ///
     /// May sleep.
     pub(crate) fn reconfigure(&self, setup: &Setup<'_>) -> Result {
-        let mut state = self.lock();
+        let wanted = |c: Option<&Config>| {
+            let ready = c.is_some_and(|c| c.is_reconfigurable());
+            ready.then_some(checked_block_bytes(setup.block_bytes?).ok()?)
+        };
+        let (mut state, held) = self.lock_for_block_size(|| Ok(self.lock()), wanted)?;
         // An allocation must not wait for writeback, which may be waiting for this very device.
-        task::memalloc_noio(|| self.reconfigure_locked(&mut state, setup))
+        task::memalloc_noio(|| self.reconfigure_locked(&mut state, held.as_deref(), setup))
     }
 
     /// Reconfigures the device under the configuration lock. The errors are those of
     /// [`Self::reconfigure()`].
-    fn reconfigure_locked(&self, state: &mut State, setup: &Setup<'_>) -> Result {
+    fn reconfigure_locked(
+        &self,
+        state: &mut State,
+        held: Option<&OpenMutexHeld<'_>>,
+        setup: &Setup<'_>,
+    ) -> Result {
         if let Some(backend) = &*self.backend.lock() {
             if setup.backend != Some(backend.to_bytes()) {
                 pr_err!("nbd{}: the backend is not {backend:?}\n", self.index);
                 return Err(EINVAL);
             }
         }
-        let ready = |c: &KBox<Config>| c.bound && c.started;
-        if !state.config.as_ref().is_some_and(ready) {
+        if !state.config.as_ref().is_some_and(|c| c.is_reconfigurable()) {
             pr_err!("nbd{}: not configured, cannot reconfigure\n", self.index);
             return Err(EINVAL);
         }
-        self.apply(state, setup)?;
+        self.apply(state, held, setup)?;
         let session = state.config.as_ref().and_then(|c| c.session.clone());
         let session = session.ok_or(EINVAL)?;
         for fd in &setup.sockets {

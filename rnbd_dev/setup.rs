@@ -16,9 +16,14 @@ use super::{
 use crate::{
     kapi::{
         block::{
-            disk::Sectors,
+            disk::{
+                OpenMutexGuard,
+                OpenMutexHeld,
+                Sectors, //
+            },
             limits::{
                 valid_block_size,
+                BlockSizeError,
                 Features, //
             },
         },
@@ -28,6 +33,7 @@ use crate::{
         },
         task::{
             self,
+            Deadline,
             TaskId, //
         },
     },
@@ -41,7 +47,14 @@ use kernel::{
         atomic::Relaxed,
         MutexGuard, //
     },
+    time::{
+        delay::fsleep,
+        Delta, //
+    },
 };
+
+/// How long a change of the block size waits until nobody opens or closes the device.
+const OPEN_MUTEX_SECONDS: u32 = 5;
 
 /// The longest timeout in jiffies: `MAX_JIFFY_OFFSET`, limited to what 32 bits can hold.
 const MAX_JIFFIES: u32 = u32::MAX / 4;
@@ -77,6 +90,45 @@ impl Device {
     pub(crate) fn check_ioctl(&self) -> Result {
         drop(self.lock_for_ioctl()?);
         Ok(())
+    }
+
+    /// Takes the configuration lock by `lock`. If the disk has another block size than `wanted`
+    /// returns, takes the `open_mutex` as well: [`Self::set_disk_block_bytes()`] needs it.
+    ///
+    /// # Errors
+    ///
+    /// - Those of `lock`.
+    /// - `EBUSY`: another task has held the `open_mutex` for [`OPEN_MUTEX_SECONDS`].
+    ///
+    /// # Context
+    ///
+    /// May sleep, but holds no lock meanwhile: the configuration lock nests inside the
+    /// `open_mutex`.
+    pub(super) fn lock_for_block_size<'a>(
+        &'a self,
+        lock: impl Fn() -> Result<MutexGuard<'a, State>>,
+        wanted: impl Fn(Option<&Config>) -> Option<u32>,
+    ) -> Result<(MutexGuard<'a, State>, Option<OpenMutexGuard<'a>>)> {
+        let deadline = Deadline::after_seconds(OPEN_MUTEX_SECONDS);
+        loop {
+            let state = lock()?;
+            let wanted = wanted(state.config.as_deref());
+            if wanted.is_none_or(|bytes| bytes == self.disk.block_bytes()) {
+                return Ok((state, None));
+            }
+            if let Some(held) = self.disk.try_lock_open_mutex() {
+                return Ok((state, Some(held)));
+            }
+            drop(state);
+            if deadline.jiffies_left() == 0 {
+                pr_err!(
+                    "nbd{}: cannot change the block size while the device is being opened or closed\n",
+                    self.index
+                );
+                return Err(EBUSY);
+            }
+            fsleep(Delta::from_millis(1));
+        }
     }
 
     /// Calls `f`, which sets up something by ioctl, under the configuration lock. If it succeeds,
@@ -162,7 +214,9 @@ impl Device {
     ///
     /// Those of [`Self::set_up_by_ioctl()`] and of [`Self::set_size()`].
     pub(crate) fn set_size_bytes(&self, size_bytes: usize) -> Result {
-        self.set_up_by_ioctl(|config| self.set_size(config, size_bytes as u64, config.block_bytes))
+        self.set_up_by_ioctl(|config| {
+            self.set_size(config, None, size_bytes as u64, config.block_bytes)
+        })
     }
 
     /// Sets the size in units of the block size (`NBD_SET_SIZE_BLOCKS`).
@@ -175,7 +229,7 @@ impl Device {
             let size_bytes = (blocks as u64)
                 .checked_mul(u64::from(config.block_bytes))
                 .ok_or(EINVAL)?;
-            self.set_size(config, size_bytes, config.block_bytes)
+            self.set_size(config, None, size_bytes, config.block_bytes)
         })
     }
 
@@ -183,22 +237,28 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// Those of [`Self::set_up_by_ioctl()`] and of [`Self::set_size()`].
+    /// Those of [`Self::lock_for_ioctl()`], [`Self::lock_for_block_size()`] and
+    /// [`Self::set_size()`], and `ENODEV` if the device has no configuration.
     pub(crate) fn set_block_bytes(&self, bytes: usize) -> Result {
-        self.set_up_by_ioctl(|config| {
-            let bytes = checked_block_bytes(bytes as u64)?;
-            self.set_size(config, config.size_bytes, bytes)
-        })
+        let checked = checked_block_bytes(bytes as u64);
+        let wanted =
+            |c: Option<&Config>| checked.ok().filter(|_| c.is_some_and(Config::is_running));
+        let (mut state, held) = self.lock_for_block_size(|| self.lock_for_ioctl(), wanted)?;
+        let config = state.config_mut()?;
+        self.set_size(config, held.as_deref(), config.size_bytes, checked?)?;
+        config.set_up_by_ioctl = true;
+        Ok(())
     }
 
     /// Sets the size and the block size in bytes (`nbd_set_size()`). If the device runs, this takes
-    /// effect at once.
+    /// effect at once. `held` is needed if the block size of a running device changes.
     ///
     /// # Errors
     ///
     /// - `EINVAL`: the size or the block size is not valid.
-    /// - `EBUSY`: the block size was to be changed, and the requests in flight did not complete in
-    ///   time, or another task that is changing limits is waiting for them.
+    /// - `EBUSY`: the block size or a feature was to be changed, and the requests in flight did not
+    ///   complete in time, or another task that is changing limits is waiting for them. Or the page
+    ///   cache cannot be adapted to the block size, or `held` is missing.
     ///
     /// # Context
     ///
@@ -206,10 +266,11 @@ impl Device {
     pub(super) fn set_size(
         &self,
         config: &mut Config,
+        held: Option<&OpenMutexHeld<'_>>,
         size_bytes: u64,
         block_bytes: u32,
     ) -> Result {
-        if !self.apply_size(config, size_bytes, block_bytes)? {
+        if !self.apply_size(config, held, size_bytes, block_bytes)? {
             self.disk.uevent_change();
         }
         if config.is_running() {
@@ -225,6 +286,7 @@ impl Device {
     pub(super) fn apply_size(
         &self,
         config: &mut Config,
+        held: Option<&OpenMutexHeld<'_>>,
         size_bytes: u64,
         block_bytes: u32,
     ) -> Result<bool> {
@@ -233,7 +295,11 @@ impl Device {
         }
         let running = config.is_running();
         if running {
-            self.set_limits(config, block_bytes)?;
+            let set = self.disk.set_features(features(config.flags));
+            set.inspect_err(|e| self.log_busy_limits(*e))?;
+            if block_bytes != self.disk.block_bytes() {
+                self.set_disk_block_bytes(held.ok_or(EBUSY)?, block_bytes)?;
+            }
             config.disk_has = Geometry {
                 size_bytes,
                 block_bytes,
@@ -257,17 +323,39 @@ impl Device {
         Ok(self.disk.set_capacity_and_notify(Sectors(size_bytes >> 9)))
     }
 
-    /// Sets the limits of the disk, and logs a failure for which requests in flight are the reason.
-    fn set_limits(&self, config: &Config, block_bytes: u32) -> Result {
-        let set = self.disk.set_limits(features(config.flags), block_bytes);
-        set.inspect_err(|e| {
-            if *e == EBUSY {
+    /// Sets the block size of the disk in bytes, and logs why it cannot be changed.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` and `EBUSY`; see [`Self::set_size()`].
+    pub(super) fn set_disk_block_bytes(
+        &self,
+        held: &OpenMutexHeld<'_>,
+        block_bytes: u32,
+    ) -> Result {
+        held.set_block_bytes(block_bytes).map_err(|e| match e {
+            BlockSizeError::CacheInUse => {
                 pr_err!(
-                    "nbd{}: cannot change the block size while requests are outstanding\n",
+                    "nbd{}: cannot change the block size to {block_bytes} while the page cache is in use\n",
                     self.index
                 );
+                EBUSY
+            }
+            BlockSizeError::Limits(e) => {
+                self.log_busy_limits(e);
+                e
             }
         })
+    }
+
+    /// Logs that limits cannot be changed because of requests in flight, if that is the reason.
+    fn log_busy_limits(&self, e: Error) {
+        if e == EBUSY {
+            pr_err!(
+                "nbd{}: cannot change the block size while requests are outstanding\n",
+                self.index
+            );
+        }
     }
 
     /// Sets the request timeout in seconds, 0 if none is set

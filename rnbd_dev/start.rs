@@ -20,7 +20,10 @@ use super::{
 };
 use crate::{
     kapi::{
-        block::gendisk::File,
+        block::{
+            disk::OpenMutexGuard,
+            gendisk::File, //
+        },
         net::sock::{
             Ending,
             Socket, //
@@ -60,7 +63,8 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// - Those of [`Self::lock_for_ioctl()`], [`Self::start()`] and [`Self::restart()`].
+    /// - Those of [`Self::lock_for_ioctl()`], [`Self::lock_for_block_size()`], [`Self::start()`] and
+    ///   [`Self::restart()`].
     /// - `ERESTARTSYS`: a signal has interrupted the wait.
     /// - `EPIPE`: the connections have ended although nobody has disconnected the device or dropped
     ///   its sockets. Current nbd.c returns 0, but nbd-client and qemu-nbd expect this.
@@ -111,7 +115,8 @@ impl Device {
     /// Starts the device, or starts it again, or finds the session for which the current process was
     /// waiting. The errors are those of [`Self::run()`].
     fn start_or_resume(&self) -> Result<Wait> {
-        let mut state = self.lock_for_ioctl()?;
+        let wanted = |c: Option<&Config>| Some(c.filter(|c| c.is_startable())?.block_bytes);
+        let (mut state, held) = self.lock_for_block_size(|| self.lock_for_ioctl(), wanted)?;
         let config = state.config_mut()?;
         if config.is_lost() && !config.sockets.is_empty() {
             // An allocation must not wait for writeback, which may be waiting for this very device.
@@ -122,14 +127,15 @@ impl Device {
         if let Some(wait) = config.resume() {
             return Ok(wait);
         }
-        let (mut state, started) = self.start(state);
+        let (mut state, started) = self.start(state, held);
         let wait = Wait::new(started?);
         state.config_mut()?.runner = Some(TaskId::current_process());
         Ok(wait)
     }
 
     /// Starts the device: takes over the sockets and publishes a session (`nbd_start_device()`).
-    /// Returns the lock as well, whether this succeeds or not.
+    /// Returns the lock as well, whether this succeeds or not. `held` is needed if the block size of
+    /// the disk changes.
     ///
     /// # Errors
     ///
@@ -147,8 +153,18 @@ impl Device {
     pub(super) fn start<'a>(
         &'a self,
         mut state: MutexGuard<'a, State>,
+        held: Option<OpenMutexGuard<'a>>,
     ) -> (MutexGuard<'a, State>, Result<Arc<Session>>) {
-        let startable = state.config_mut().and_then(|c| self.check_startable(c));
+        let startable = state.config_mut().and_then(|config| {
+            let sockets = self.check_startable(config)?;
+            // Nobody opens the device between this and the new block size, on which the first opener
+            // bases the page cache.
+            if let Some(held) = held.as_deref() {
+                self.set_disk_block_bytes(held, config.block_bytes)?;
+            }
+            Ok(sockets)
+        });
+        drop(held);
         let sockets = match startable {
             Ok(sockets) => sockets,
             Err(e) => return (state, Err(e)),
@@ -352,7 +368,7 @@ impl Device {
         // flushing.
         self.disk.reset_limits();
         self.session.publish(session.clone()).map_err(|_| EBUSY)?;
-        self.apply_size(config, config.size_bytes, config.block_bytes)?;
+        self.apply_size(config, None, config.size_bytes, config.block_bytes)?;
         // udev looks at the device when it receives an event, so these come last. Until the disk is
         // read-only, the session refuses writes.
         self.disk

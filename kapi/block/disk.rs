@@ -311,11 +311,23 @@ impl DiskRef {
     pub(crate) fn lock_open_mutex(&self) -> OpenMutexGuard<'_> {
         // SAFETY: By the type invariant, the disk is valid.
         unsafe { bindings::mutex_lock(&raw mut (*self.as_ptr()).open_mutex) };
-        // INVARIANT: The lock was taken above, and is released when the guard is dropped.
-        OpenMutexGuard(OpenMutexHeld {
-            disk: self,
-            _task: NotThreadSafe,
-        })
+        // SAFETY: The lock was taken above.
+        unsafe { OpenMutexGuard::new(self) }
+    }
+
+    /// Takes the `open_mutex` like [`Self::lock_open_mutex()`], unless another task holds it.
+    ///
+    /// # Context
+    ///
+    /// May sleep, but does not wait. A task that opens or closes the disk may wait for locks of the
+    /// caller.
+    pub(crate) fn try_lock_open_mutex(&self) -> Option<OpenMutexGuard<'_>> {
+        // SAFETY: By the type invariant, the disk is valid.
+        if unsafe { bindings::mutex_trylock(&raw mut (*self.as_ptr()).open_mutex) } == 0 {
+            return None;
+        }
+        // SAFETY: The lock was taken above.
+        Some(unsafe { OpenMutexGuard::new(self) })
     }
 }
 
@@ -343,6 +355,10 @@ impl<'a> OpenMutexHeld<'a> {
         }
     }
 
+    pub(super) fn disk(&self) -> &'a DiskRef {
+        self.disk
+    }
+
     /// Removes all partitions of the disk, and sets its size to zero. If one is still open, they
     /// all stay.
     ///
@@ -363,8 +379,21 @@ impl<'a> OpenMutexHeld<'a> {
 ///
 /// # Invariants
 ///
-/// The lock was taken by [`DiskRef::lock_open_mutex()`].
+/// The lock was taken by [`DiskRef::lock_open_mutex()`] or [`DiskRef::try_lock_open_mutex()`].
 pub(crate) struct OpenMutexGuard<'a>(OpenMutexHeld<'a>);
+
+impl<'a> OpenMutexGuard<'a> {
+    /// # Safety
+    ///
+    /// The current task must have taken the `open_mutex` of `disk`, and leave it to the returned
+    /// value.
+    unsafe fn new(disk: &'a DiskRef) -> Self {
+        // SAFETY: By this function's safety requirements, the lock is held until the returned value
+        // is dropped.
+        // INVARIANT: By this function's safety requirements.
+        OpenMutexGuard(unsafe { OpenMutexHeld::new(disk) })
+    }
+}
 
 impl<'a> Deref for OpenMutexGuard<'a> {
     type Target = OpenMutexHeld<'a>;

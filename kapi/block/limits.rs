@@ -8,6 +8,7 @@
 
 use super::disk::{
     DiskRef,
+    OpenMutexHeld,
     Sectors, //
 };
 use crate::kapi::{
@@ -45,10 +46,10 @@ pub(crate) struct Features {
     pub(crate) write_zeroes: bool,
 }
 
-/// How long [`DiskRef::set_limits()`] waits for the lock of the limits, and for requests in flight.
+/// How long a change of the limits waits for locks, and for requests in flight.
 const TIMEOUT_SECONDS: u32 = 5;
 
-/// The interval at which [`DiskRef::set_limits()`] tries the lock of the limits.
+/// The interval at which [`DiskRef::update()`] tries the lock of the limits.
 const POLL_INTERVAL: Delta = Delta::from_millis(10);
 
 impl DiskRef {
@@ -68,9 +69,29 @@ impl DiskRef {
             && flags & bindings::BLK_FLAG_WRITE_CACHE_DISABLED == 0
     }
 
-    /// Sets the features and the block size of the disk.
+    /// Returns the logical block size in bytes.
+    pub(crate) fn block_bytes(&self) -> u32 {
+        // SAFETY: By the type invariant, the queue is valid. Other tasks may write the field at the
+        // same time, but a word is never read torn.
+        unsafe { (&raw const (*self.queue()).limits.logical_block_size).read_volatile() }
+    }
+
+    /// Sets the features of the disk.
     ///
     /// If anything changes, and the disk may have I/O, the queue is frozen meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::update()`].
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub(crate) fn set_features(&self, features: Features) -> Result {
+        self.update(|limits| limits.with(features))
+    }
+
+    /// Changes the limits.
     ///
     /// # Errors
     ///
@@ -83,17 +104,17 @@ impl DiskRef {
     /// # Context
     ///
     /// May sleep.
-    pub(crate) fn set_limits(&self, features: Features, block_bytes: u32) -> Result {
+    fn update(&self, change: impl Fn(ChangeableLimits) -> ChangeableLimits) -> Result {
         // Such a disk gets no I/O: it has no sectors, and no cache to be flushed.
         let idle = self.capacity() == Sectors(0) && !self.has_write_cache();
         // SAFETY: By the type invariant, the queue is valid, and its limits are part of it.
         let before = unsafe { ChangeableLimits::read(&raw const (*self.queue()).limits) };
-        if !idle && before.with(features, Some(block_bytes)) == before {
+        if !idle && change(before) == before {
             return Ok(());
         }
         let deadline = Deadline::after_seconds(TIMEOUT_SECONDS);
         let mut locked = self.lock_limits_until(&deadline)?;
-        locked.change(features, Some(block_bytes));
+        locked.change(change);
         if idle {
             return locked.commit();
         }
@@ -114,7 +135,7 @@ impl DiskRef {
         unsafe { bindings::mutex_lock(&raw mut (*self.queue()).limits_lock) };
         // SAFETY: The lock was taken above.
         let mut locked = unsafe { self.locked_limits() };
-        locked.change(Features::default(), None);
+        locked.change(|limits| limits.with(Features::default()));
         locked.new.flags &= !bindings::BLK_FLAG_WRITE_CACHE_DISABLED;
         // The block layer rejects only inconsistent limits, and these are consistent.
         let _ = locked.commit();
@@ -155,6 +176,52 @@ impl DiskRef {
     }
 }
 
+impl OpenMutexHeld<'_> {
+    /// Sets the logical and the physical block size of the disk, in bytes, and adapts the blocks of
+    /// its page cache as long as it has no sectors.
+    ///
+    /// Blocks of the page cache that are large enough stay as they are, as user space can choose
+    /// their size (`BLKBSZSET`). The exception is those that the last logical block size had made
+    /// larger than a page.
+    ///
+    /// If the disk may have I/O, the queue is frozen meanwhile.
+    ///
+    /// # Errors
+    ///
+    /// See [`BlockSizeError`]. The block size was not changed if this fails.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub(crate) fn set_block_bytes(
+        &self,
+        block_bytes: u32,
+    ) -> core::result::Result<(), BlockSizeError> {
+        let disk = self.disk();
+        let last = disk.block_bytes();
+        let usual = block_bytes.max(bindings::PAGE_SIZE as u32);
+        let deadline = Deadline::after_seconds(TIMEOUT_SECONDS);
+        self.set_cache_blocks(usual, &deadline, |now| now < block_bytes)
+            .map_err(|_| BlockSizeError::CacheInUse)?;
+        let change = |limits| ChangeableLimits {
+            block_bytes,
+            ..limits
+        };
+        disk.update(change).map_err(BlockSizeError::Limits)?;
+        // Blocks that are too large only cost time, so a failure does not matter.
+        let _ = self.set_cache_blocks(usual, &deadline, |now| now == last && now > usual);
+        Ok(())
+    }
+}
+
+/// Why the block size of a disk was not changed.
+pub(crate) enum BlockSizeError {
+    /// Somebody uses a page cache whose blocks are too small (`EBUSY`).
+    CacheInUse,
+    /// The error of [`DiskRef::update()`].
+    Limits(Error),
+}
+
 /// The locked limits of a queue, and the changed copy to be committed. Dropping it cancels the
 /// update.
 ///
@@ -168,10 +235,10 @@ struct LockedLimits<'a> {
 }
 
 impl LockedLimits<'_> {
-    fn change(&mut self, features: Features, block_bytes: Option<u32>) {
+    fn change(&mut self, change: impl FnOnce(ChangeableLimits) -> ChangeableLimits) {
         // SAFETY: A reference is valid for reads.
         let before = unsafe { ChangeableLimits::read(&self.new) };
-        before.with(features, block_bytes).write(&mut self.new);
+        change(before).write(&mut self.new);
     }
 
     /// Commits the changed limits, and unlocks them (`queue_limits_commit_update()`).
@@ -202,8 +269,8 @@ struct ChangeableLimits {
     features: u32,
     max_hw_discard_sectors: u32,
     max_write_zeroes_sectors: u32,
-    logical_block_size: u32,
-    physical_block_size: u32,
+    /// The logical and the physical block size.
+    block_bytes: u32,
 }
 
 impl ChangeableLimits {
@@ -222,24 +289,30 @@ impl ChangeableLimits {
                     .read_volatile(),
                 max_write_zeroes_sectors: (&raw const (*limits).max_write_zeroes_sectors)
                     .read_volatile(),
-                logical_block_size: (&raw const (*limits).logical_block_size).read_volatile(),
-                physical_block_size: (&raw const (*limits).physical_block_size).read_volatile(),
+                block_bytes: (&raw const (*limits).logical_block_size).read_volatile(),
             }
         }
     }
 
-    /// Writes these fields of `limits`.
+    /// Writes these fields of `limits`, and those that depend on the block size.
     fn write(self, limits: &mut bindings::queue_limits) {
         limits.features = self.features;
         limits.max_hw_discard_sectors = self.max_hw_discard_sectors;
         limits.max_write_zeroes_sectors = self.max_write_zeroes_sectors;
-        limits.logical_block_size = self.logical_block_size;
-        limits.physical_block_size = self.physical_block_size;
+        limits.logical_block_size = self.block_bytes;
+        limits.physical_block_size = self.block_bytes;
+        // The block layer would only raise these.
+        limits.io_min = self.block_bytes;
+        limits.discard_granularity = self.block_bytes;
+        // A user's limit below one block, which the block layer does not refuse, stops all I/O.
+        if limits.max_user_sectors != 0 {
+            let block_sectors = self.block_bytes >> bindings::SECTOR_SHIFT;
+            limits.max_user_sectors = limits.max_user_sectors.max(block_sectors);
+        }
     }
 
-    /// Applies `features` as `nbd_apply_limits()` of nbd.c does, and the block size if there is
-    /// one.
-    fn with(mut self, features: Features, block_bytes: Option<u32>) -> Self {
+    /// Applies `features` as `nbd_apply_limits()` of nbd.c does.
+    fn with(mut self, features: Features) -> Self {
         let mut bit = |on: bool, bit: u32| {
             if on {
                 self.features |= bit;
@@ -259,10 +332,6 @@ impl ChangeableLimits {
         };
         self.max_hw_discard_sectors = sectors(features.discard);
         self.max_write_zeroes_sectors = sectors(features.write_zeroes);
-        if let Some(bytes) = block_bytes {
-            self.logical_block_size = bytes;
-            self.physical_block_size = bytes;
-        }
         self
     }
 }

@@ -4,6 +4,7 @@
 //! Mirrors `kernel::block`, which (7.3) suffices for null_blk only; each file names what is missing
 //! there.
 
+mod cache;
 pub(crate) mod disk;
 mod frozen;
 pub(crate) mod gendisk;

@@ -38,6 +38,7 @@ mod differences;
 mod differential;
 mod driver;
 mod firewall;
+mod front;
 mod harness;
 mod helper;
 mod injection;

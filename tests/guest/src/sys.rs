@@ -6,7 +6,9 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::{io, ptr, slice};
 
 use rustix::io::Errno;
-use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
+use rustix::mm::{
+    Advice, MapFlags, MsyncFlags, ProtFlags, madvise, mmap, mmap_anonymous, msync, munmap,
+};
 use rustix::thread::Pid;
 
 pub const MIB: usize = 1 << 20;
@@ -255,5 +257,60 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         // SAFETY: the mapping is ours and nothing borrows from it any more.
         unsafe { munmap(self.base.cast(), self.mapped) }.expect("munmap");
+    }
+}
+
+/// A part of a file or device that is mapped and shared. Nothing else in this process has it mapped.
+pub struct Mapping {
+    base: *mut u8,
+    len: usize,
+}
+
+impl Mapping {
+    /// Maps the first `len` bytes.
+    pub fn new(file: impl AsFd, len: usize) -> Self {
+        // SAFETY: a new mapping, placed by the kernel, aliases nothing in this process.
+        let base = unsafe {
+            mmap(
+                ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+                file,
+                0,
+            )
+        };
+        Self {
+            base: base.expect("mmap").cast(),
+            len,
+        }
+    }
+
+    pub fn read(&self, at: usize, len: usize) -> Vec<u8> {
+        assert!(at + len <= self.len);
+        // SAFETY: lies in our mapping. Whatever the bytes are, they are copied as bytes.
+        (at..at + len)
+            .map(|at| unsafe { self.base.add(at).read_volatile() })
+            .collect()
+    }
+
+    pub fn write(&mut self, at: usize, data: &[u8]) {
+        assert!(at + data.len() <= self.len);
+        for (at, byte) in (at..).zip(data) {
+            // SAFETY: as in `read`, and `&mut self` makes the access exclusive in this process.
+            unsafe { self.base.add(at).write_volatile(*byte) };
+        }
+    }
+
+    pub fn sync(&self) -> SysResult<()> {
+        // SAFETY: the range is our mapping.
+        unsafe { msync(self.base.cast(), self.len, MsyncFlags::SYNC) }
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: the mapping is ours and nothing borrows from it.
+        unsafe { munmap(self.base.cast(), self.len) }.expect("munmap");
     }
 }

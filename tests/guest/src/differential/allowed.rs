@@ -35,6 +35,9 @@ pub fn meant(
     if any(&decides_anew) {
         return Some("read-only-ends-with-the-session");
     }
+    if any(&fits_the_page_cache) {
+        return Some("large-blocks-work-in-the-page-cache");
+    }
     if any(&must_be_connected) {
         return Some("sockets-must-be-connected");
     }
@@ -113,6 +116,8 @@ struct Past {
     /// Devices that have forgotten their sockets with one of the drivers, until the last file is closed.
     forgot_sockets: [bool; 3],
     flags_while_running: bool,
+    /// Some device has had blocks of more than a sector.
+    larger_blocks: bool,
     /// A process in NBD_DO_IT has had a signal.
     signalled: bool,
     long_timeout: bool,
@@ -173,6 +178,8 @@ impl Past {
                         }
                     }
                 }
+                let larger = |a: &Attribute| matches!(a, Attribute::BlockSize(b) if *b != 512);
+                self.larger_blocks |= attributes.iter().any(larger);
                 let long = |a: &Attribute| matches!(a, Attribute::Timeout(s) if is_long(*s));
                 self.long_timeout |= attributes.iter().any(long);
             }
@@ -222,6 +229,7 @@ impl Past {
                 self.forgot_sockets[device] |= self.added[device] && !self.started[device];
             }
             Request::SetFlags(_) => self.flags_while_running |= self.started[device],
+            Request::SetBlksize(bytes) => self.larger_blocks |= bytes != 512,
             Request::SetReadOnly(value) => self.marked[device] |= value != 0,
             Request::SetTimeout(seconds) => self.long_timeout |= is_long(seconds),
             _ => {}
@@ -316,6 +324,25 @@ fn without_read_only(uevents: &str) -> Vec<&str> {
     events
         .filter(|event| !event.is_empty() && !event.contains(" DISK_RO="))
         .collect()
+}
+
+/// The blocks of the device are larger than those of its page cache. With nbd.ko that fails; rnbd
+/// adapts the page cache, or refuses the blocks.
+fn fits_the_page_cache(past: &Past, difference: &Difference<'_>) -> bool {
+    let (key, nbd, rnbd) = *difference;
+    let sets = match &past.op {
+        Some(Op::Ioctl { request, .. }) => matches!(request, Request::SetBlksize(_)),
+        Some(Op::Reconfigure { attributes, .. }) => attributes
+            .iter()
+            .any(|attribute| matches!(attribute, Attribute::BlockSize(_))),
+        _ => false,
+    };
+    let fails = moves_data(past.op.as_ref()) && is_errno(nbd, libc::EIO);
+    let refused = sets && is_errno(rnbd, libc::EBUSY);
+    // What nbd.ko cannot read or write does not reach the server.
+    let only_rnbd = |command: &str| !nbd.contains(command) && rnbd.contains(command);
+    let fewer = key.ends_with(" requests") && (only_rnbd("Read") || only_rnbd("Write"));
+    past.larger_blocks && ((key == "answer" && nbd != rnbd && (fails || refused)) || fewer)
 }
 
 /// One of the sockets is not connected.

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::journals::{BTRFS, EXT4, Kind, XFS};
 use crate::debug_kernel::enough;
-use crate::device::USUAL_FLAGS;
+use crate::device::{Plan, USUAL_FLAGS, largest_block};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, Until, say, seed};
 use crate::netlink::{Link, Netlink, Setup};
@@ -22,6 +22,7 @@ use crate::test;
 pub fn tests() -> Vec<Test> {
     vec![
         test!(on_the_device),
+        test!(on_a_device_with_large_blocks),
         test!(on_ext4),
         test!(on_xfs),
         test!(on_btrfs),
@@ -49,13 +50,13 @@ posix_fallocate = 1
 posix_fadvise = 5
 ";
 
-/// A device has one size, and makes holes of whole sectors.
+/// A device has one size, and makes holes of whole blocks.
 const DEVICE: &str = "
 blockmode = true
 flen = 4194304
 [opsize]
 max = 32768
-align = 512
+align = ALIGN
 [weights]
 read = 10
 write = 10
@@ -124,7 +125,24 @@ fn exercise(guest: &Guest, link: &Link, file: &str, config: &str) {
 
 fn on_the_device(guest: &Guest) {
     let link = attach(guest, 4 << 20);
-    exercise(guest, &link, "/dev/nbd0", DEVICE);
+    exercise(guest, &link, "/dev/nbd0", &DEVICE.replace("ALIGN", "512"));
+}
+
+/// By ioctl: the page cache was there before the block size was set.
+fn on_a_device_with_large_blocks(guest: &Guest) {
+    if guest.expected("large-blocks-work-in-the-page-cache") == Driver::Nbd {
+        return;
+    }
+    let block_size = largest_block();
+    let mut rig = Plan::new(4 << 20).block_size(block_size).attach();
+    let config = DEVICE.replace("ALIGN", &block_size.to_string());
+    let config = config.replace("max = 32768", "max = 262144");
+    fs::write("/tmp/fsx.toml", config).unwrap();
+    let (seed, operations) = (seed(), enough(1000, 300));
+    sh(&format!(
+        "/rnbd/fsx -q -f /tmp/fsx.toml -P /tmp -S {seed} -N {operations} /dev/nbd0"
+    ));
+    assert_eq!(rig.disconnect(), Ok(0));
 }
 
 fn on_file_system(guest: &Guest, kind: Kind) {

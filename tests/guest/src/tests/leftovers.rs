@@ -12,13 +12,13 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
-use crate::device::{self, Plan, Rig, SOON, USUAL_FLAGS, errno};
+use crate::device::{self, Plan, SOON, USUAL_FLAGS, errno};
 use crate::driver::Driver;
+use crate::front::{Export, FRONTS, Front, Session};
 use crate::harness::{Guest, Test, wait_until};
-use crate::netlink::{Link, Netlink, Setup};
 use crate::programs::sh;
 use crate::proto::{Command, READ_ONLY};
-use crate::server::{Server, Transport};
+use crate::server::Server;
 use crate::sys::{Buffer, ioctl_number, ioctl_pointer};
 use crate::test;
 use crate::uevents::Uevents;
@@ -40,66 +40,13 @@ pub fn tests() -> Vec<Test> {
 
 const SIZE: u64 = 8 << 20;
 
+fn export(flags: u64) -> Export {
+    Export::new(SIZE).flags(flags)
+}
+
 const BLKROSET: u32 = 0x125d;
 const BLKROGET: u32 = 0x125e;
 const BLKRRPART: u32 = 0x125f;
-
-/// A session by either front end.
-enum Session {
-    Ioctl(Rig),
-    Netlink(Link),
-}
-
-#[derive(Clone, Copy, PartialEq)]
-enum Front {
-    Ioctl,
-    Netlink,
-}
-
-const FRONTS: [Front; 2] = [Front::Ioctl, Front::Netlink];
-
-impl Front {
-    /// Starts a session on nbd0.
-    fn start(self, server: Server, flags: u64) -> Session {
-        match self {
-            Self::Ioctl => Session::Ioctl(Plan::new(SIZE).flags(flags).attach_to(server)),
-            Self::Netlink => Session::Netlink(connect(server, flags)),
-        }
-    }
-}
-
-fn connect(server: Server, flags: u64) -> Link {
-    let setup = Setup::new(SIZE).index(0).flags(flags);
-    let netlink = Netlink::open();
-    let socket = server.connect(Transport::Unix);
-    let index = netlink.connect(&setup.sockets([socket])).unwrap();
-    let link = Link {
-        server,
-        netlink,
-        index,
-    };
-    link.settle()
-}
-
-impl Session {
-    fn server(&self) -> &Server {
-        match self {
-            Self::Ioctl(rig) => &rig.server,
-            Self::Netlink(link) => &link.server,
-        }
-    }
-
-    /// Ends it, and waits until the device is free.
-    fn end(self) {
-        match self {
-            Self::Ioctl(mut rig) => assert_eq!(rig.disconnect(), Ok(0)),
-            Self::Netlink(link) => {
-                link.disconnect().unwrap();
-                link.wait_free();
-            }
-        }
-    }
-}
 
 // --- Read-only ----------------------------------------------------------------
 
@@ -122,7 +69,7 @@ fn the_read_only_mark(guest: &Guest) {
     let stays = guest.expected("read-only-ends-with-the-session") == Driver::Nbd;
     for first in FRONTS {
         for next in FRONTS {
-            let session = first.start(Server::new(), USUAL_FLAGS);
+            let session = first.start(Server::new(), &export(USUAL_FLAGS));
             let device = device::open(0, libc::O_DIRECT).unwrap();
             set_read_only(&device, true);
             assert_eq!(write_one(&device), Err(Errno::PERM));
@@ -131,7 +78,7 @@ fn the_read_only_mark(guest: &Guest) {
             assert_eq!(device::sysfs(0, "ro"), "1");
             session.end();
             assert_eq!(device::sysfs(0, "ro"), if stays { "1" } else { "0" });
-            let session = next.start(Server::new(), USUAL_FLAGS);
+            let session = next.start(Server::new(), &export(USUAL_FLAGS));
             let device = device::open(0, libc::O_DIRECT).unwrap();
             assert_eq!(is_read_only(&device), stays);
             assert_eq!(write_one(&device).is_err(), stays);
@@ -143,11 +90,11 @@ fn the_read_only_mark(guest: &Guest) {
     }
     // Nor does the mark of a read-only export stay.
     for front in FRONTS {
-        let session = front.start(Server::new(), USUAL_FLAGS | READ_ONLY);
+        let session = front.start(Server::new(), &export(USUAL_FLAGS | READ_ONLY));
         assert_eq!(device::sysfs(0, "ro"), "1");
         session.end();
         assert_eq!(device::sysfs(0, "ro"), if stays { "1" } else { "0" });
-        let session = front.start(Server::new(), USUAL_FLAGS);
+        let session = front.start(Server::new(), &export(USUAL_FLAGS));
         assert_eq!(device::sysfs(0, "ro"), "0");
         session.end();
     }
@@ -156,7 +103,7 @@ fn the_read_only_mark(guest: &Guest) {
 /// BLKROSET (`blockdev --setrw`) takes away only what it has set.
 fn a_read_only_export_stays_read_only(_: &Guest) {
     for front in FRONTS {
-        let session = front.start(Server::new(), USUAL_FLAGS | READ_ONLY);
+        let session = front.start(Server::new(), &export(USUAL_FLAGS | READ_ONLY));
         let device = device::open(0, libc::O_DIRECT).unwrap();
         set_read_only(&device, true);
         set_read_only(&device, false);
@@ -191,13 +138,13 @@ fn the_write_cache_setting(guest: &Guest) {
     let stays = guest.expected("write-cache-is-decided-anew") == Driver::Nbd;
     for first in FRONTS {
         for next in FRONTS {
-            let session = first.start(Server::new(), USUAL_FLAGS);
+            let session = first.start(Server::new(), &export(USUAL_FLAGS));
             assert_eq!(queue("write_cache"), "write back");
             set("write_cache", "write through");
             assert_eq!(queue("write_cache"), "write through");
             assert!(!fsync_flushes(&session), "it is heeded in its own session");
             session.end();
-            let session = next.start(Server::new(), USUAL_FLAGS);
+            let session = next.start(Server::new(), &export(USUAL_FLAGS));
             assert_eq!(queue("write_cache") == "write through", stays);
             assert_eq!(fsync_flushes(&session), !stays);
             set("write_cache", "write back");
@@ -210,9 +157,9 @@ fn the_write_cache_setting(guest: &Guest) {
 fn the_write_cache_setting_of_an_idle_device(guest: &Guest) {
     let stays = guest.expected("write-cache-is-decided-anew") == Driver::Nbd;
     for front in FRONTS {
-        front.start(Server::new(), USUAL_FLAGS).end();
+        front.start(Server::new(), &export(USUAL_FLAGS)).end();
         set("write_cache", "write through");
-        let session = front.start(Server::new(), USUAL_FLAGS);
+        let session = front.start(Server::new(), &export(USUAL_FLAGS));
         assert_eq!(fsync_flushes(&session), !stays);
         set("write_cache", "write back");
         session.end();
@@ -247,12 +194,12 @@ fn settings_of_the_queue(guest: &Guest) {
             ("add_random", "1", "1"),
             ("stable_writes", "1", "1"),
         ];
-        let session = front.start(Server::new(), USUAL_FLAGS);
+        let session = front.start(Server::new(), &export(USUAL_FLAGS));
         for (name, value, _) in settings {
             set(name, value);
         }
         session.end();
-        let session = front.start(Server::new(), USUAL_FLAGS);
+        let session = front.start(Server::new(), &export(USUAL_FLAGS));
         for (name, _, next) in settings {
             let now = queue(name);
             let is = now.split(' ').any(|word| word == next) || now == next;
@@ -277,7 +224,7 @@ fn partitioned_image() -> Vec<u8> {
 fn start_with(image: &[u8], front: Front) -> Session {
     let server = Server::new();
     server.poke(0, image);
-    let session = front.start(server, USUAL_FLAGS);
+    let session = front.start(server, &export(USUAL_FLAGS));
     let device = File::open("/dev/nbd0").unwrap();
     assert_eq!(ioctl_number(device, BLKRRPART, 0), Ok(0));
     assert!(has_partition());
@@ -302,7 +249,7 @@ fn partitions(guest: &Guest) {
             uevents.expect(&["ACTION=remove", "DEVNAME=nbd0p2"]);
         }
         // Neither are they there in the next session, which has none.
-        let session = front.start(Server::new(), USUAL_FLAGS);
+        let session = front.start(Server::new(), &export(USUAL_FLAGS));
         drop(File::open("/dev/nbd0").unwrap());
         let max_part = fs::read_to_string("/sys/module/rnbd/parameters/max_part");
         if !stay || max_part.is_ok_and(|max_part| max_part.trim() != "0") {
@@ -347,7 +294,7 @@ fn the_sequence_number_of_the_disk(guest: &Guest) {
         let mut last = diskseq();
         for _ in 0..3 {
             let mut uevents = Uevents::listen();
-            let session = front.start(Server::new(), USUAL_FLAGS);
+            let session = front.start(Server::new(), &export(USUAL_FLAGS));
             let now = diskseq();
             if keeps {
                 assert_eq!(now, last);
@@ -398,7 +345,7 @@ fn events_come_when_all_is_set(guest: &Guest) {
         let mut wrong = Vec::new();
         for round in 0..20 {
             let front = FRONTS[round % 2];
-            let session = front.start(Server::new(), USUAL_FLAGS | READ_ONLY);
+            let session = front.start(Server::new(), &export(USUAL_FLAGS | READ_ONLY));
             let connected = watched();
             session.end();
             let ended = watched();

@@ -2,6 +2,7 @@
 
 //! The tests, in the order in which they run: from the module's life to long ones.
 
+mod block_sizes;
 mod completions;
 mod differential;
 mod do_it;
@@ -46,6 +47,7 @@ pub fn all() -> Vec<Test> {
         ioctl::tests(),
         do_it::tests(),
         geometry::tests(),
+        block_sizes::tests(),
         limits::tests(),
         leftovers::tests(),
         io::tests(),
