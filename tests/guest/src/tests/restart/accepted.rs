@@ -1,0 +1,146 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a new server may change, and who may start the device again.
+
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::thread;
+
+use rustix::io::Errno;
+
+use super::{SIZE, disconnect, lose, plan_of, start_again};
+use crate::device::{self, SOON, assert_usable, pattern};
+use crate::driver::Driver;
+use crate::harness::{Guest, Test, wait_until};
+use crate::programs::sh;
+use crate::proto::{CAN_MULTI_CONN, Command, DO_IT, SEND_FLUSH, SET_BLKSIZE, SET_SIZE, SET_SOCK};
+use crate::server::{Server, Transport};
+use crate::sys::{Buffer, ioctl_number};
+use crate::test;
+use crate::tests::do_it::lost;
+
+pub fn tests() -> Vec<Test> {
+    vec![
+        test!(while_a_program_has_it_open),
+        test!(by_the_task_that_has_it_open),
+        test!(with_fewer_and_with_more_connections),
+        test!(with_other_flags),
+    ]
+}
+
+fn while_a_program_has_it_open(guest: &Guest) {
+    for transport in [Transport::Tcp4, Transport::Unix] {
+        let plan = plan_of(SIZE).transport(transport);
+        let mut rig = plan.attach();
+        let direct = rig.direct();
+        lose(&mut rig);
+        let failed = direct.read_exact_at(&mut Buffer::new(4096), 0);
+        assert_eq!(device::errno(failed), Err(Errno::IO));
+
+        let server = Server::new();
+        let Some(mut client) = start_again(guest, &plan, &server) else {
+            return;
+        };
+        // Those who have it open find it as it was.
+        let written = Buffer::filled(64 << 10, |data| pattern(3, 0, data));
+        direct.write_all_at(&written, 4096).expect("to write");
+        direct.sync_all().expect("to flush");
+        assert_eq!(server.peek(4096, written.len()), *written);
+        let mut read = Buffer::new(written.len());
+        direct.read_exact_at(&mut read, 4096).expect("to read");
+        assert!(*read == *written);
+        assert_eq!(device::sysfs(0, "size"), (SIZE / 512).to_string());
+
+        disconnect(&direct, &mut client);
+        drop(direct);
+        assert_usable(0);
+    }
+}
+
+/// Programs that do not close the device in between.
+fn by_the_task_that_has_it_open(guest: &Guest) {
+    let device = device::open(0, 0).expect("the device");
+    for round in 0..5 {
+        let server = Server::new();
+        let socket = server.connect(Transport::Unix);
+        if round == 0 {
+            ioctl_number(&device, SET_BLKSIZE, 512).expect("NBD_SET_BLKSIZE");
+            ioctl_number(&device, SET_SIZE, SIZE).expect("NBD_SET_SIZE");
+        }
+        let passed = ioctl_number(&device, SET_SOCK, socket.as_raw_fd() as u64);
+        if round > 0 && guest.expected("a-lost-device-starts-again") == Driver::Nbd {
+            assert_eq!(passed, Err(Errno::BUSY));
+            break;
+        }
+        assert_eq!(passed, Ok(0));
+        let answer = thread::scope(|scope| {
+            let runs = scope.spawn(|| ioctl_number(&device, DO_IT, 0));
+            let direct = device::open(0, libc::O_DIRECT).expect("the device");
+            let read = wait_until(SOON, || {
+                direct.read_exact_at(&mut Buffer::new(4096), 0).is_ok()
+            });
+            assert!(read.is_ok(), "round {round}: nothing can be read");
+            drop(direct);
+            server.kill();
+            runs.join().unwrap()
+        });
+        assert_eq!(answer, lost(guest), "round {round}");
+    }
+    drop(device);
+    assert_usable(0);
+}
+
+fn with_fewer_and_with_more_connections(guest: &Guest) {
+    let plan = plan_of(SIZE).connections(2);
+    let mut rig = plan.attach();
+    let direct = rig.direct();
+    lose(&mut rig);
+    for connections in [1, 3, 2] {
+        let server = Server::new();
+        let plan = plan_of(SIZE)
+            .flags(device::USUAL_FLAGS | CAN_MULTI_CONN)
+            .connections(connections);
+        let Some(mut client) = start_again(guest, &plan, &server) else {
+            break;
+        };
+        for _ in 0..8 {
+            direct
+                .read_exact_at(&mut Buffer::new(4096), 0)
+                .expect("to read");
+        }
+        let uses = wait_until(SOON, || server.living() == connections.min(2));
+        assert!(uses.is_ok(), "{connections}: {}", server.living());
+        server.kill();
+        assert_eq!(client.wait(), Err(Errno::PIPE), "{connections}");
+    }
+    drop(direct);
+    assert_usable(0);
+}
+
+/// A server that cannot do less than the first one cannot surprise those who have it open.
+fn with_other_flags(guest: &Guest) {
+    let mut rig = plan_of(SIZE).attach();
+    let direct = rig.direct();
+    lose(&mut rig);
+    let server = Server::new();
+    let plan = plan_of(SIZE).flags(SEND_FLUSH);
+    if let Some(mut client) = start_again(guest, &plan, &server) {
+        let line = "nbd0: the server's flags were";
+        assert!(guest.log().iter().any(|l| l.contains(line)));
+        // What the first server could do is still asked for.
+        direct
+            .write_all_at(&Buffer::new(4096), 0)
+            .expect("to write");
+        direct.sync_all().expect("to flush");
+        assert_eq!(server.requests_of(Command::Flush).len(), 1);
+        sh("blkdiscard -l 65536 /dev/nbd0");
+        assert_eq!(server.requests_of(Command::Trim).len(), 1);
+        // And after a change of the size, too.
+        assert_eq!(ioctl_number(&direct, SET_SIZE, 2 * SIZE), Ok(0));
+        sh("blkdiscard -l 65536 /dev/nbd0");
+        assert_eq!(server.requests_of(Command::Trim).len(), 2);
+        disconnect(&direct, &mut client);
+    }
+    drop(direct);
+    assert_usable(0);
+}

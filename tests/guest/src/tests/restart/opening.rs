@@ -1,0 +1,103 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Programs that open a device without a server.
+
+use std::fs;
+use std::time::Instant;
+
+use rustix::io::Errno;
+
+use super::{BLKRRPART, SIZE, disconnect, lose, plan_of};
+use crate::device::{SOON, assert_usable};
+use crate::driver::Driver;
+use crate::harness::{Guest, Test, wait_until};
+use crate::proto::{DISCONNECT, SET_SIZE};
+use crate::sys::ioctl_number;
+use crate::test;
+use crate::tests::geometry::partitioned_server;
+
+pub fn tests() -> Vec<Test> {
+    vec![
+        test!(an_open_does_not_wait).parameters("nbds_max=4 dead_conn_timeout=60"),
+        test!(the_partition_table_is_read_later).parameters("nbds_max=4 dead_conn_timeout=60"),
+        test!(an_open_of_a_dead_device_reads_nothing),
+    ]
+}
+
+/// The client itself has to open the device. Looking for partitions then would wait for the client.
+fn an_open_does_not_wait(_: &Guest) {
+    let mut rig = plan_of(SIZE).attach();
+    let direct = rig.direct();
+    lose(&mut rig);
+    for _ in 0..3 {
+        let began = Instant::now();
+        drop(rig.open_to_read());
+        let took = began.elapsed();
+        assert!(took < SOON, "{took:?}");
+    }
+    drop(direct);
+    assert_usable(0);
+}
+
+/// A size that was set makes the next open read the partition table, if there is a connection.
+fn the_partition_table_is_read_later(guest: &Guest) {
+    const SIZE: u64 = 8 << 20;
+    if guest.expected("a-lost-device-starts-again") == Driver::Nbd {
+        return;
+    }
+    let partitioned = partitioned_server();
+    let plan = plan_of(SIZE);
+    let mut rig = plan.attach();
+    let direct = rig.direct();
+    assert_eq!(ioctl_number(&direct, SET_SIZE, 2 * SIZE), Ok(0));
+    lose(&mut rig);
+    let began = Instant::now();
+    drop(rig.open_to_read());
+    let took = began.elapsed();
+    assert!(took < SOON, "{took:?}");
+    let mut client = plan_of(2 * SIZE).start(&partitioned);
+    let there = wait_until(SOON, || fs::exists("/sys/block/nbd0/nbd0p1").unwrap());
+    assert!(there.is_ok());
+    disconnect(&direct, &mut client);
+    drop(direct);
+    assert_usable(0);
+}
+
+/// Counts the messages of the kernel about reads that failed.
+fn read_errors(guest: &Guest) -> usize {
+    let words = [
+        "I/O error, dev nbd0",
+        "on dev nbd0",
+        "Disk read failed",
+        "unable to read",
+    ];
+    let about = |line: &&String| words.iter().any(|words| line.contains(words));
+    guest.log().iter().filter(about).count()
+}
+
+fn an_open_of_a_dead_device_reads_nothing(guest: &Guest) {
+    for lost in [true, false] {
+        let mut rig = plan_of(SIZE).attach();
+        let direct = rig.direct();
+        if lost {
+            lose(&mut rig);
+        } else {
+            ioctl_number(&direct, DISCONNECT, 0).expect("NBD_DISCONNECT");
+            assert_eq!(rig.client.wait(), Ok(0));
+        }
+        // But for whoever asks for it, who is told.
+        let reread = ioctl_number(rig.open_to_read(), BLKRRPART, 0);
+        assert_eq!(reread, Err(Errno::IO));
+        let before = read_errors(guest);
+        for _ in 0..5 {
+            drop(rig.open_to_read());
+        }
+        let errors = read_errors(guest) - before;
+        match guest.expected("an-open-of-a-dead-device-reads-nothing") {
+            Driver::Nbd => assert!(errors > 0),
+            Driver::Rnbd => assert_eq!(errors, 0),
+        }
+        drop(direct);
+    }
+    assert_usable(0);
+}

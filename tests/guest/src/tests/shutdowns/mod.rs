@@ -1,0 +1,138 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Servers that shut down in an orderly way: they answer commands with ESHUTDOWN.
+
+mod draining;
+mod ended;
+mod replaced;
+
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::{Arc, Mutex};
+use std::thread;
+
+use crate::device::{assert_pattern, errno, pattern};
+use crate::harness::Test;
+use crate::netlink::Link;
+use crate::proto::{self, Command, Request};
+use crate::server::{Conn, Server};
+use crate::sys::{Buffer, SysResult};
+
+pub fn tests() -> Vec<Test> {
+    [replaced::tests(), draining::tests(), ended::tests()]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+const MIB: u64 = 1 << 20;
+const ESHUTDOWN: u32 = 108;
+const DIFFERENCE: &str = "shutting-down-is-not-an-error";
+
+/// The first connections shut down at the first command, the others are honest.
+fn first_shut_down(count: usize) -> impl Fn(&mut Conn, &Request) -> io::Result<()> {
+    move |conn, request| {
+        if conn.index < count {
+            conn.refuse(request, ESHUTDOWN)
+        } else {
+            conn.serve(request)
+        }
+    }
+}
+
+/// What came by one connection.
+fn seen_on(server: &Server, connection: usize) -> Vec<Command> {
+    let requests = server.requests().into_iter();
+    let ours = requests.filter(|request| request.connection == connection);
+    ours.map(|request| request.command).collect()
+}
+
+fn wait_for_goodbye(server: &Server, connection: usize) {
+    server.wait_for("a goodbye", |requests| {
+        let mut ours = requests.iter().filter(|r| r.connection == connection);
+        ours.any(|request| request.command == Command::Disconnect)
+    });
+}
+
+/// Requests that a script has kept back.
+type Kept = Arc<Mutex<Vec<Request>>>;
+
+/// Keeps the requests of connection 0 until there are `count`, and then lets `act` do something about
+/// them. Other connections are honest.
+fn keep(
+    server: &Server,
+    count: usize,
+    act: impl Fn(&mut Conn, &[Request]) -> io::Result<()> + Send + Sync + 'static,
+) -> Kept {
+    let kept = Kept::default();
+    let ours = Arc::clone(&kept);
+    server.script(move |conn, request| {
+        if conn.index > 0 {
+            return conn.serve(request);
+        }
+        if request.command == Command::Write {
+            conn.read_data(request)?;
+        }
+        let mut requests = ours.lock().unwrap();
+        requests.push(request.clone());
+        let all = requests.clone();
+        drop(requests);
+        if all.len() == count {
+            act(conn, &all)
+        } else {
+            Ok(())
+        }
+    });
+    kept
+}
+
+/// Reads 32 KiB each, with gaps, from threads of their own, until `meanwhile` has returned.
+fn while_reading(link: &Link, readers: u64, meanwhile: impl FnOnce()) -> Vec<SysResult<()>> {
+    const LEN: usize = 32 << 10;
+    for reader in 0..readers {
+        let offset = reader * 2 * LEN as u64;
+        let mut stored = vec![0; LEN];
+        pattern(1, offset, &mut stored);
+        link.server.poke(offset, &stored);
+    }
+    let direct = link.direct();
+    let read = |offset| {
+        let mut back = Buffer::new(LEN);
+        errno(direct.read_exact_at(&mut back, offset))?;
+        assert_pattern(1, offset, &back);
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let read = &read;
+        let threads: Vec<_> = (0..readers)
+            .map(|reader| scope.spawn(move || read(reader * 2 * LEN as u64)))
+            .collect();
+        meanwhile();
+        let results = threads.into_iter().map(|thread| thread.join().unwrap());
+        results.collect()
+    })
+}
+
+fn failures(results: &[SysResult<()>]) -> usize {
+    let failed = results.iter().filter(|result| result.is_err());
+    failed.count()
+}
+
+fn refusal(request: &Request) -> [u8; proto::REPLY_LEN] {
+    proto::reply(proto::REPLY_MAGIC, ESHUTDOWN, request.cookie)
+}
+
+/// Refuses the first of three commands, and says nothing more. nbd.ko has not understood: without help
+/// the other two hang.
+fn refuse_one_of_three(link: &Link) -> Kept {
+    keep(&link.server, 3, |conn, requests| {
+        conn.send(&refusal(&requests[0]))?;
+        // It still reads.
+        Ok(())
+    })
+}
+
+fn wait_for_three(link: &Link) {
+    link.server
+        .wait_for("three reads", |requests| requests.len() >= 3);
+}
