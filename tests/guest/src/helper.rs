@@ -7,7 +7,7 @@ use std::fs::OpenOptions;
 use rustix::io::Errno;
 
 use crate::device::{assert_pattern, pattern};
-use crate::netlink::{Netlink, Setup};
+use crate::netlink::{DISCONNECT_ON_RELEASE, Netlink, Setup};
 use crate::proto;
 use crate::sys::{self, Buffer, MIB, ioctl_number};
 
@@ -59,7 +59,7 @@ fn probe(device: &str) {
 /// Connects device `index` by netlink to the socket on standard input, as its owner, and stays.
 fn own(index: u32, size: u64) {
     let netlink = Netlink::open();
-    let setup = Setup::new(size).index(index).client_flags(1 << 32);
+    let setup = Setup::new(size).index(index).client_flags(DISCONNECT_ON_RELEASE);
     netlink
         .connect(&setup.descriptors(&[0]))
         .expect("to connect");

@@ -55,6 +55,8 @@ const DEVICE_CONNECTED: u16 = 2;
 /// Flags of a client.
 pub const DESTROY_ON_DISCONNECT: u64 = 1 << 0;
 pub const DISCONNECT_ON_CLOSE: u64 = 1 << 1;
+/// Disconnects the device when the socket that sent the command is closed. nbd.ko does not have it.
+pub const DISCONNECT_ON_RELEASE: u64 = 1 << 32;
 
 /// What the kernel says yes and no with (linux/netlink.h).
 const NLMSG_ERROR: u16 = 2;

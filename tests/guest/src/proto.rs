@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Numbers of linux/nbd.h and of the NBD protocol's transmission phase.
+//! Numbers of linux/nbd.h and of the NBD protocol's transmission phase, and ioctls of linux/fs.h.
 
 /// ioctls: `_IO(0xab, n)`.
 pub const SET_SOCK: u32 = 0xab00;
@@ -14,6 +14,17 @@ pub const SET_SIZE_BLOCKS: u32 = 0xab07;
 pub const DISCONNECT: u32 = 0xab08;
 pub const SET_TIMEOUT: u32 = 0xab09;
 pub const SET_FLAGS: u32 = 0xab0a;
+
+/// ioctls of every block device (linux/fs.h).
+pub const BLKROSET: u32 = 0x125d;
+pub const BLKROGET: u32 = 0x125e;
+pub const BLKRRPART: u32 = 0x125f;
+pub const BLKFLSBUF: u32 = 0x1261;
+pub const BLKSSZGET: u32 = 0x1268;
+pub const BLKDISCARD: u32 = 0x1277;
+pub const BLKPBSZGET: u32 = 0x127b;
+pub const BLKZEROOUT: u32 = 0x127f;
+pub const BLKGETSIZE64: u32 = 0x8008_1272;
 
 /// Flags of an export.
 pub const HAS_FLAGS: u64 = 1 << 0;

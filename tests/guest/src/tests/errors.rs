@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use crate::device::{self, Plan, Rig, errno};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test};
-use crate::proto::Command;
+use crate::proto::{BLKDISCARD, Command};
 use crate::sys::{Buffer, ioctl_pointer};
 use crate::test;
 
@@ -99,8 +99,6 @@ fn of_every_number_for_a_flush(guest: &Guest) {
     let answers = refused_with(Command::Flush, |rig| errno(rig.direct().sync_all()));
     assert_usual_errnos(guest, &answers);
 }
-
-const BLKDISCARD: u32 = 0x1277;
 
 fn of_every_number_for_a_trim(guest: &Guest) {
     let answers = refused_with(Command::Trim, |rig| {

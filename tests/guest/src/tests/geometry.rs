@@ -10,7 +10,9 @@ use rustix::io::Errno;
 use crate::device::{self, Plan, SOON};
 use crate::harness::{Guest, Test, wait_until};
 use crate::programs::sh;
-use crate::proto::{SET_BLKSIZE, SET_SIZE, SET_SIZE_BLOCKS};
+use crate::proto::{
+    BLKGETSIZE64, BLKPBSZGET, BLKRRPART, BLKSSZGET, SET_BLKSIZE, SET_SIZE, SET_SIZE_BLOCKS,
+};
 use crate::server::Server;
 use crate::sys::{Buffer, ioctl_number, ioctl_pointer};
 use crate::test;
@@ -32,11 +34,6 @@ pub fn tests() -> Vec<Test> {
         test!(partitions_without_minors).parameters("nbds_max=1 max_part=0"),
     ]
 }
-
-const BLKGETSIZE64: u32 = 0x8008_1272;
-const BLKSSZGET: u32 = 0x1268;
-const BLKPBSZGET: u32 = 0x127b;
-const BLKRRPART: u32 = 0x125f;
 
 fn size_in_bytes(device: &std::fs::File) -> u64 {
     let mut size = 0;

@@ -22,7 +22,7 @@ use crate::liar::{
     AREA, Brought, Counts, Mischief, POISON, READ_AT, SIZE, TRIM_AT, WRITE_AT, ZERO_AT, to_write,
 };
 use crate::netlink::{Link, Netlink, Setup};
-use crate::proto::{self, CAN_MULTI_CONN};
+use crate::proto::{self, BLKDISCARD, BLKZEROOUT, CAN_MULTI_CONN};
 use crate::server::{Server, Transport};
 use crate::sys::{Buffer, SysResult, ioctl_number, ioctl_pointer};
 use crate::test;
@@ -86,9 +86,6 @@ const LONGEST_IO: Duration = Duration::from_secs(15);
 
 /// The longest I/O.
 const LONGEST_BYTES: usize = 384 << 10;
-
-const BLKDISCARD: u32 = 0x1277;
-const BLKZEROOUT: u32 = 0x127f;
 
 /// What has come of it. Said at the end, however that comes.
 struct Outcome {

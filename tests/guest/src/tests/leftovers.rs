@@ -17,7 +17,7 @@ use crate::driver::Driver;
 use crate::front::{Export, FRONTS, Front, Session};
 use crate::harness::{Guest, Test, wait_until};
 use crate::programs::sh;
-use crate::proto::{Command, READ_ONLY};
+use crate::proto::{BLKRRPART, Command, READ_ONLY};
 use crate::server::Server;
 use crate::sys::{Buffer, ioctl_number, ioctl_pointer};
 use crate::test;
@@ -46,7 +46,6 @@ fn export(flags: u64) -> Export {
 
 const BLKROSET: u32 = 0x125d;
 const BLKROGET: u32 = 0x125e;
-const BLKRRPART: u32 = 0x125f;
 
 // --- Read-only ----------------------------------------------------------------
 

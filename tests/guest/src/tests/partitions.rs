@@ -13,7 +13,7 @@ use crate::driver::Driver;
 use crate::harness::{Guest, Test, wait_until};
 use crate::netlink::{Link, Netlink, Setup};
 use crate::programs::sh;
-use crate::proto::{CAN_MULTI_CONN, Command};
+use crate::proto::{BLKRRPART, CAN_MULTI_CONN, Command};
 use crate::server::{Server, Transport};
 use crate::sys::ioctl_number;
 use crate::test;
@@ -32,7 +32,6 @@ pub fn tests() -> Vec<Test> {
 }
 
 const SIZE: u64 = 8 << 20;
-const BLKRRPART: u32 = 0x125f;
 
 /// Connects nbd0 by netlink, and does not open it.
 fn connect(server: Server) -> Link {

@@ -13,7 +13,7 @@ use rustix::io::Errno;
 use crate::device::{Plan, Rig, assert_pattern, assert_usable, errno, pattern};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, wait_until};
-use crate::proto::{Command, REPLY_LEN, SET_TIMEOUT};
+use crate::proto::{BLKDISCARD, Command, REPLY_LEN, SET_TIMEOUT};
 use crate::server::Transport;
 use crate::sys::{Buffer, ioctl_number, ioctl_pointer};
 use crate::test;
@@ -79,7 +79,6 @@ fn end_a_single_connection(guest: &Guest) {
 }
 
 fn end_writes_flushes_and_trims_too(_: &Guest) {
-    const BLKDISCARD: u32 = 0x1277;
     for kind in ["write", "flush", "trim"] {
         let mut rig = stuck(Plan::new(1 << 20).timeout(1));
         let direct = rig.direct();

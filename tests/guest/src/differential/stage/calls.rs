@@ -5,18 +5,10 @@
 use std::fs::File;
 
 use crate::differential::operations::Request;
-use crate::proto;
+use crate::proto::{
+    self, BLKDISCARD, BLKFLSBUF, BLKGETSIZE64, BLKROGET, BLKROSET, BLKRRPART, BLKSSZGET, BLKZEROOUT,
+};
 use crate::sys::{self, SysResult, ioctl_number, ioctl_pointer};
-
-/// linux/fs.h
-const BLKROSET: u32 = 0x125d;
-const BLKROGET: u32 = 0x125e;
-const BLKRRPART: u32 = 0x125f;
-const BLKFLSBUF: u32 = 0x1261;
-const BLKSSZGET: u32 = 0x1268;
-const BLKDISCARD: u32 = 0x1277;
-const BLKZEROOUT: u32 = 0x127f;
-const BLKGETSIZE64: u32 = 0x8008_1272;
 
 pub fn call(file: &File, request: Request) -> String {
     let (number, argument) = match request {

@@ -14,7 +14,8 @@ use crate::device::{self, Plan, Rig, USUAL_FLAGS, errno};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test};
 use crate::proto::{
-    CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, Command, READ_ONLY, SEND_FLUSH, SEND_TRIM, SEND_WRITE_ZEROES,
+    BLKDISCARD, BLKROGET, BLKZEROOUT, CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, Command, READ_ONLY,
+    SEND_FLUSH, SEND_TRIM, SEND_WRITE_ZEROES,
 };
 use crate::sys::{Buffer, ioctl_pointer};
 use crate::test;
@@ -34,10 +35,6 @@ pub fn tests() -> Vec<Test> {
         test!(read_only_devices_are_not_written),
     ]
 }
-
-const BLKDISCARD: u32 = 0x1277;
-const BLKZEROOUT: u32 = 0x127f;
-const BLKROGET: u32 = 0x125e;
 
 fn reads_and_writes_on_the_wire(_: &Guest) {
     let rig = Plan::new(1 << 20).attach();

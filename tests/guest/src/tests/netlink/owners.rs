@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use crate::device::{self, SOON, assert_usable};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, wait_until};
-use crate::netlink::{Netlink, Setup};
+use crate::netlink::{DISCONNECT_ON_RELEASE, Netlink, Setup};
 use crate::proto;
 use crate::server::{Server, Transport};
 use crate::sys::Buffer;
@@ -31,9 +31,6 @@ pub fn tests() -> Vec<Test> {
 }
 
 const SIZE: u64 = 1 << 20;
-
-/// Disconnects the device when the socket is closed that has sent this.
-const DISCONNECT_ON_RELEASE: u64 = 1 << 32;
 
 fn setup(index: u32) -> Setup {
     Setup::new(SIZE).index(index)

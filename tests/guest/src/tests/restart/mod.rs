@@ -35,7 +35,6 @@ pub fn tests() -> Vec<Test> {
 }
 
 const SIZE: u64 = 1 << 20;
-const BLKRRPART: u32 = 0x125f;
 
 /// As of nbd-client -persist.
 fn plan_of(size: u64) -> Plan {

@@ -7,11 +7,11 @@ use std::time::Instant;
 
 use rustix::io::Errno;
 
-use super::{BLKRRPART, SIZE, disconnect, lose, plan_of};
+use super::{SIZE, disconnect, lose, plan_of};
 use crate::device::{SOON, assert_usable};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, wait_until};
-use crate::proto::{DISCONNECT, SET_SIZE};
+use crate::proto::{BLKRRPART, DISCONNECT, SET_SIZE};
 use crate::sys::ioctl_number;
 use crate::test;
 use crate::tests::geometry::partitioned_server;
