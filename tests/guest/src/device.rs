@@ -5,7 +5,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::sync::Mutex;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender};
 use std::thread::{self, JoinHandle};
@@ -408,7 +408,6 @@ pub fn pid(index: u32) -> Option<i32> {
 
 /// Connects device `index` anew and moves some data: whatever came before has done no harm.
 pub fn assert_usable(index: u32) {
-    use std::os::unix::fs::FileExt;
     let mut rig = Plan::new(1 << 20).index(index).attach();
     let direct = rig.direct();
     let written = sys::Buffer::filled(64 << 10, |data| pattern(7, 0, data));
@@ -432,6 +431,18 @@ pub fn pattern(seed: u64, offset: u64, data: &mut [u8]) {
         let mixed = (position ^ seed.rotate_left(40)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         word.copy_from_slice(&(mixed ^ (mixed >> 29)).to_le_bytes());
     }
+}
+
+/// Stores `len` bytes of the pattern of `seed` on the server, at `offset`.
+pub fn store_pattern(server: &Server, seed: u64, offset: u64, len: usize) {
+    let mut data = vec![0; len];
+    pattern(seed, offset, &mut data);
+    server.poke(offset, &data);
+}
+
+/// Reads 4 KiB at `offset`, and drops them.
+pub fn read_page(device: &File, offset: u64) -> SysResult<()> {
+    errno(device.read_exact_at(&mut sys::Buffer::new(4096), offset))
 }
 
 /// Asserts that `data`, read from `offset`, is what `seed` says belongs there.

@@ -352,14 +352,18 @@ impl Guest {
         log.1.clone()
     }
 
+    /// Whether the kernel has logged a line with `text` since the test began.
+    pub fn has_logged(&self, text: &str) -> bool {
+        self.log().iter().any(|line| line.contains(text))
+    }
+
     /// Waits for the kernel to say something, 2 s at most. The drivers word it differently.
     pub fn expect_logged(&self, nbd: &str, rnbd: &str) {
         let what = match self.expected("messages-are-worded-differently") {
             Driver::Nbd => nbd,
             Driver::Rnbd => rnbd,
         };
-        let said = || self.log().iter().any(|line| line.contains(what));
-        let found = wait_until(Duration::from_secs(2), said);
+        let found = wait_until(Duration::from_secs(2), || self.has_logged(what));
         assert!(found.is_ok(), "the kernel did not say {what:?}");
     }
 

@@ -59,7 +59,9 @@ fn probe(device: &str) {
 /// Connects device `index` by netlink to the socket on standard input, as its owner, and stays.
 fn own(index: u32, size: u64) {
     let netlink = Netlink::open();
-    let setup = Setup::new(size).index(index).client_flags(DISCONNECT_ON_RELEASE);
+    let setup = Setup::new(size)
+        .index(index)
+        .client_flags(DISCONNECT_ON_RELEASE);
     netlink
         .connect(&setup.descriptors(&[0]))
         .expect("to connect");

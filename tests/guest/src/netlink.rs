@@ -7,7 +7,6 @@ use std::fs::File;
 use std::io::{self, Cursor};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::time::Duration;
 
 use neli::attr::Attribute;
 use neli::consts::nl::{NlmF, NlmsgerrAttr};
@@ -298,13 +297,13 @@ impl Netlink {
         self.ask(DISCONNECT, setup.attrs()).map(drop)
     }
 
-    /// Has the kernel say why it refuses a command; see [`Self::words`].
-    pub fn want_words(&self) {
+    /// Has the kernel explain why it refuses a command; see [`Self::ext_ack`].
+    pub fn request_ext_ack(&self) {
         self.socket.enable_ext_ack(true).expect("NETLINK_EXT_ACK");
     }
 
-    /// What the kernel said to the last command that it refused.
-    pub fn words(&self) -> Option<String> {
+    /// The extack message about the last command that was refused.
+    pub fn ext_ack(&self) -> Option<String> {
         self.words.take()
     }
 
@@ -328,6 +327,12 @@ impl Netlink {
             )
         };
         Ok(list.expect("a list").iter().map(device).collect())
+    }
+
+    /// Waits until device `index` is disconnected and nobody has it open.
+    pub fn wait_free(&self, index: u32) {
+        let free = wait_until(SOON, || self.status(Some(index)) == [(index, false)]);
+        assert!(free.is_ok(), "nbd{index} is still in use");
     }
 
     /// Waits for the news that a connection of a device has died.
@@ -463,7 +468,11 @@ impl Setup {
 
     /// As [`Self::attach_over`], where it may fail.
     pub fn try_attach_over(&self, transports: &[Transport]) -> SysResult<Link> {
-        let server = Server::new();
+        self.try_attach_to(Server::new(), transports)
+    }
+
+    /// Connects a device to `server`, with these connections.
+    pub fn try_attach_to(&self, server: Server, transports: &[Transport]) -> SysResult<Link> {
         let sockets = transports
             .iter()
             .map(|transport| server.connect(*transport));
@@ -517,10 +526,13 @@ impl Link {
 
     /// Waits until the device is free again.
     pub fn wait_free(&self) {
-        let free = wait_until(Duration::from_secs(5), || {
-            self.netlink.status(Some(self.index)) == [(self.index, false)]
-        });
-        assert!(free.is_ok(), "nbd{} is still in use", self.index);
+        self.netlink.wait_free(self.index);
+    }
+
+    /// Disconnects the device, and waits until it is free again.
+    pub fn disconnect_and_wait(&self) {
+        self.disconnect().expect("to disconnect");
+        self.wait_free();
     }
 }
 

@@ -10,6 +10,24 @@ use rustix::net::{AddressFamily, RecvFlags, SocketFlags, SocketType, bind, recv,
 
 use crate::harness::wait_until;
 
+fn has_lines(event: &str, lines: &[&str]) -> bool {
+    lines
+        .iter()
+        .all(|line| event.lines().any(|have| have == *line))
+}
+
+/// Whether `device` was added once and was never removed, by these events.
+pub fn added_once(events: &[String], device: &str) -> bool {
+    let name = format!("DEVNAME={device}");
+    let count = |action: &str| {
+        let of_device = events
+            .iter()
+            .filter(|event| has_lines(event, &[action, &name]));
+        of_device.count()
+    };
+    count("ACTION=add") == 1 && count("ACTION=remove") == 0
+}
+
 /// Hears every uevent from its creation on.
 pub struct Uevents {
     socket: std::os::fd::OwnedFd,
@@ -35,12 +53,7 @@ impl Uevents {
         let mut all = Vec::new();
         let found = wait_until(Duration::from_secs(5), || {
             self.hear();
-            let fits = |event: &String| {
-                lines
-                    .iter()
-                    .all(|line| event.lines().any(|have| have == *line))
-            };
-            let position = self.heard.iter().position(fits);
+            let position = self.heard.iter().position(|event| has_lines(event, lines));
             all.extend(
                 self.heard
                     .drain(..position.map_or(self.heard.len(), |at| at + 1)),

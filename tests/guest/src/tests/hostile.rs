@@ -258,8 +258,7 @@ impl Session {
             table.replace_connections(&link.server, transport, over);
         });
         link.server.kill();
-        link.disconnect().expect("to disconnect");
-        link.wait_free();
+        link.disconnect_and_wait();
     }
 }
 

@@ -17,7 +17,7 @@ use crate::driver::Driver;
 use crate::front::{Export, FRONTS, Front, Session};
 use crate::harness::{Guest, Test, wait_until};
 use crate::programs::sh;
-use crate::proto::{BLKRRPART, Command, READ_ONLY};
+use crate::proto::{BLKROGET, BLKROSET, BLKRRPART, Command, READ_ONLY};
 use crate::server::Server;
 use crate::sys::{Buffer, ioctl_number, ioctl_pointer};
 use crate::test;
@@ -43,9 +43,6 @@ const SIZE: u64 = 8 << 20;
 fn export(flags: u64) -> Export {
     Export::new(SIZE).flags(flags)
 }
-
-const BLKROSET: u32 = 0x125d;
-const BLKROGET: u32 = 0x125e;
 
 // --- Read-only ----------------------------------------------------------------
 

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
-use crate::device::{self, Plan, Rig, assert_pattern, errno, pattern};
+use crate::device::{self, Plan, Rig, assert_pattern, errno, pattern, store_pattern};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, run_on, wait_until};
 use crate::proto::{self, Command};
@@ -158,9 +158,7 @@ fn assert_failed_over(guest: &Guest, timeout_seconds: u64, began: Instant) {
 fn requests_of_a_dead_connection_go_to_another(guest: &Guest) {
     const TIMEOUT: u64 = 2;
     let mut rig = Plan::new(1 << 20).connections(2).timeout(TIMEOUT).attach();
-    let mut stored = vec![0; 4096];
-    pattern(1, 0, &mut stored);
-    rig.server.poke(0, &stored);
+    store_pattern(&rig.server, 1, 0, 4096);
     first_of_kind_kills(&rig, Command::Read);
     let direct = rig.direct();
     let began = Instant::now();
@@ -198,9 +196,7 @@ fn writes_of_a_dead_connection_go_to_another(guest: &Guest) {
 fn half_an_answer_is_asked_for_again(guest: &Guest) {
     const TIMEOUT: u64 = 2;
     let mut rig = Plan::new(1 << 20).connections(2).timeout(TIMEOUT).attach();
-    let mut stored = vec![0; 4096];
-    pattern(1, 0, &mut stored);
-    rig.server.poke(0, &stored);
+    store_pattern(&rig.server, 1, 0, 4096);
     let seen = AtomicBool::new(false);
     rig.server.script(move |conn, request| {
         if seen.swap(true, Ordering::SeqCst) {

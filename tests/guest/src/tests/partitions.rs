@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Who reads the partition table of a device that was connected, and when.
+//! When the partition table of a newly connected device is read, and by which task.
 
 use std::fs::File;
 use std::path::Path;
@@ -11,13 +11,13 @@ use super::geometry::{make_partitions, partitioned_server};
 use crate::device::{self, Plan, SOON, USUAL_FLAGS};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, wait_until};
-use crate::netlink::{Link, Netlink, Setup};
+use crate::netlink::{Link, Setup};
 use crate::programs::sh;
 use crate::proto::{BLKRRPART, CAN_MULTI_CONN, Command};
 use crate::server::{Server, Transport};
 use crate::sys::ioctl_number;
 use crate::test;
-use crate::uevents::Uevents;
+use crate::uevents::{Uevents, added_once};
 
 pub fn tests() -> Vec<Test> {
     vec![
@@ -33,34 +33,23 @@ pub fn tests() -> Vec<Test> {
 
 const SIZE: u64 = 8 << 20;
 
+fn setup() -> Setup {
+    Setup::new(SIZE).index(0)
+}
+
 /// Connects nbd0 by netlink, and does not open it.
 fn connect(server: Server) -> Link {
-    let setup = Setup::new(SIZE).index(0).flags(USUAL_FLAGS);
-    connect_with(setup, server)
+    let link = setup().try_attach_to(server, &[Transport::Unix]);
+    link.expect("to connect")
 }
 
-fn connect_with(setup: Setup, server: Server) -> Link {
-    let netlink = Netlink::open();
-    let socket = server.connect(Transport::Unix);
-    let index = netlink.connect(&setup.sockets([socket])).unwrap();
-    Link {
-        server,
-        netlink,
-        index,
-    }
-}
-
-fn end(link: &Link) {
-    link.disconnect().unwrap();
-    link.wait_free();
-}
-
-fn are_there() -> bool {
+/// Whether nbd0 has its two partitions.
+fn partitions_exist() -> bool {
     ["nbd0p1", "nbd0p2"].map(|name| Path::new("/sys/block/nbd0").join(name).exists()) == [true; 2]
 }
 
-fn appear() -> bool {
-    wait_until(SOON, are_there).is_ok()
+fn partitions_appear() -> bool {
+    wait_until(SOON, partitions_exist).is_ok()
 }
 
 fn appear_without_an_open(guest: &Guest) {
@@ -68,17 +57,17 @@ fn appear_without_an_open(guest: &Guest) {
     match guest.expected("partitions-appear-by-themselves") {
         Driver::Nbd => {
             thread::sleep(Duration::from_secs(3));
-            assert!(!are_there());
+            assert!(!partitions_exist());
         }
-        Driver::Rnbd => assert!(appear()),
+        Driver::Rnbd => assert!(partitions_appear()),
     }
-    end(&link);
+    link.disconnect_and_wait();
 }
 
-/// They do not vanish and come back while programs open and close the device.
+/// The partitions are not removed and added again while programs open and close the device.
 fn appear_once(guest: &Guest) {
     let image = partitioned_server().peek(0, SIZE as usize);
-    let mut twice = 0;
+    let mut wrong = 0;
     for round in 0..20 {
         let server = Server::new();
         server.poke(0, &image);
@@ -94,65 +83,58 @@ fn appear_once(guest: &Guest) {
                 });
             }
         });
-        assert!(appear(), "round {round}");
+        assert!(partitions_appear(), "round {round}");
         thread::sleep(Duration::from_millis(50));
-        let events = uevents.rest();
-        let of = |action: &str| {
-            let is = |event: &&String| {
-                let lines: Vec<&str> = event.lines().collect();
-                lines.contains(&action) && lines.contains(&"DEVNAME=nbd0p1")
-            };
-            events.iter().filter(is).count()
-        };
-        twice += usize::from(of("ACTION=add") != 1 || of("ACTION=remove") != 0);
-        end(&link);
+        wrong += u32::from(!added_once(&uevents.rest(), "nbd0p1"));
+        link.disconnect_and_wait();
     }
-    // nbd.ko: now and then.
+    // With nbd.ko this fails in some rounds only.
     if guest.expected("partitions-appear-by-themselves") == Driver::Rnbd {
-        assert_eq!(twice, 0, "of 20 times");
+        assert_eq!(wrong, 0, "of 20 rounds");
     }
 }
 
-/// Whoever opens the device at once has them looked for, with either front end.
+/// Opening the device at once reads the partition table, with both front ends.
 fn an_open_finds_them(_: &Guest) {
     for round in 0..10 {
         let link = connect(partitioned_server());
         drop(File::open("/dev/nbd0").expect("the device"));
-        assert!(are_there(), "round {round}");
-        end(&link);
+        assert!(partitions_exist(), "round {round}");
+        link.disconnect_and_wait();
         let mut rig = Plan::new(SIZE).attach_to(partitioned_server());
-        assert!(are_there(), "round {round}");
+        assert!(partitions_exist(), "round {round}");
         assert_eq!(rig.disconnect(), Ok(0));
     }
 }
 
 /// How long `f` takes.
-fn time(f: impl FnOnce()) -> Duration {
+fn duration_of(f: impl FnOnce()) -> Duration {
     let began = Instant::now();
     f();
     began.elapsed()
 }
 
-/// Nobody has to wait long: neither who connects, nor who opens or disconnects the device.
+/// Programs that connect, open and disconnect the device do not wait for the server.
 fn a_silent_server_holds_up_nobody(guest: &Guest) {
-    // nbd.ko leaves that to who opens the device.
-    let opens = guest.expected("partitions-appear-by-themselves") == Driver::Rnbd;
-    for by_netlink in [true, false] {
+    // With nbd.ko the open itself reads the partition table, and would wait.
+    let open_returns = guest.expected("partitions-appear-by-themselves") == Driver::Rnbd;
+    for disconnect_by_netlink in [true, false] {
         for open_first in [true, false] {
             let server = Server::new();
             server.script(|conn, _| conn.stall());
             let mut link = None;
-            let connecting = time(|| link = Some(connect(server)));
+            let connecting = duration_of(|| link = Some(connect(server)));
             assert!(connecting < SOON / 2, "{connecting:?}");
-            if opens && open_first {
+            if open_returns && open_first {
                 for _ in 0..2 {
-                    let opening = time(|| drop(File::open("/dev/nbd0").expect("the device")));
+                    let opening =
+                        duration_of(|| drop(File::open("/dev/nbd0").expect("the device")));
                     assert!(opening < SOON / 2, "{opening:?}");
                 }
             }
             let link = link.unwrap();
-            let disconnecting = time(|| {
-                if by_netlink || !opens {
+            let disconnecting = duration_of(|| {
+                if disconnect_by_netlink || !open_returns {
                     link.disconnect().unwrap();
                 } else {
                     sh("nbd-client -L -d /dev/nbd0");
@@ -172,15 +154,15 @@ fn a_server_that_cannot_read_them(_: &Guest) {
         _ => conn.serve(request),
     });
     let link = connect(server);
-    let opening = time(|| drop(File::open("/dev/nbd0").expect("the device")));
+    let opening = duration_of(|| drop(File::open("/dev/nbd0").expect("the device")));
     assert!(opening < SOON / 2, "{opening:?}");
     link.server.wait_for_command(Command::Read);
     link.server.be_honest();
-    assert!(!are_there());
-    end(&link);
+    assert!(!partitions_exist());
+    link.disconnect_and_wait();
 }
 
-/// What could not be read over a connection that died is read over the next one.
+/// If the connection dies before the partition table was read, it is read over the next connection.
 fn after_a_reconnect(guest: &Guest) {
     if guest.expected("partitions-appear-by-themselves") == Driver::Nbd {
         return;
@@ -188,21 +170,19 @@ fn after_a_reconnect(guest: &Guest) {
     let image = partitioned_server().peek(0, SIZE as usize);
     let server = Server::new();
     server.script(|conn, _| conn.close());
-    let setup = Setup::new(SIZE)
-        .index(0)
-        .flags(USUAL_FLAGS | CAN_MULTI_CONN)
-        .dead_timeout(1);
-    let link = connect_with(setup, server);
+    let setup = setup().flags(USUAL_FLAGS | CAN_MULTI_CONN).dead_timeout(1);
+    let link = setup.try_attach_to(server, &[Transport::Unix]);
+    let link = link.expect("to connect");
     let line = "nbd0: no connection left, I/O fails";
-    let given_up = wait_until(SOON, || guest.log().iter().any(|l| l.contains(line)));
+    let given_up = wait_until(SOON, || guest.has_logged(line));
     assert!(given_up.is_ok());
-    assert!(!are_there());
+    assert!(!partitions_exist());
     let server = Server::new();
     server.poke(0, &image);
     let again = Setup::change(0).sockets([server.connect(Transport::Unix)]);
     link.netlink.reconfigure(&again).unwrap();
-    assert!(appear());
-    end(&link);
+    assert!(partitions_appear());
+    link.disconnect_and_wait();
 }
 
 fn are_not_looked_for(guest: &Guest) {
@@ -215,20 +195,20 @@ fn are_not_looked_for(guest: &Guest) {
     if guest.expected("partitions-appear-by-themselves") == Driver::Rnbd {
         thread::sleep(Duration::from_millis(200));
         assert_eq!(link.server.requests(), []);
-        assert!(!are_there());
+        assert!(!partitions_exist());
     }
-    // But for whoever asks for it.
+    // BLKRRPART does read the partition table.
     let device = File::open("/dev/nbd0").expect("the device");
     assert_eq!(ioctl_number(&device, BLKRRPART, 0), Ok(0));
-    assert!(are_there());
+    assert!(partitions_exist());
     drop(device);
-    end(&link);
+    link.disconnect_and_wait();
 
     let mut rig = Plan::new(SIZE).attach_to(partitioned_server());
     make_partitions();
     drop(rig.open_to_read());
     if guest.expected("partitions-appear-by-themselves") == Driver::Rnbd {
-        assert!(!are_there());
+        assert!(!partitions_exist());
     }
     assert_eq!(rig.disconnect(), Ok(0));
 }

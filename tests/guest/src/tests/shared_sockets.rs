@@ -85,7 +85,7 @@ fn sockets_that_are_not_connected(guest: &Guest) {
     drop(device);
     if guest.driver == Driver::Rnbd {
         let what = "unsupported socket: not connected";
-        let said = || guest.log().iter().any(|line| line.contains(what));
+        let said = || guest.has_logged(what);
         assert!(
             wait_until(device::SOON, said).is_ok(),
             "it does not say why"

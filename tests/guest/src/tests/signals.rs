@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use rustix::thread::gettid;
 
-use crate::device::{Plan, Rig, SOON, assert_pattern, assert_usable, pattern};
+use crate::device::{Plan, Rig, SOON, assert_pattern, assert_usable, pattern, store_pattern};
 use crate::harness::{Guest, Test, Until};
 use crate::programs::{Daemon, sh};
 use crate::server::Transport;
@@ -125,9 +125,7 @@ fn storm_of_signals_while_writing(_: &Guest) {
 
 fn storm_of_signals_while_reading(_: &Guest) {
     let mut rig = narrow(Transport::Tcp4);
-    let mut stored = vec![0; 1 << 20];
-    pattern(9, 0, &mut stored);
-    rig.server.poke(0, &stored);
+    store_pattern(&rig.server, 9, 0, 1 << 20);
     in_a_storm(|| {
         let direct = rig.direct();
         let mut data = Buffer::new(256 * KIB);

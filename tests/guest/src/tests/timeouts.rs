@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
-use crate::device::{Plan, Rig, assert_pattern, assert_usable, errno, pattern};
+use crate::device::{Plan, Rig, assert_pattern, assert_usable, errno, pattern, store_pattern};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, wait_until};
 use crate::proto::{BLKDISCARD, Command, REPLY_LEN, SET_TIMEOUT};
@@ -140,9 +140,7 @@ fn first_is_late(rig: &Rig) {
 
 fn move_requests_to_another_connection(guest: &Guest) {
     let mut rig = Plan::new(1 << 20).timeout(1).connections(2).attach();
-    let mut stored = vec![0; 4096];
-    pattern(1, 0, &mut stored);
-    rig.server.poke(0, &stored);
+    store_pattern(&rig.server, 1, 0, 4096);
     first_is_late(&rig);
     let direct = rig.direct();
     let began = Instant::now();

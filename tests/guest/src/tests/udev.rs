@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! With the real udev, which opens devices when it likes.
+//! With systemd-udevd, which opens the devices at times that the tests do not choose.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -9,14 +9,14 @@ use std::path::Path;
 use rustix::io::Errno;
 
 use super::geometry::partitioned_server;
-use crate::device::{SOON, USUAL_FLAGS};
+use crate::device::SOON;
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, wait_until};
-use crate::netlink::{Link, Netlink, Setup};
+use crate::netlink::{Link, Setup};
 use crate::programs::{Daemon, sh};
 use crate::server::{Server, Transport};
 use crate::test;
-use crate::uevents::Uevents;
+use crate::uevents::{Uevents, added_once};
 
 pub fn tests() -> Vec<Test> {
     vec![
@@ -30,7 +30,7 @@ pub fn tests() -> Vec<Test> {
 
 const SIZE: u64 = 8 << 20;
 
-/// systemd-udevd, and nothing of it is left afterwards.
+/// A running systemd-udevd, which is killed at the end.
 struct Udev(Daemon);
 
 impl Udev {
@@ -50,20 +50,14 @@ impl Drop for Udev {
     }
 }
 
-/// Waits until udev has done what it was told of.
+/// Waits until udev has handled all events.
 fn settle() {
     sh("udevadm settle --timeout=60");
 }
 
-fn connect(netlink: Netlink, server: Server) -> Result<Link, Errno> {
-    let setup = Setup::new(SIZE).index(0).flags(USUAL_FLAGS);
-    let socket = server.connect(Transport::Unix);
-    let index = netlink.connect(&setup.sockets([socket]))?;
-    Ok(Link {
-        server,
-        netlink,
-        index,
-    })
+fn connect(server: Server) -> Result<Link, Errno> {
+    let setup = Setup::new(SIZE).index(0);
+    setup.try_attach_to(server, &[Transport::Unix])
 }
 
 /// udev opens all devices as soon as they are there.
@@ -72,10 +66,9 @@ fn connects_right_after_loading(guest: &Guest) {
     let mut busy = 0;
     for _ in 0..12 {
         guest.driver.load("nbds_max=2").expect("to load the module");
-        match connect(Netlink::open(), Server::new()) {
+        match connect(Server::new()) {
             Ok(link) => {
-                link.disconnect().expect("to disconnect");
-                link.wait_free();
+                link.disconnect_and_wait();
             }
             Err(errno) => {
                 assert_eq!(errno, Errno::BUSY);
@@ -85,14 +78,14 @@ fn connects_right_after_loading(guest: &Guest) {
         settle();
         guest.driver.unload().expect("to unload the module");
     }
-    // nbd.ko: now and then.
+    // With nbd.ko this fails in some rounds only.
     if guest.expected("connect-takes-an-open-device") == Driver::Rnbd {
-        assert_eq!(busy, 0, "of 12 times");
+        assert_eq!(busy, 0, "of 12 rounds");
     }
 }
 
-/// The links to nbd0 by the number of its image.
-fn images() -> BTreeSet<String> {
+/// The names in /dev/disk/by-diskseq that lead to nbd0.
+fn diskseq_links() -> BTreeSet<String> {
     let Ok(links) = fs::read_dir("/dev/disk/by-diskseq") else {
         return BTreeSet::new();
     };
@@ -104,6 +97,7 @@ fn images() -> BTreeSet<String> {
         .collect()
 }
 
+/// A property of nbd0 in udev's database.
 fn property(name: &str) -> String {
     sh(&format!(
         "udevadm info --query=property --property={name} --value /dev/nbd0"
@@ -112,7 +106,7 @@ fn property(name: &str) -> String {
     .to_owned()
 }
 
-/// Its links and properties are those of the image that is connected.
+/// The links and properties of nbd0 are those of the image that is connected.
 fn knows_each_image(guest: &Guest) {
     let _udev = Udev::start();
     let mut seen = BTreeSet::new();
@@ -123,50 +117,40 @@ fn knows_each_image(guest: &Guest) {
             Server::new()
         };
         settle();
-        let link = connect(Netlink::open(), server).expect("to connect");
+        let link = connect(server).expect("to connect");
         settle();
         let table = property("ID_PART_TABLE_TYPE");
         assert_eq!(table, if partitioned { "gpt" } else { "" });
-        let now = images();
+        let now = diskseq_links();
         assert_eq!(now.len(), 1, "{now:?}");
-        let new = now.iter().all(|image| seen.insert(image.clone()));
+        let new = now.iter().all(|link| seen.insert(link.clone()));
         if guest.expected("images-have-a-diskseq") == Driver::Rnbd {
             assert!(new, "{now:?} of {seen:?}");
         }
-        link.disconnect().expect("to disconnect");
-        link.wait_free();
+        link.disconnect_and_wait();
         settle();
     }
 }
 
-/// Although udev opens the device several times.
+/// The partitions are added once, although udev opens the device several times.
 fn finds_partitions_once(guest: &Guest) {
     let image = partitioned_server().peek(0, SIZE as usize);
     let _udev = Udev::start();
-    let mut not_once = 0;
+    let mut wrong = 0;
     for round in 0..10 {
         let server = Server::new();
         server.poke(0, &image);
         let mut uevents = Uevents::listen();
-        let link = connect(Netlink::open(), server).expect("to connect");
+        let link = connect(server).expect("to connect");
         let there = wait_until(SOON, || Path::new("/dev/nbd0p2").exists());
         assert!(there.is_ok(), "round {round}");
         settle();
-        let events = uevents.rest();
-        let count = |action: &str| {
-            let is = |event: &&String| {
-                let lines: Vec<&str> = event.lines().collect();
-                lines.contains(&action) && lines.contains(&"DEVNAME=nbd0p1")
-            };
-            events.iter().filter(is).count()
-        };
-        not_once += usize::from(count("ACTION=add") != 1 || count("ACTION=remove") != 0);
-        link.disconnect().expect("to disconnect");
-        link.wait_free();
+        wrong += u32::from(!added_once(&uevents.rest(), "nbd0p1"));
+        link.disconnect_and_wait();
         settle();
     }
-    // nbd.ko: now and then.
+    // With nbd.ko this fails in some rounds only.
     if guest.expected("partitions-appear-by-themselves") == Driver::Rnbd {
-        assert_eq!(not_once, 0, "of 10 times");
+        assert_eq!(wrong, 0, "of 10 rounds");
     }
 }

@@ -16,7 +16,7 @@ use crate::front::{Export, FRONTS, Front, Session};
 use crate::harness::{Guest, Test, wait_until};
 use crate::netlink::Setup;
 use crate::programs::sh;
-use crate::proto::{Command, Request, SET_SIZE};
+use crate::proto::{BLKRRPART, Command, Request, SET_SIZE};
 use crate::server::Server;
 use crate::sys::{Buffer, MIB, Mapping, ioctl_number, ioctl_pointer};
 use crate::test;
@@ -41,7 +41,6 @@ const SIZE: u64 = 2 << 20;
 /// That of a device with partitions.
 const PARTITIONED: u64 = 8 << 20;
 
-const BLKRRPART: u32 = 0x125f;
 const BLKFLSBUF: u32 = 0x1261;
 const BLKBSZGET: u32 = 0x8008_1270;
 const BLKBSZSET: u32 = 0x4008_1271;

@@ -251,8 +251,7 @@ fn assert_can_be_connected(index: u32) {
     });
     assert!(connected.is_ok(), "nbd{index}: {:?}", link.err());
     let link = link.unwrap().settle();
-    link.disconnect().unwrap();
-    link.wait_free();
+    link.disconnect_and_wait();
     drop(link);
     assert_usable(index);
 }
@@ -371,8 +370,7 @@ fn descriptors_of_anything(guest: &Guest) {
         let answer = netlink.connect(&setup).map(drop);
         assert!(answer.is_err_and(is_sensible), "{number}: {answer:?}");
     }
-    device.disconnect().unwrap();
-    device.wait_free();
+    device.disconnect_and_wait();
     assert_usable(0);
     assert_usable(1);
 }

@@ -8,7 +8,7 @@ use std::thread;
 use rustix::io::Errno;
 
 use super::{KIB, MIB, written};
-use crate::device::{Plan, Rig, assert_pattern, errno, pattern};
+use crate::device::{Plan, Rig, assert_pattern, errno, store_pattern};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test};
 use crate::server::Transport;
@@ -40,9 +40,7 @@ fn read_together(rig: &Rig, seed: u64, count: u64) {
 }
 
 fn stored_pattern(rig: &Rig, seed: u64, len: usize) {
-    let mut data = vec![0; len];
-    pattern(seed, 0, &mut data);
-    rig.server.poke(0, &data);
+    store_pattern(&rig.server, seed, 0, len);
 }
 
 fn replies_out_of_order(_: &Guest) {

@@ -13,9 +13,9 @@ use fastrand::Rng;
 use rustix::io::Errno;
 use rustix::thread::{CapabilitySet, capabilities, gettid, set_capabilities};
 
-use super::{MIB, move_data, read_one, try_connect};
+use super::{MIB, assert_ioctls_are_refused, move_data, try_connect};
 use crate::debug_kernel::enough;
-use crate::device::{self, Plan, SOON, USUAL_FLAGS, assert_usable};
+use crate::device::{self, Plan, SOON, USUAL_FLAGS, assert_usable, read_page};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, Until, seed, wait_until};
 use crate::netlink::{
@@ -136,8 +136,7 @@ fn connected_devices_carry_data(_: &Guest) {
         direct.sync_all().unwrap();
         assert_eq!(link.server.requests_of(Command::Flush).len(), 1);
         drop(direct);
-        link.disconnect().unwrap();
-        link.wait_free();
+        link.disconnect_and_wait();
     }
 }
 
@@ -157,8 +156,7 @@ fn connected_devices_look_as_asked(guest: &Guest) {
     assert_eq!(device::sysfs(index, "queue/write_cache"), "write through");
     let queues = fs::read_dir(format!("/sys/block/nbd{index}/mq")).unwrap();
     assert_eq!(queues.count(), 2);
-    link.disconnect().unwrap();
-    link.wait_free();
+    link.disconnect_and_wait();
     assert_eq!(device::pid(index), None);
     assert!(!Path::new(&format!("/sys/block/nbd{index}/backend")).exists());
     assert_eq!(device::sysfs(index, "size"), "0");
@@ -222,8 +220,7 @@ fn debugfs_files(guest: &Guest) {
     assert_eq!(read("size_bytes").trim(), (4 * MIB).to_string());
     // Somebody who reads it may keep a file open.
     let open = File::open(format!("{dir}/tasks")).unwrap();
-    assert_eq!(link.disconnect(), Ok(()));
-    link.wait_free();
+    link.disconnect_and_wait();
     assert!(!Path::new(&dir).exists());
     drop(open);
 }
@@ -275,8 +272,8 @@ fn connect_a_device_in_use(guest: &Guest) {
         let answer = try_connect(&Setup::new(MIB).index(index));
         assert_eq!(answer, Err(Errno::BUSY), "{index}");
     }
-    assert_eq!(read_one(&link.direct(), 0), Ok(()));
-    assert_eq!(read_one(&rig.direct(), 0), Ok(()));
+    assert_eq!(read_page(&link.direct(), 0), Ok(()));
+    assert_eq!(read_page(&rig.direct(), 0), Ok(()));
     assert_eq!(rig.disconnect(), Ok(0));
     let _open = device::open(1, 0).unwrap();
     let answer = try_connect(&Setup::new(MIB).index(1));
@@ -322,7 +319,7 @@ fn connect_with_two_sockets_in_one_item(_: &Guest) {
     assert_eq!(connect(&[good, 9999]), Err(Errno::BADF));
     assert_eq!(connect(&[9999, good]), Ok(0));
     assert_eq!(
-        read_one(&device::open(0, libc::O_DIRECT).unwrap(), 0),
+        read_page(&device::open(0, libc::O_DIRECT).unwrap(), 0),
         Ok(())
     );
     netlink.disconnect(0).unwrap();
@@ -395,36 +392,21 @@ fn commands_need_cap_sys_admin(_: &Guest) {
     });
     let netlink = thread.join().unwrap();
     assert_eq!(netlink.disconnect(0), Err(Errno::PERM));
-    assert_eq!(read_one(&link.direct(), 0), Ok(()));
+    assert_eq!(read_page(&link.direct(), 0), Ok(()));
 }
 
 fn ioctls_on_a_connected_device(_: &Guest) {
     let link = Setup::new(MIB).attach().settle();
     let open = device::open(link.index, 0).unwrap();
-    for request in [
-        proto::SET_SOCK,
-        proto::SET_BLKSIZE,
-        proto::SET_SIZE,
-        proto::SET_SIZE_BLOCKS,
-        proto::SET_TIMEOUT,
-        proto::SET_FLAGS,
-        proto::DO_IT,
-        proto::CLEAR_QUE,
-        proto::PRINT_DEBUG,
-        0xab0b,
-    ] {
-        let answer = ioctl_number(&open, request, 0);
-        assert_eq!(answer, Err(Errno::INVAL), "{request:#x}");
-    }
-    assert_eq!(read_one(&link.direct(), 0), Ok(()));
+    assert_ioctls_are_refused(&open);
+    assert_eq!(read_page(&link.direct(), 0), Ok(()));
     assert_eq!(ioctl_number(&open, proto::DISCONNECT, 0), Ok(0));
     link.server.wait_for_command(Command::Disconnect);
     let ended = wait_until(SOON, || link.server.living() == 0);
     assert!(ended.is_ok());
-    assert_eq!(read_one(&link.direct(), 0), Err(Errno::IO));
+    assert_eq!(read_page(&link.direct(), 0), Err(Errno::IO));
     drop(open);
     // Netlink still holds it.
     assert_eq!(link.netlink.status(Some(0)), [(0, true)]);
-    assert_eq!(link.disconnect(), Ok(()));
-    link.wait_free();
+    link.disconnect_and_wait();
 }

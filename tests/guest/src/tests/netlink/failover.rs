@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
-use super::{MIB, move_data, read_one};
-use crate::device::{Plan, SOON, USUAL_FLAGS, assert_pattern, pattern};
+use super::{MIB, move_data, under_load};
+use crate::device::{Plan, SOON, USUAL_FLAGS, assert_pattern, pattern, read_page, store_pattern};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, Until, run_on, say, wait_until};
 use crate::netlink::{Link, Netlink, Setup};
@@ -45,8 +45,7 @@ pub fn tests() -> Vec<Test> {
 fn news_of_dead_connections(_: &Guest) {
     let news = Netlink::listen();
     let link = Setup::new(MIB).attach().settle();
-    link.disconnect().unwrap();
-    link.wait_free();
+    link.disconnect_and_wait();
     thread::sleep(Duration::from_millis(200));
     assert_eq!(news.dead_link(), None, "it was asked to end");
     let setup = Setup::new(MIB).index(1).flags(USUAL_FLAGS | CAN_MULTI_CONN);
@@ -77,7 +76,7 @@ fn news_under_load(guest: &Guest) {
             scope.spawn(move || {
                 while !done.load(Ordering::Relaxed) {
                     // It fails while there is no connection.
-                    let _ = read_one(&direct, 0);
+                    let _ = read_page(&direct, 0);
                 }
             });
         }
@@ -107,14 +106,14 @@ fn a_device_revived_after_nbd_disconnect_is_as_new(_: &Guest) {
     // Until the driver has seen the end of the stream there is nothing to replace.
     let revived = wait_until(SOON, || {
         link.revive().expect("RECONFIGURE");
-        link.server.living() == 1 && read_one(&direct, 0).is_ok()
+        link.server.living() == 1 && read_page(&direct, 0).is_ok()
     });
     assert!(revived.is_ok(), "it was not revived");
     let news = Netlink::listen();
     link.kill_server();
     assert_eq!(news.expect_dead_link(), link.index);
     thread::scope(|scope| {
-        let reader = scope.spawn(|| read_one(&direct, 0));
+        let reader = scope.spawn(|| read_page(&direct, 0));
         thread::sleep(Duration::from_millis(400));
         assert!(!reader.is_finished(), "it was to wait");
         assert_eq!(link.revive(), Ok(()));
@@ -128,7 +127,7 @@ fn reconfigure_revives_a_device(_: &Guest) {
     for round in 0..3 {
         move_data(&direct, round << 18, round);
         link.kill_server();
-        assert_eq!(read_one(&direct, 0), Err(Errno::IO));
+        assert_eq!(read_page(&direct, 0), Err(Errno::IO));
         assert_eq!(link.revive(), Ok(()));
     }
     move_data(&direct, 0, 9);
@@ -139,9 +138,7 @@ fn reconfigure_revives_a_device(_: &Guest) {
 
 fn reads_wait_for_a_new_connection(_: &Guest) {
     let link = Setup::new(MIB).dead_timeout(20).attach().settle();
-    let mut stored = vec![0; 4096];
-    pattern(1, 0, &mut stored);
-    link.server.poke(0, &stored);
+    store_pattern(&link.server, 1, 0, 4096);
     let direct = link.direct();
     for _ in 0..3 {
         link.kill_server();
@@ -169,9 +166,7 @@ fn requests_in_flight_are_sent_again(_: &Guest) {
     let setup = Setup::new(MIB).dead_timeout(20).timeout(2);
     let link = setup.attach().settle();
     for offset in offsets {
-        let mut stored = vec![0; LEN];
-        pattern(1, offset, &mut stored);
-        link.server.poke(offset, &stored);
+        store_pattern(&link.server, 1, offset, LEN);
     }
     link.server.script(|conn, request| {
         if request.command == Command::Write {
@@ -214,11 +209,11 @@ fn requests_wait_no_longer_than_told(_: &Guest) {
     let direct = link.direct();
     link.kill_server();
     let began = Instant::now();
-    assert_eq!(read_one(&direct, 0), Err(Errno::IO));
+    assert_eq!(read_page(&direct, 0), Err(Errno::IO));
     let took = began.elapsed().as_secs_f32();
     assert!((0.8..6.0).contains(&took), "{took} s");
     let began = Instant::now();
-    assert_eq!(read_one(&direct, 0), Err(Errno::IO));
+    assert_eq!(read_page(&direct, 0), Err(Errno::IO));
     let took = began.elapsed().as_secs_f32();
     assert!(took < 0.7, "there is nothing left to wait for: {took} s");
     // It is not too late for the device, and the next time it waits as long.
@@ -227,7 +222,7 @@ fn requests_wait_no_longer_than_told(_: &Guest) {
         move_data(&direct, 0, seed);
         link.kill_server();
         let began = Instant::now();
-        assert_eq!(read_one(&direct, 0), Err(Errno::IO));
+        assert_eq!(read_page(&direct, 0), Err(Errno::IO));
         let took = began.elapsed().as_secs_f32();
         assert!((0.8..6.0).contains(&took), "{took} s");
     }
@@ -237,7 +232,7 @@ fn requests_wait_no_longer_than_told(_: &Guest) {
     assert_eq!(link.netlink.reconfigure(&change), Ok(()));
     link.kill_server();
     let began = Instant::now();
-    assert_eq!(read_one(&direct, 0), Err(Errno::IO));
+    assert_eq!(read_page(&direct, 0), Err(Errno::IO));
     let took = began.elapsed().as_secs_f32();
     assert!(took < 0.7, "{took} s");
 }
@@ -247,7 +242,7 @@ fn disconnect_ends_waiting(_: &Guest) {
     let direct = link.direct();
     link.kill_server();
     thread::scope(|scope| {
-        let reader = scope.spawn(|| read_one(&direct, 0));
+        let reader = scope.spawn(|| read_page(&direct, 0));
         thread::sleep(Duration::from_millis(300));
         assert!(!reader.is_finished());
         assert_eq!(link.disconnect(), Ok(()));
@@ -264,7 +259,7 @@ fn used_connections(link: &Link, direct: &File) -> HashSet<usize> {
         thread::scope(|scope| {
             scope.spawn(|| {
                 run_on(processor);
-                read_one(direct, 0).unwrap();
+                read_page(direct, 0).unwrap();
             });
         });
     }
@@ -306,18 +301,7 @@ fn connections_come_and_go_under_load(_: &Guest) {
     let link = setup.attach_over(&[Transport::Unix, Transport::Tcp4]);
     let link = link.settle();
     let news = Netlink::listen();
-    let done = AtomicBool::new(false);
-    thread::scope(|scope| {
-        for worker in 0..4 {
-            let (direct, done) = (link.direct(), &done);
-            scope.spawn(move || {
-                let mut round = 0;
-                while !done.load(Ordering::Relaxed) {
-                    move_data(&direct, worker * 4 * MIB + ((round % 32) << 16), round);
-                    round += 1;
-                }
-            });
-        }
+    under_load(&link, || {
         // The server numbers connections in the order in which they are made.
         let kill = |connection| {
             link.server.kill_connection(connection);
@@ -336,7 +320,6 @@ fn connections_come_and_go_under_load(_: &Guest) {
         assert_eq!(link.revive(), Ok(()));
         assert_eq!(link.revive(), Ok(()));
         thread::sleep(Duration::from_millis(300));
-        done.store(true, Ordering::Relaxed);
     });
 }
 
@@ -346,7 +329,7 @@ fn requests_fail_with_the_only_connection(guest: &Guest) {
     let direct = link.direct();
     link.server.script(|conn, _| conn.stall());
     thread::scope(|scope| {
-        let reader = scope.spawn(|| read_one(&direct, 0));
+        let reader = scope.spawn(|| read_page(&direct, 0));
         link.server.wait_for_command(Command::Read);
         link.kill_server();
         let ended = wait_until(Duration::from_secs(3), || reader.is_finished()).is_ok();
@@ -394,7 +377,7 @@ fn a_stuck_connection_is_replaced(_: &Guest) {
     // It has been silent for long, but it owes nothing.
     thread::sleep(Duration::from_millis(1200));
     assert_eq!(link.revive(), Ok(()));
-    read_one(&direct, 0).unwrap();
+    read_page(&direct, 0).unwrap();
     assert_eq!(link.server.requests().last().unwrap().connection, 0);
     link.server.script(first_only_stalls);
     thread::sleep(Duration::from_millis(1200));
@@ -434,5 +417,5 @@ fn a_stuck_connection_is_replaced(_: &Guest) {
     assert_pattern(3, 0, &back);
     // Nothing waits for a replacement any more.
     link.kill_server();
-    assert_eq!(read_one(&direct, 0), Err(Errno::IO));
+    assert_eq!(read_page(&direct, 0), Err(Errno::IO));
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Whose device it is: one that programs merely have open, and messages that are meant for another one than
-//! the index leads to by now.
+//! Which device a command is meant for: DISCONNECT with the name of an image that the device no longer has,
+//! and CONNECT of a device that programs have open.
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
@@ -14,9 +14,9 @@ use std::time::Duration;
 use fastrand::Rng;
 use rustix::io::Errno;
 
-use super::{MIB, move_data, read_one, sysfs_exists, try_connect, wait_destroyed};
+use super::{MIB, assert_ioctls_are_refused, move_data, sysfs_exists, try_connect, wait_destroyed};
 use crate::debug_kernel::enough;
-use crate::device::{self, Plan, SOON, USUAL_FLAGS};
+use crate::device::{self, Plan, SOON, USUAL_FLAGS, read_page};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, Until, say, seed, wait_until};
 use crate::netlink::{
@@ -46,21 +46,21 @@ pub fn tests() -> Vec<Test> {
     ]
 }
 
-/// Lines of the kernel about a refused disconnect.
-fn refusals(guest: &Guest) -> usize {
+/// The number of lines that the kernel has logged about refused disconnects.
+fn refused_disconnects(guest: &Guest) -> usize {
     let ours = |line: &&String| line.contains("nbd0: not disconnected");
     guest.log().iter().filter(ours).count()
 }
 
-/// Whether a device can be read. One that was disconnected may have no size.
-fn is_alive(device: &File) -> bool {
+/// Whether the device is still connected: after a disconnect a read fails, or finds a size of 0.
+fn is_connected(device: &File) -> bool {
     let read = device.read_at(&mut Buffer::new(4096), 0);
     read.is_ok_and(|len| len == 4096)
 }
 
 fn disconnect_names_the_image(guest: &Guest) {
     let netlink = Netlink::open();
-    netlink.want_words();
+    netlink.request_ext_ack();
     for name in [b"image-7".as_slice(), b"\xff\xfe", b"\0"] {
         let link = Setup::new(MIB)
             .index(0)
@@ -75,27 +75,31 @@ fn disconnect_names_the_image(guest: &Guest) {
             b"\0x",
         ];
         for (refused, other) in others.iter().enumerate() {
-            let before = refusals(guest);
+            let before = refused_disconnects(guest);
             let answer = netlink.disconnect_backend(0, other);
             if guest.expected("disconnect-is-for-the-image") == Driver::Nbd {
-                assert_eq!(answer, Ok(()), "{other:x?}: not looked at");
+                assert_eq!(answer, Ok(()), "{other:x?}: the name is ignored");
                 return;
             }
             assert_eq!(answer, Err(Errno::INVAL), "{other:x?} of {name:x?}");
-            let words = netlink.words();
-            assert_eq!(words.as_deref(), Some("the device has another backend"));
-            assert_eq!(refusals(guest), before + 1, "a line for number {refused}");
+            let explanation = netlink.ext_ack();
+            assert_eq!(
+                explanation.as_deref(),
+                Some("the device has another backend")
+            );
+            let after = refused_disconnects(guest);
+            assert_eq!(after, before + 1, "a line for number {refused}");
         }
         move_data(&link.direct(), 0, 1);
         assert_eq!(link.server.living(), 1);
-        // The zeroes at the end are no part of it.
+        // Zero bytes at the end do not belong to the name.
         let right = [name, b"\0\0"].concat();
         assert_eq!(netlink.disconnect_backend(0, &right), Ok(()));
         link.wait_free();
     }
 }
 
-/// What has no name is not the image that is meant.
+/// A device without an image name is not the one that is meant.
 fn disconnect_names_an_image_where_there_is_none(guest: &Guest) {
     let netlink = Netlink::open();
     let answer = match guest.expected("disconnect-is-for-the-image") {
@@ -108,58 +112,56 @@ fn disconnect_names_an_image_where_there_is_none(guest: &Guest) {
     drop(open);
     let rig = Plan::new(MIB).attach();
     assert_eq!(netlink.disconnect_backend(0, b"image-7"), answer, "ioctl");
-    assert_eq!(is_alive(&rig.direct()), answer.is_err());
+    assert_eq!(is_connected(&rig.direct()), answer.is_err());
     drop(rig);
     let link = Setup::new(MIB).index(0).attach().settle();
     for name in [b"image-7".as_slice(), b"\0"] {
         assert_eq!(netlink.disconnect_backend(0, name), answer, "no name");
     }
-    assert_eq!(is_alive(&link.direct()), answer.is_err());
-    // Without a name the index is enough, as ever.
-    assert_eq!(link.disconnect(), Ok(()));
-    link.wait_free();
+    assert_eq!(is_connected(&link.direct()), answer.is_err());
+    // A DISCONNECT without a name needs no more than the index.
+    link.disconnect_and_wait();
 }
 
-/// Two programs, and an index that went from one to the other.
+/// Two programs have used the same index one after the other.
 fn disconnect_of_the_one_before(guest: &Guest) {
     let setup = Setup::new(MIB).index(0);
     let first = setup.clone().backend("image of A").attach();
-    first.disconnect().unwrap();
-    first.wait_free();
+    first.disconnect_and_wait();
     let server = Server::new();
     let socket = server.connect(Transport::Unix);
     let second = setup.backend("image of B").sockets([socket]);
     let netlink = Netlink::open();
     assert_eq!(netlink.connect(&second), Ok(0));
-    // The first one cleans up, late.
+    // The first program disconnects "its" device too late.
     let answer = netlink.disconnect_backend(0, b"image of A");
     let open = device::open(0, libc::O_DIRECT).unwrap();
     match guest.expected("disconnect-is-for-the-image") {
         Driver::Nbd => {
             assert_eq!(answer, Ok(()));
-            assert!(!is_alive(&open), "somebody else's");
+            assert!(!is_connected(&open), "the second program's device");
         }
         Driver::Rnbd => {
             assert_eq!(answer, Err(Errno::INVAL));
-            assert!(is_alive(&open));
-            // Also while it is open: what the name belongs to is known until the last close.
+            assert!(is_connected(&open));
+            // A device that is open keeps its name after the disconnect, until the last close.
             assert_eq!(netlink.disconnect_backend(0, b"image of B"), Ok(()));
             assert_eq!(netlink.disconnect_backend(0, b"image of B"), Ok(()));
-            assert!(!is_alive(&open));
+            assert!(!is_connected(&open));
             drop(open);
             first.wait_free();
         }
     }
 }
 
-/// Its `-d` names no image.
+/// `nbd-client -d` sends no image name.
 fn nbd_client_disconnects_an_image_with_a_name(_: &Guest) {
     let link = Setup::new(MIB).index(0).backend("image-7").attach();
     sh("nbd-client -d /dev/nbd0");
     link.wait_free();
 }
 
-/// Connects a device that is open, where the driver can do that.
+/// Connects a device that programs have open. Returns `None` with nbd.ko, which refuses that.
 fn attach_open(guest: &Guest, setup: &Setup) -> Option<Link> {
     let link = setup.try_attach();
     match guest.expected("connect-takes-an-open-device") {
@@ -171,7 +173,7 @@ fn attach_open(guest: &Guest, setup: &Setup) -> Option<Link> {
     }
 }
 
-/// As udev, blkid or a shell may have it, for a moment or for long.
+/// udev, blkid or a shell may have the device open, for a moment or for long.
 fn connect_a_device_that_is_merely_open(guest: &Guest) {
     let open = device::open(0, libc::O_DIRECT).unwrap();
     let second = device::open(0, 0).unwrap();
@@ -182,41 +184,27 @@ fn connect_a_device_that_is_merely_open(guest: &Guest) {
     assert_eq!(device::sysfs(0, "size"), "2048");
     move_data(&open, 0, 1);
     move_data(&link.direct(), 128 << 10, 2);
-    for request in [
-        proto::SET_SOCK,
-        proto::SET_BLKSIZE,
-        proto::SET_SIZE,
-        proto::SET_SIZE_BLOCKS,
-        proto::SET_TIMEOUT,
-        proto::SET_FLAGS,
-        proto::DO_IT,
-        proto::CLEAR_QUE,
-        proto::PRINT_DEBUG,
-        0xab0b,
-    ] {
-        let answer = ioctl_number(&open, request, 0);
-        assert_eq!(answer, Err(Errno::INVAL), "{request:#x}");
-    }
+    assert_ioctls_are_refused(&open);
     drop((second, open));
     assert_eq!(link.netlink.status(Some(0)), [(0, true)]);
     move_data(&link.direct(), 0, 3);
-    // What was connected, and is still open, is not merely open.
+    // A device that was connected, and has been open since, cannot be connected.
     let open = link.direct();
     assert_eq!(link.disconnect(), Ok(()));
     assert_eq!(try_connect(&setup), Err(Errno::BUSY));
     drop(open);
     link.wait_free();
-    // A disconnect of nothing is not one of what is connected later.
+    // A disconnect of an unconnected device has no effect on a later connection.
     let open = device::open(0, libc::O_DIRECT).unwrap();
     assert_eq!(link.netlink.disconnect(0), Ok(()));
     assert_eq!(ioctl_number(&open, proto::DISCONNECT, 0), Ok(0));
     let news = Netlink::listen();
     let link = setup.dead_timeout(10).attach();
-    assert_eq!(read_one(&open, 0), Ok(()));
+    assert_eq!(read_page(&open, 0), Ok(()));
     link.server.kill();
     assert_eq!(news.expect_dead_link(), 0);
     assert_eq!(link.revive(), Ok(()));
-    assert_eq!(read_one(&open, 0), Ok(()));
+    assert_eq!(read_page(&open, 0), Ok(()));
 }
 
 fn connect_a_device_that_is_being_set_up(guest: &Guest) {
@@ -235,9 +223,13 @@ fn connect_a_device_that_is_being_set_up(guest: &Guest) {
         let open = device::open(0, 0).unwrap();
         assert_eq!(ioctl_number(&open, request, argument), Ok(0));
         assert_eq!(try_connect(&setup), Err(Errno::BUSY), "{request:#x}");
-        assert_eq!(ioctl_number(&open, request, argument), Ok(0), "its own");
+        assert_eq!(
+            ioctl_number(&open, request, argument),
+            Ok(0),
+            "the program that has set it up"
+        );
     }
-    // What sets up nothing.
+    // These ioctls set nothing up.
     for (request, argument, answer) in [
         (proto::CLEAR_SOCK, 0, Ok(0)),
         (proto::CLEAR_QUE, 0, Ok(0)),
@@ -253,15 +245,14 @@ fn connect_a_device_that_is_being_set_up(guest: &Guest) {
         let link = attach_open(guest, &setup);
         drop(open);
         if let Some(link) = link {
-            assert_eq!(read_one(&link.direct(), 0), Ok(()), "{request:#x}");
-            assert_eq!(link.disconnect(), Ok(()));
-            link.wait_free();
+            assert_eq!(read_page(&link.direct(), 0), Ok(()), "{request:#x}");
+            link.disconnect_and_wait();
         }
     }
 }
 
-/// The last close disconnects a device that was asked to have that; but not the close of a program that was
-/// there before, if nobody has opened the device since.
+/// With DISCONNECT_ON_CLOSE the last close disconnects the device. The close of a program that opened the
+/// device before the connect does not, unless others have opened it since.
 fn closes_of_opens_from_before(guest: &Guest) {
     let setup = Setup::new(MIB).index(0).client_flags(DISCONNECT_ON_CLOSE);
     let old = device::open(0, 0).unwrap();
@@ -271,14 +262,14 @@ fn closes_of_opens_from_before(guest: &Guest) {
     drop(old);
     assert_eq!(link.netlink.status(Some(0)), [(0, true)]);
     let direct = link.direct();
-    assert_eq!(read_one(&direct, 0), Ok(()));
+    assert_eq!(read_page(&direct, 0), Ok(()));
     drop(direct);
     link.wait_free();
-    // One from before is the last after one from afterwards.
+    // Another program has opened and closed the device since, so the last close disconnects it.
     let old = device::open(0, libc::O_DIRECT).unwrap();
     let link = setup.attach();
     drop(link.direct());
-    assert_eq!(read_one(&old, 0), Ok(()));
+    assert_eq!(read_page(&old, 0), Ok(()));
     drop(old);
     link.wait_free();
 }
@@ -324,7 +315,7 @@ fn a_failed_connect_leaves_an_open_device_alone(guest: &Guest) {
                 Errno::INVAL,
             ),
             (setup.clone().sockets(sockets(2)), Errno::INVAL),
-            // This one fails late: where the sockets are taken over.
+            // This fails late: when the driver takes the sockets over.
             (setup.clone().descriptors(&numbers), Errno::BUSY),
         ] {
             let answer = netlink.connect(&setup);
@@ -340,15 +331,15 @@ fn a_failed_connect_leaves_an_open_device_alone(guest: &Guest) {
         }
         if again_by_ioctl {
             let mut rig = Plan::new(MIB).attach();
-            assert_eq!(read_one(&open, 0), Ok(()));
+            assert_eq!(read_page(&open, 0), Ok(()));
             assert_eq!(rig.disconnect(), Ok(0));
         } else if let Some(link) = attach_open(guest, &right) {
-            assert_eq!(read_one(&open, 0), Ok(()));
+            assert_eq!(read_page(&open, 0), Ok(()));
             assert_eq!(link.disconnect(), Ok(()));
         }
         drop(open);
-        let free = wait_until(SOON, || netlink.status(Some(0)) == [(0, false)]);
-        assert!(free.is_ok(), "it stays in use, or was destroyed");
+        // It was not destroyed, either.
+        netlink.wait_free(0);
     }
     netlink.disconnect(1).unwrap();
 }
@@ -357,8 +348,8 @@ fn a_failed_connect_leaves_an_open_device_alone(guest: &Guest) {
 fn connect_while_others_open_and_close(guest: &Guest) {
     let driver = guest.expected("connect-takes-an-open-device");
     let (done, seed) = (AtomicBool::new(false), seed());
-    // Closed where a device is to become free: who has opened it while it was connected has to close it
-    // first.
+    // The write lock keeps the others from opening the device until it is free: a program that opened it while
+    // it was connected has to close it first.
     let gate = RwLock::new(());
     let server = Server::new();
     let netlink = Netlink::open();
@@ -385,12 +376,12 @@ fn connect_while_others_open_and_close(guest: &Guest) {
             });
         }
         for round in 0..enough(150, 30) {
-            // Fails when it has got as far as to take the socket over. nbd.ko would take it.
+            // This fails when the driver takes the socket over. nbd.ko would accept the socket.
             if round % 3 == 0 && driver == Driver::Rnbd {
                 let answer = netlink.connect(&taken.clone().index(0));
                 assert_eq!(answer, Err(Errno::BUSY), "a socket of another device");
             }
-            // The number of hardware queues changes, which takes a while.
+            // The number of hardware queues changes from round to round, which takes a while.
             let sockets = (0..=round % 2).map(|_| server.connect(Transport::Unix));
             let setup = Setup::new(MIB)
                 .index(0)
@@ -404,19 +395,22 @@ fn connect_while_others_open_and_close(guest: &Guest) {
             if answer.is_ok() {
                 thread::sleep(Duration::from_millis(2));
                 let open = device::open(0, libc::O_DIRECT).unwrap();
-                assert_eq!(read_one(&open, 0), Ok(()), "somebody's close has ended it");
+                assert_eq!(
+                    read_page(&open, 0),
+                    Ok(()),
+                    "another program's close has disconnected it"
+                );
             }
             let _closed = gate.write().unwrap();
             netlink.disconnect(0).unwrap();
-            let free = wait_until(SOON, || netlink.status(Some(0)) == [(0, false)]);
-            assert!(free.is_ok(), "round {round}");
+            netlink.wait_free(0);
         }
         drop(until_done);
     });
     netlink.disconnect(1).unwrap();
 }
 
-/// Two programs set a device up, one by ioctl, one by netlink. One of them has it as a whole.
+/// Two programs set a device up, one by ioctl, one by netlink. One of them gets the whole device.
 fn connect_against_ioctls(guest: &Guest) {
     let mut random = Rng::with_seed(seed());
     let server = Server::new();
@@ -461,8 +455,7 @@ fn connect_against_ioctls(guest: &Guest) {
         }
         netlink.disconnect(0).unwrap();
         drop(open);
-        let free = wait_until(SOON, || netlink.status(Some(0)) == [(0, false)]);
-        assert!(free.is_ok());
+        netlink.wait_free(0);
     }
     say(&format!("{connected} of {rounds} connected"));
     match guest.expected("connect-takes-an-open-device") {

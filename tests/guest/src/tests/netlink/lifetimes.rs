@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 use fastrand::Rng;
 use rustix::io::Errno;
 
-use super::{MIB, move_data, read_one, sysfs_exists, try_connect, wait_destroyed};
+use super::{MIB, move_data, sysfs_exists, try_connect, wait_destroyed};
 use crate::debug_kernel::enough;
-use crate::device::{self, SOON, USUAL_FLAGS, assert_usable};
+use crate::device::{self, SOON, USUAL_FLAGS, assert_usable, read_page};
 use crate::harness::{Guest, Test, say, seed, wait_until};
 use crate::netlink::{DESTROY_ON_DISCONNECT, DISCONNECT_ON_CLOSE, Link, Netlink, Setup};
 use crate::proto::{self, CAN_MULTI_CONN, Command};
@@ -78,9 +78,9 @@ fn nothing_owed_is_ended_politely(_: &Guest) {
 fn disconnect_an_open_device(_: &Guest) {
     let link = Setup::new(MIB).attach();
     let direct = link.direct();
-    assert_eq!(read_one(&direct, 0), Ok(()));
+    assert_eq!(read_page(&direct, 0), Ok(()));
     assert_eq!(link.disconnect(), Ok(()));
-    assert_eq!(read_one(&direct, 0), Err(Errno::IO));
+    assert_eq!(read_page(&direct, 0), Err(Errno::IO));
     assert_eq!(link.netlink.status(Some(0)), [(0, true)]);
     assert_eq!(link.revive(), Err(Errno::INVAL));
     assert_eq!(
@@ -99,7 +99,7 @@ fn disconnect_with_requests_in_flight(_: &Guest) {
     link.server.script(|conn, _| conn.stall());
     let direct = link.direct();
     thread::scope(|scope| {
-        let reader = scope.spawn(|| read_one(&direct, 0));
+        let reader = scope.spawn(|| read_page(&direct, 0));
         link.server.wait_for_command(Command::Read);
         assert_eq!(link.disconnect(), Ok(()));
         assert_eq!(reader.join().unwrap(), Err(Errno::IO));
@@ -157,8 +157,7 @@ fn devices_are_made_and_destroyed(_: &Guest) {
         }
         let link = attach_again(&keep);
         move_data(&link.direct(), 0, 5);
-        assert_eq!(link.disconnect(), Ok(()));
-        link.wait_free();
+        link.disconnect_and_wait();
         assert!(sysfs_exists(index), "it was not to be destroyed");
     }
 }
@@ -168,7 +167,7 @@ fn a_device_that_is_open_is_destroyed_later(_: &Guest) {
     let link = setup.attach();
     let direct = link.direct();
     assert_eq!(link.disconnect(), Ok(()));
-    assert_eq!(read_one(&direct, 0), Err(Errno::IO));
+    assert_eq!(read_page(&direct, 0), Err(Errno::IO));
     assert!(sysfs_exists(7));
     assert_eq!(try_connect(&setup), Err(Errno::INVAL), "it is going");
     drop(direct);
@@ -182,7 +181,7 @@ fn disconnect_on_close(_: &Guest) {
     let direct = link.direct();
     let second = link.direct();
     drop(second);
-    assert_eq!(read_one(&direct, 0), Ok(()), "one is left");
+    assert_eq!(read_page(&direct, 0), Ok(()), "one is left");
     drop(direct);
     link.wait_free();
     let ended = wait_until(SOON, || link.server.living() == 0);
@@ -197,7 +196,7 @@ fn disconnect_on_close(_: &Guest) {
     let stay = Setup::change(link.index).client_flags(0);
     assert_eq!(link.netlink.reconfigure(&stay), Ok(()));
     drop(link.direct());
-    assert_eq!(read_one(&link.direct(), 0), Ok(()));
+    assert_eq!(read_page(&link.direct(), 0), Ok(()));
 }
 
 /// A device goes with its last close, but not where it has been connected anew by then.
@@ -263,7 +262,7 @@ fn meddle_with_connecting(client_flags: u64, act: impl Fn(&Netlink) + Sync) {
         if connected.is_ok() && netlink.status(Some(0)) == [(0, true)] {
             survived += 1;
             let open = device::open(0, libc::O_DIRECT).unwrap();
-            assert_eq!(read_one(&open, 0), Ok(()), "connected, and dead");
+            assert_eq!(read_page(&open, 0), Ok(()), "connected, and dead");
         }
         let _ = netlink.disconnect(0);
         let free = wait_until(SOON, || netlink.status(Some(0)) == [(0, false)]);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! A device that lives as long as the netlink socket that has connected it, if that is asked for.
+//! Devices that are disconnected when the netlink socket that connected them is closed: their owner.
 
 use std::os::unix::fs::FileExt;
 use std::process::{Command, Stdio};
@@ -32,46 +32,45 @@ pub fn tests() -> Vec<Test> {
 
 const SIZE: u64 = 1 << 20;
 
-fn setup(index: u32) -> Setup {
-    Setup::new(SIZE).index(index)
-}
-
-fn connect_with(netlink: &Netlink, setup: Setup, server: &Server) {
+/// What connects device `index` to `server`.
+fn setup(index: u32, server: &Server) -> Setup {
     let socket = server.connect(Transport::Unix);
-    netlink.connect(&setup.sockets([socket])).unwrap();
+    Setup::new(SIZE).index(index).sockets([socket])
 }
 
-fn owned(index: u32) -> Setup {
-    setup(index).client_flags(DISCONNECT_ON_RELEASE)
+/// The same, and the socket that sends it becomes the owner.
+fn owned(index: u32, server: &Server) -> Setup {
+    setup(index, server).client_flags(DISCONNECT_ON_RELEASE)
 }
 
-/// Whether device `index` is disconnected soon, or if not, stays as it is for a while.
-fn ends(index: u32) -> bool {
+/// Whether device `index` is disconnected within two seconds.
+fn is_disconnected_soon(index: u32) -> bool {
     wait_until(Duration::from_secs(2), || device::pid(index).is_none()).is_ok()
 }
 
-fn assert_ends(guest: &Guest, index: u32) {
-    let ends = ends(index);
+/// Asserts that device `index`, whose owner is gone, is disconnected. nbd.ko does not do that; then this
+/// disconnects it.
+fn assert_disconnected(guest: &Guest, index: u32) {
+    let disconnected = is_disconnected_soon(index);
     match guest.expected("a-device-can-have-an-owner") {
         Driver::Nbd => {
-            assert!(!ends);
+            assert!(!disconnected);
             Netlink::open().disconnect(index).unwrap();
         }
-        Driver::Rnbd => assert!(ends),
+        Driver::Rnbd => assert!(disconnected),
     }
 }
 
 fn a_device_ends_with_its_owner(guest: &Guest) {
     let server = Server::new();
     let owner = Netlink::open();
-    connect_with(&owner, owned(0), &server);
+    owner.connect(&owned(0, &server)).unwrap();
     assert!(device::pid(0).is_some());
     drop(owner);
-    assert_ends(guest, 0);
+    assert_disconnected(guest, 0);
     let line = "nbd0: its netlink socket was closed, disconnecting";
-    let logged = guest.log().iter().any(|l| l.contains(line));
     assert_eq!(
-        logged,
+        guest.has_logged(line),
         guest.expected("a-device-can-have-an-owner") == Driver::Rnbd
     );
     assert_usable(0);
@@ -89,88 +88,87 @@ fn a_device_ends_with_the_process(guest: &Guest) {
     assert!(connected.is_ok());
     process.kill().expect("to kill it");
     process.wait().expect("it to end");
-    assert_ends(guest, 0);
+    assert_disconnected(guest, 0);
     assert_usable(0);
 }
 
-/// Whoever has it open meets errors, as after any disconnect.
+/// Requests fail, as after any other disconnect.
 fn a_device_in_use_ends_with_its_owner(guest: &Guest) {
     let server = Server::new();
     let owner = Netlink::open();
-    connect_with(&owner, owned(0), &server);
+    owner.connect(&owned(0, &server)).unwrap();
     let direct = device::open(0, libc::O_DIRECT).expect("the device");
-    // A request that is not answered does not hold it up.
+    // A request that the server does not answer does not delay the disconnect.
     server.script(|conn, _| conn.stall());
     thread::scope(|scope| {
         let reader = scope.spawn(|| direct.read_exact_at(&mut Buffer::new(4096), 0));
         server.wait_for_command(proto::Command::Read);
         drop(owner);
         if guest.expected("a-device-can-have-an-owner") == Driver::Nbd {
-            assert!(!ends(0));
+            assert!(!is_disconnected_soon(0));
             Netlink::open().disconnect(0).unwrap();
         }
         assert!(reader.join().unwrap().is_err());
     });
     drop(direct);
-    assert!(ends(0));
+    assert!(is_disconnected_soon(0));
     assert_usable(0);
 }
 
 fn only_where_it_is_asked_for(_: &Guest) {
     let server = Server::new();
     let connector = Netlink::open();
-    connect_with(&connector, setup(0), &server);
+    connector.connect(&setup(0, &server)).unwrap();
     drop(connector);
-    assert!(!ends(0));
-    // Nor with a socket that has nothing to do with it.
+    assert!(!is_disconnected_soon(0));
+    // Another netlink socket than the owner's is closed.
     let owner = Netlink::open();
     let again = Setup::change(0).client_flags(DISCONNECT_ON_RELEASE);
     owner.reconfigure(&again).unwrap();
     drop(Netlink::open());
-    assert!(!ends(0));
-    // Nor after the flag was taken back.
+    assert!(!is_disconnected_soon(0));
+    // The flag is cleared before the owner is closed.
     owner
         .reconfigure(&Setup::change(0).client_flags(0))
         .unwrap();
     drop(owner);
-    assert!(!ends(0));
+    assert!(!is_disconnected_soon(0));
     Netlink::open().disconnect(0).unwrap();
-    assert!(ends(0));
+    assert!(is_disconnected_soon(0));
     assert_usable(0);
 }
 
 fn another_socket_can_become_the_owner(guest: &Guest) {
     let server = Server::new();
     let first = Netlink::open();
-    connect_with(&first, owned(0), &server);
+    first.connect(&owned(0, &server)).unwrap();
     let second = Netlink::open();
-    // This changes nothing that it does not name.
+    // A RECONFIGURE without the flags leaves the owner as it is.
     second.reconfigure(&Setup::change(0).timeout(10)).unwrap();
     let taken_over = Setup::change(0).client_flags(DISCONNECT_ON_RELEASE);
     second.reconfigure(&taken_over).unwrap();
     drop(first);
-    assert!(!ends(0));
+    assert!(!is_disconnected_soon(0));
     drop(second);
-    assert_ends(guest, 0);
+    assert_disconnected(guest, 0);
     assert_usable(0);
 }
 
 fn the_next_user_of_the_index_is_left_alone(_: &Guest) {
     let server = Server::new();
     let owner = Netlink::open();
-    connect_with(&owner, owned(0), &server);
+    owner.connect(&owned(0, &server)).unwrap();
     owner.disconnect(0).unwrap();
-    assert!(ends(0));
+    assert!(is_disconnected_soon(0));
     let other = Netlink::open();
-    connect_with(&other, setup(0), &server);
-    // Its own attempt fails, and does not make it the owner of anything.
-    let socket = server.connect(Transport::Unix);
-    let connected = owner.connect(&owned(0).sockets([socket]));
+    other.connect(&setup(0, &server)).unwrap();
+    // A CONNECT that fails does not make the socket the owner.
+    let connected = owner.connect(&owned(0, &server));
     assert_eq!(connected, Err(Errno::BUSY));
     drop(owner);
-    assert!(!ends(0));
+    assert!(!is_disconnected_soon(0));
     other.disconnect(0).unwrap();
-    assert!(ends(0));
+    assert!(is_disconnected_soon(0));
     assert_usable(0);
 }
 
@@ -178,10 +176,10 @@ fn many_at_the_same_time(guest: &Guest) {
     let server = Server::new();
     let owner = Netlink::open();
     for index in 0..4 {
-        connect_with(&owner, owned(index), &server);
+        owner.connect(&owned(index, &server)).unwrap();
     }
     drop(owner);
     for index in 0..4 {
-        assert_ends(guest, index);
+        assert_disconnected(guest, index);
     }
 }

@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
-use super::{MIB, move_data, read_one, sysfs_exists, wait_destroyed};
+use super::{MIB, move_data, sysfs_exists, wait_destroyed};
 use crate::debug_kernel::patient;
-use crate::device::{self, Plan, SOON};
+use crate::device::{self, Plan, SOON, read_page};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, wait_until};
 use crate::netlink::{DESTROY_ON_DISCONNECT, Netlink, Setup, descriptor};
@@ -78,7 +78,7 @@ fn reconfigure_while_requests_wait(guest: &Guest) {
     let direct = link.direct();
     link.kill_server();
     thread::scope(|scope| {
-        let reader = scope.spawn(|| read_one(&direct, 0));
+        let reader = scope.spawn(|| read_page(&direct, 0));
         thread::sleep(Duration::from_millis(300));
         assert!(!reader.is_finished());
         let began = Instant::now();
@@ -119,7 +119,7 @@ fn reconfigure_while_a_limit_is_being_set(_: &Guest) {
     let direct = link.direct();
     let change = || Setup::change(0);
     thread::scope(|scope| {
-        let reader = scope.spawn(|| read_one(&direct, 0));
+        let reader = scope.spawn(|| read_page(&direct, 0));
         link.server.wait_for_command(Command::Read);
         let setter =
             scope.spawn(|| fs::write("/sys/block/nbd0/queue/write_cache", "write through"));
@@ -179,7 +179,7 @@ fn reconfigure_needs_no_more_sockets(_: &Guest) {
     assert_eq!(reconfigure(descriptor(&file)), Err(Errno::NOTSOCK));
     let datagrams = UdpSocket::bind("127.0.0.1:0").unwrap();
     assert_eq!(reconfigure(descriptor(&datagrams)), Err(Errno::INVAL));
-    assert_eq!(read_one(&link.direct(), 0), Ok(()));
+    assert_eq!(read_page(&link.direct(), 0), Ok(()));
 }
 
 fn reconfigure_decides_whether_to_destroy(_: &Guest) {
@@ -192,8 +192,7 @@ fn reconfigure_decides_whether_to_destroy(_: &Guest) {
     assert_eq!(destroy(true), Ok(()));
     assert_eq!(destroy(true), Ok(()));
     assert_eq!(destroy(false), Ok(()));
-    assert_eq!(link.disconnect(), Ok(()));
-    link.wait_free();
+    link.disconnect_and_wait();
     assert!(sysfs_exists(7));
     let link = Setup::new(MIB).index(7).attach();
     let destroy = Setup::change(7).client_flags(DESTROY_ON_DISCONNECT);
@@ -219,8 +218,7 @@ fn backend_identifier(_: &Guest) {
     let right = size(2 * MIB).backend("image-7");
     assert_eq!(link.netlink.reconfigure(&right), Ok(()));
     assert_eq!(device::sysfs(link.index, "size"), "4096");
-    link.disconnect().unwrap();
-    link.wait_free();
+    link.disconnect_and_wait();
     // It is forgotten; and where there is none, any is right.
     let link = Setup::new(MIB).attach();
     assert_eq!(device::sysfs(link.index, "backend"), "");
@@ -241,8 +239,7 @@ fn backend_identifiers_are_bytes(_: &Guest) {
         assert_eq!(netlink.reconfigure(&wrong), Err(Errno::INVAL));
         let right = size(2 * MIB).backend_bytes(name);
         assert_eq!(netlink.reconfigure(&right), Ok(()), "{name:x?}");
-        link.disconnect().unwrap();
-        link.wait_free();
+        link.disconnect_and_wait();
     }
     // One that has a zero in it ends there, where it is kept, but not where it is compared.
     let link = Setup::new(MIB).index(0).backend_bytes(b"ab\0cd").attach();

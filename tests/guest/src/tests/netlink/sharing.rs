@@ -6,8 +6,8 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use rustix::io::Errno;
 
-use super::{MIB, move_data, read_one};
-use crate::device;
+use super::{MIB, move_data};
+use crate::device::{self, read_page};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test};
 use crate::netlink::{Link, Netlink, Setup};
@@ -65,7 +65,7 @@ fn given_by_ioctl(guest: &Guest) {
         if guest.expected("a-socket-serves-one-device") == Driver::Nbd {
             assert_eq!(ioctl(proto::CLEAR_SOCK, 0), Ok(0));
             assert_eq!(news.expect_dead_link(), 0, "it shuts the socket down");
-            assert_eq!(read_one(&link.direct(), 0), Err(Errno::IO));
+            assert_eq!(read_page(&link.direct(), 0), Err(Errno::IO));
             return;
         }
         assert_eq!(ioctl(proto::DO_IT, 0), Err(Errno::BUSY));
@@ -112,10 +112,9 @@ fn given_by_reconfigure(guest: &Guest) {
     }
     assert_eq!(answer, Err(Errno::BUSY));
     assert_untouched(&link);
-    assert_eq!(read_one(&second.direct(), 0), Err(Errno::IO));
+    assert_eq!(read_page(&second.direct(), 0), Err(Errno::IO));
     assert_eq!(second.revive(), Ok(()), "with one of its own");
     move_data(&second.direct(), 0, 2);
-    second.disconnect().unwrap();
-    second.wait_free();
+    second.disconnect_and_wait();
     assert_untouched(&link);
 }

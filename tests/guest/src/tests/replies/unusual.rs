@@ -12,7 +12,7 @@ use rustix::io::Errno;
 
 use super::KIB;
 use crate::debug_kernel::patient;
-use crate::device::{Plan, SOON, assert_pattern, assert_usable, errno, pattern};
+use crate::device::{Plan, SOON, assert_pattern, assert_usable, errno, pattern, store_pattern};
 use crate::harness::{Guest, Test};
 use crate::proto::{Command, REPLY_LEN, Request};
 use crate::server::{Conn, Transport, ok};
@@ -105,9 +105,7 @@ fn half_a_header_then_the_rest(_: &Guest) {
 fn half_the_data_then_the_rest(_: &Guest) {
     let mut rig = Plan::new(1 << 20).transport(Transport::Tcp4).attach();
     let direct = rig.direct();
-    let mut stored = vec![0; 64 * KIB];
-    pattern(30, 0, &mut stored);
-    rig.server.poke(0, &stored);
+    store_pattern(&rig.server, 30, 0, 64 * KIB);
     for len in [0, 1, 511, 4095, 4096, 4097, 40_000, 64 * KIB - 1] {
         rig.server.script(paused_after(REPLY_LEN + len));
         let mut back = Buffer::skewed(64 * KIB, 512);

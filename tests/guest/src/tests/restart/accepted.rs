@@ -1,19 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What a new server may change, and who may start the device again.
+//! What the programs that have the device open notice, and how the new server may differ.
 
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::thread;
 
 use rustix::io::Errno;
 
-use super::{SIZE, disconnect, lose, plan_of, start_again};
-use crate::device::{self, SOON, assert_usable, pattern};
-use crate::driver::Driver;
+use super::{
+    SIZE, can_be_restarted, disconnect, kill_server, lost_device, pass_socket, persistent,
+    start_again, wait_readable,
+};
+use crate::device::{self, SOON, assert_usable, pattern, read_page};
 use crate::harness::{Guest, Test, wait_until};
 use crate::programs::sh;
-use crate::proto::{CAN_MULTI_CONN, Command, DO_IT, SEND_FLUSH, SET_BLKSIZE, SET_SIZE, SET_SOCK};
+use crate::proto::{CAN_MULTI_CONN, Command, DO_IT, SEND_FLUSH, SET_BLKSIZE, SET_SIZE};
 use crate::server::{Server, Transport};
 use crate::sys::{Buffer, ioctl_number};
 use crate::test;
@@ -30,18 +31,17 @@ pub fn tests() -> Vec<Test> {
 
 fn while_a_program_has_it_open(guest: &Guest) {
     for transport in [Transport::Tcp4, Transport::Unix] {
-        let plan = plan_of(SIZE).transport(transport);
+        let plan = persistent(SIZE).transport(transport);
         let mut rig = plan.attach();
         let direct = rig.direct();
-        lose(&mut rig);
-        let failed = direct.read_exact_at(&mut Buffer::new(4096), 0);
-        assert_eq!(device::errno(failed), Err(Errno::IO));
+        kill_server(&mut rig);
+        assert_eq!(read_page(&direct, 0), Err(Errno::IO));
 
         let server = Server::new();
         let Some(mut client) = start_again(guest, &plan, &server) else {
             return;
         };
-        // Those who have it open find it as it was.
+        // The program finds the device as it was.
         let written = Buffer::filled(64 << 10, |data| pattern(3, 0, data));
         direct.write_all_at(&written, 4096).expect("to write");
         direct.sync_all().expect("to flush");
@@ -57,18 +57,17 @@ fn while_a_program_has_it_open(guest: &Guest) {
     }
 }
 
-/// Programs that do not close the device in between.
+/// The task calls NBD_DO_IT again without closing the device in between.
 fn by_the_task_that_has_it_open(guest: &Guest) {
     let device = device::open(0, 0).expect("the device");
     for round in 0..5 {
         let server = Server::new();
-        let socket = server.connect(Transport::Unix);
         if round == 0 {
             ioctl_number(&device, SET_BLKSIZE, 512).expect("NBD_SET_BLKSIZE");
             ioctl_number(&device, SET_SIZE, SIZE).expect("NBD_SET_SIZE");
         }
-        let passed = ioctl_number(&device, SET_SOCK, socket.as_raw_fd() as u64);
-        if round > 0 && guest.expected("a-lost-device-starts-again") == Driver::Nbd {
+        let passed = pass_socket(&device, &server);
+        if round > 0 && !can_be_restarted(guest) {
             assert_eq!(passed, Err(Errno::BUSY));
             break;
         }
@@ -76,10 +75,7 @@ fn by_the_task_that_has_it_open(guest: &Guest) {
         let answer = thread::scope(|scope| {
             let runs = scope.spawn(|| ioctl_number(&device, DO_IT, 0));
             let direct = device::open(0, libc::O_DIRECT).expect("the device");
-            let read = wait_until(SOON, || {
-                direct.read_exact_at(&mut Buffer::new(4096), 0).is_ok()
-            });
-            assert!(read.is_ok(), "round {round}: nothing can be read");
+            wait_readable(&direct);
             drop(direct);
             server.kill();
             runs.join().unwrap()
@@ -91,25 +87,20 @@ fn by_the_task_that_has_it_open(guest: &Guest) {
 }
 
 fn with_fewer_and_with_more_connections(guest: &Guest) {
-    let plan = plan_of(SIZE).connections(2);
-    let mut rig = plan.attach();
-    let direct = rig.direct();
-    lose(&mut rig);
+    let (_rig, direct) = lost_device(&persistent(SIZE).connections(2));
     for connections in [1, 3, 2] {
         let server = Server::new();
-        let plan = plan_of(SIZE)
+        let plan = persistent(SIZE)
             .flags(device::USUAL_FLAGS | CAN_MULTI_CONN)
             .connections(connections);
         let Some(mut client) = start_again(guest, &plan, &server) else {
             break;
         };
         for _ in 0..8 {
-            direct
-                .read_exact_at(&mut Buffer::new(4096), 0)
-                .expect("to read");
+            assert_eq!(read_page(&direct, 0), Ok(()));
         }
-        let uses = wait_until(SOON, || server.living() == connections.min(2));
-        assert!(uses.is_ok(), "{connections}: {}", server.living());
+        let used = wait_until(SOON, || server.living() == connections.min(2));
+        assert!(used.is_ok(), "{connections}: {}", server.living());
         server.kill();
         assert_eq!(client.wait(), Err(Errno::PIPE), "{connections}");
     }
@@ -117,17 +108,14 @@ fn with_fewer_and_with_more_connections(guest: &Guest) {
     assert_usable(0);
 }
 
-/// A server that cannot do less than the first one cannot surprise those who have it open.
+/// The device keeps the flags of its first server, so that nothing changes for programs that have it open.
 fn with_other_flags(guest: &Guest) {
-    let mut rig = plan_of(SIZE).attach();
-    let direct = rig.direct();
-    lose(&mut rig);
+    let (_rig, direct) = lost_device(&persistent(SIZE));
     let server = Server::new();
-    let plan = plan_of(SIZE).flags(SEND_FLUSH);
+    let plan = persistent(SIZE).flags(SEND_FLUSH);
     if let Some(mut client) = start_again(guest, &plan, &server) {
-        let line = "nbd0: the server's flags were";
-        assert!(guest.log().iter().any(|l| l.contains(line)));
-        // What the first server could do is still asked for.
+        assert!(guest.has_logged("nbd0: the server's flags were"));
+        // The commands that the first server supported are still sent.
         direct
             .write_all_at(&Buffer::new(4096), 0)
             .expect("to write");
@@ -135,7 +123,7 @@ fn with_other_flags(guest: &Guest) {
         assert_eq!(server.requests_of(Command::Flush).len(), 1);
         sh("blkdiscard -l 65536 /dev/nbd0");
         assert_eq!(server.requests_of(Command::Trim).len(), 1);
-        // And after a change of the size, too.
+        // They still are after a change of the size.
         assert_eq!(ioctl_number(&direct, SET_SIZE, 2 * SIZE), Ok(0));
         sh("blkdiscard -l 65536 /dev/nbd0");
         assert_eq!(server.requests_of(Command::Trim).len(), 2);

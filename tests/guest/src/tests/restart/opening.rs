@@ -1,13 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Programs that open a device without a server.
+//! Opening a device that has no server.
 
 use std::fs;
 use std::time::Instant;
 
 use rustix::io::Errno;
 
-use super::{SIZE, disconnect, lose, plan_of};
+use super::{SIZE, can_be_restarted, disconnect, kill_server, lost_device, persistent};
 use crate::device::{SOON, assert_usable};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, wait_until};
@@ -24,11 +24,10 @@ pub fn tests() -> Vec<Test> {
     ]
 }
 
-/// The client itself has to open the device. Looking for partitions then would wait for the client.
+/// The client has to open the device to start it again. If that read the partition table, it would wait for
+/// the client itself.
 fn an_open_does_not_wait(_: &Guest) {
-    let mut rig = plan_of(SIZE).attach();
-    let direct = rig.direct();
-    lose(&mut rig);
+    let (rig, direct) = lost_device(&persistent(SIZE));
     for _ in 0..3 {
         let began = Instant::now();
         drop(rig.open_to_read());
@@ -39,23 +38,22 @@ fn an_open_does_not_wait(_: &Guest) {
     assert_usable(0);
 }
 
-/// A size that was set makes the next open read the partition table, if there is a connection.
+/// After a change of the size the next open reads the partition table, but not without a connection.
 fn the_partition_table_is_read_later(guest: &Guest) {
     const SIZE: u64 = 8 << 20;
-    if guest.expected("a-lost-device-starts-again") == Driver::Nbd {
+    if !can_be_restarted(guest) {
         return;
     }
     let partitioned = partitioned_server();
-    let plan = plan_of(SIZE);
-    let mut rig = plan.attach();
+    let mut rig = persistent(SIZE).attach();
     let direct = rig.direct();
     assert_eq!(ioctl_number(&direct, SET_SIZE, 2 * SIZE), Ok(0));
-    lose(&mut rig);
+    kill_server(&mut rig);
     let began = Instant::now();
     drop(rig.open_to_read());
     let took = began.elapsed();
     assert!(took < SOON, "{took:?}");
-    let mut client = plan_of(2 * SIZE).start(&partitioned);
+    let mut client = persistent(2 * SIZE).start(&partitioned);
     let there = wait_until(SOON, || fs::exists("/sys/block/nbd0/nbd0p1").unwrap());
     assert!(there.is_ok());
     disconnect(&direct, &mut client);
@@ -63,7 +61,7 @@ fn the_partition_table_is_read_later(guest: &Guest) {
     assert_usable(0);
 }
 
-/// Counts the messages of the kernel about reads that failed.
+/// The number of lines that the kernel has logged about reads that failed.
 fn read_errors(guest: &Guest) -> usize {
     let words = [
         "I/O error, dev nbd0",
@@ -77,15 +75,15 @@ fn read_errors(guest: &Guest) -> usize {
 
 fn an_open_of_a_dead_device_reads_nothing(guest: &Guest) {
     for lost in [true, false] {
-        let mut rig = plan_of(SIZE).attach();
+        let mut rig = persistent(SIZE).attach();
         let direct = rig.direct();
         if lost {
-            lose(&mut rig);
+            kill_server(&mut rig);
         } else {
             ioctl_number(&direct, DISCONNECT, 0).expect("NBD_DISCONNECT");
             assert_eq!(rig.client.wait(), Ok(0));
         }
-        // But for whoever asks for it, who is told.
+        // BLKRRPART does read, and returns the error.
         let reread = ioctl_number(rig.open_to_read(), BLKRRPART, 0);
         assert_eq!(reread, Err(Errno::IO));
         let before = read_errors(guest);

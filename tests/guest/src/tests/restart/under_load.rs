@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Many restarts, while data is written and read.
+//! Many restarts while data is written and read.
 
 use std::fs::{self, File};
 use std::io::Write;
@@ -11,9 +11,8 @@ use std::time::Duration;
 
 use rustix::io::Errno;
 
-use super::{SIZE, plan_of};
+use super::{SIZE, can_be_restarted, persistent};
 use crate::device::{self, SOON, assert_pattern, assert_usable, pattern};
-use crate::driver::Driver;
 use crate::harness::{Guest, Test, say, wait_until};
 use crate::programs::{Daemon, sh};
 use crate::server::Transport;
@@ -34,10 +33,10 @@ pub fn tests() -> Vec<Test> {
 
 /// A writer sees no error, and what it has written is there.
 fn again_and_again_under_load(guest: &Guest) {
-    if guest.expected("a-lost-device-starts-again") == Driver::Nbd {
+    if !can_be_restarted(guest) {
         return;
     }
-    let plan = plan_of(SIZE).transport(Transport::Tcp4);
+    let plan = persistent(SIZE).transport(Transport::Tcp4);
     let mut rig = plan.attach();
     let direct = rig.direct();
     let storage = &rig.server;
@@ -74,7 +73,7 @@ fn again_and_again_under_load(guest: &Guest) {
     assert_usable(0);
 }
 
-/// The whole thing, as users do it.
+/// A mounted file system, nbdkit as the server and nbd-client as the client, as users have it.
 fn a_mounted_file_system_under_nbd_client_persist(guest: &Guest) {
     const RESTARTS: usize = 20;
     let revive = || {
@@ -92,7 +91,7 @@ fn a_mounted_file_system_under_nbd_client_persist(guest: &Guest) {
     });
     assert!(connected.is_ok(), "{}", client.said());
     sh("mkdir -p /tmp/restart && mount /dev/nbd0 /tmp/restart");
-    if guest.expected("a-lost-device-starts-again") == Driver::Nbd {
+    if !can_be_restarted(guest) {
         server.kill();
         assert!(client.wait(SOON), "{}", client.said());
         sh("umount /tmp/restart");
@@ -108,18 +107,18 @@ fn a_mounted_file_system_under_nbd_client_persist(guest: &Guest) {
         });
         for round in 0..RESTARTS {
             thread::sleep(Duration::from_millis(200));
-            // nbd-client ends if a server accepts it and dies before it has negotiated.
+            // nbd-client ends if a server accepts its connection and dies before they have negotiated.
             fs::remove_file("/tmp/restart.sock").expect("the socket");
             if round % 2 == 0 {
                 server.kill();
             } else {
-                // Then it answers with ESHUTDOWN.
+                // After SIGTERM it answers with ESHUTDOWN.
                 server.terminate();
                 assert!(server.wait(SOON), "{}", server.said());
             }
             let before = written.load(Ordering::Relaxed);
             server = revive();
-            // The first of them may have been complete when the server was killed.
+            // One write may have been complete already when the server was killed.
             let goes_on = wait_until(SOON * 3, || {
                 load.is_finished() || written.load(Ordering::Relaxed) > before + 1
             });
@@ -139,7 +138,7 @@ fn a_mounted_file_system_under_nbd_client_persist(guest: &Guest) {
     sh("fsck.ext4 -fn /tmp/restart.img && rm /tmp/restart.img");
 }
 
-/// Writes file number `n` of the mounted file system to the server, and reads it from there.
+/// Writes file number `n` of the mounted file system through to the server, and reads it back from there.
 fn write_and_read(n: u64) {
     let path = format!("/tmp/restart/{}", n % 16);
     let data = Buffer::filled(256 << 10, |data| pattern(n, 0, data));

@@ -1,20 +1,20 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! Requests that wait for the next server, and data that was written before the server was lost.
+//! Requests, and data in the page cache, wait for the new server.
 
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
-use super::{SIZE, disconnect, lose, plan_of, start_again};
-use crate::device::{self, SOON, assert_usable, pattern};
-use crate::driver::Driver;
+use super::{
+    SIZE, assert_restarts, can_be_restarted, lost_device, pass_socket, persistent, start_again,
+};
+use crate::device::{self, SOON, assert_usable, pattern, read_page};
 use crate::harness::{Guest, Test, wait_until};
-use crate::proto::{CLEAR_SOCK, DISCONNECT, DO_IT, SET_SOCK};
-use crate::server::{Server, Transport};
+use crate::proto::{CLEAR_SOCK, DISCONNECT, DO_IT};
+use crate::server::Server;
 use crate::sys::{Buffer, ioctl_number};
 use crate::test;
 use crate::tests::do_it::lost;
@@ -29,7 +29,7 @@ pub fn tests() -> Vec<Test> {
 }
 
 fn requests_wait_for_it(guest: &Guest) {
-    let plan = plan_of(SIZE).connections(2);
+    let plan = persistent(SIZE).connections(2);
     let mut rig = plan.attach();
     let direct = rig.direct();
     let written = Buffer::filled(64 << 10, |data| pattern(5, 0, data));
@@ -40,7 +40,7 @@ fn requests_wait_for_it(guest: &Guest) {
             direct.sync_all()
         });
         assert_eq!(rig.client.wait(), lost(guest));
-        if guest.expected("a-lost-device-starts-again") == Driver::Nbd {
+        if !can_be_restarted(guest) {
             assert_eq!(device::errno(writes.join().unwrap()), Err(Errno::IO));
             return;
         }
@@ -58,83 +58,69 @@ fn requests_wait_for_it(guest: &Guest) {
 }
 
 fn requests_wait_no_longer_than_told(guest: &Guest) {
-    let plan = plan_of(SIZE);
-    let mut rig = plan.attach();
-    let direct = rig.direct();
-    lose(&mut rig);
+    let plan = persistent(SIZE);
+    let (_rig, direct) = lost_device(&plan);
     let began = Instant::now();
-    let failed = direct.read_exact_at(&mut Buffer::new(4096), 0);
-    assert_eq!(device::errno(failed), Err(Errno::IO));
-    if guest.expected("a-lost-device-starts-again") == Driver::Rnbd {
+    assert_eq!(read_page(&direct, 0), Err(Errno::IO));
+    if can_be_restarted(guest) {
         let waited = began.elapsed();
         assert!(waited >= Duration::from_millis(1900), "{waited:?}");
-        let log = guest.log();
         let line = "nbd0: no connection left, I/O fails until the device is reconnected";
-        assert!(log.iter().any(|l| l.contains(line)), "{log:?}");
+        assert!(guest.has_logged(line));
     }
-    // That is not too late for it.
-    let server = Server::new();
-    if let Some(mut client) = start_again(guest, &plan, &server) {
-        direct
-            .read_exact_at(&mut Buffer::new(4096), 0)
-            .expect("to read");
-        disconnect(&direct, &mut client);
-    }
+    // The device can still be started again.
+    assert_restarts(guest, &plan, &direct);
     drop(direct);
     assert_usable(0);
 }
 
-/// `nbd-client -d`, `qemu-nbd -d`
+/// The ioctls of `nbd-client -d` and `qemu-nbd -d`.
 fn a_disconnect_ends_the_wait(guest: &Guest) {
-    let mut rig = plan_of(SIZE).attach();
-    let direct = rig.direct();
-    lose(&mut rig);
+    let (_rig, direct) = lost_device(&persistent(SIZE));
     thread::scope(|scope| {
-        let reader = scope.spawn(|| direct.read_exact_at(&mut Buffer::new(4096), 0));
-        if guest.expected("a-lost-device-starts-again") == Driver::Rnbd {
+        let reader = scope.spawn(|| read_page(&direct, 0));
+        if can_be_restarted(guest) {
             thread::sleep(Duration::from_millis(300));
             assert!(!reader.is_finished());
         }
         let device = device::open(0, 0).expect("the device");
         ioctl_number(&device, DISCONNECT, 0).expect("NBD_DISCONNECT");
         ioctl_number(&device, CLEAR_SOCK, 0).expect("NBD_CLEAR_SOCK");
-        assert_eq!(device::errno(reader.join().unwrap()), Err(Errno::IO));
+        assert_eq!(reader.join().unwrap(), Err(Errno::IO));
     });
     drop(direct);
     assert_usable(0);
 }
 
-/// What was written, and was not sent when the server was lost, is sent to the next one, or whoever
-/// flushes it is told.
+/// Data that was still in the page cache when the server was lost is sent to the next server, or a flush
+/// fails.
 fn nothing_is_lost_silently(guest: &Guest) {
-    let plan = plan_of(SIZE);
-    for others in [true, false] {
-        let mut rig = plan.clone().hold().attach();
-        let other = others.then(|| rig.open());
+    for stays_open in [true, false] {
+        let mut rig = persistent(SIZE).hold().attach();
+        let other = stays_open.then(|| rig.open());
         let written = Buffer::filled(256 << 10, |data| pattern(9, 0, data));
         rig.open().write_all_at(&written, 0).expect("to write");
         rig.server.kill();
         rig.client.wait_lost();
         rustix::fs::sync();
-        if guest.expected("a-lost-device-starts-again") == Driver::Nbd {
+        if !can_be_restarted(guest) {
             rig.client.go_on();
             continue;
         }
         let server = Server::new();
         let device = device::open(0, 0).expect("the device");
-        let socket = server.connect(Transport::Unix);
-        ioctl_number(&device, SET_SOCK, socket.as_raw_fd() as u64).expect("NBD_SET_SOCK");
+        pass_socket(&device, &server).expect("NBD_SET_SOCK");
         thread::scope(|scope| {
             let runs = scope.spawn(|| ioctl_number(&device, DO_IT, 0));
-            let served = wait_until(SOON, || {
-                rig.direct()
-                    .read_exact_at(&mut Buffer::new(4096), SIZE - 4096)
-                    .is_ok()
+            let mut page = Buffer::new(4096);
+            let readable = wait_until(SOON, || {
+                let read = rig.direct().read_exact_at(&mut page, SIZE - 4096);
+                read.is_ok()
             });
-            assert!(served.is_ok());
+            assert!(readable.is_ok());
             let flushed = rig.open().sync_all();
             let there = server.peek(0, written.len()) == *written;
-            assert!(there || flushed.is_err(), "others: {others}");
+            assert!(there || flushed.is_err(), "stays open: {stays_open}");
             ioctl_number(&device, DISCONNECT, 0).expect("NBD_DISCONNECT");
             assert_eq!(runs.join().unwrap(), Ok(0));
         });

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! What happens to the requests in flight, and to those that are not sent yet.
+//! Requests that are in flight, or are not sent yet, when the server starts to shut down.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -11,11 +11,11 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 
 use super::{
-    DIFFERENCE, ESHUTDOWN, MIB, failures, keep, refusal, refuse_one_of_three, seen_on,
-    wait_for_goodbye, wait_for_three, while_reading,
+    DIFFERENCE, ESHUTDOWN, MIB, commands_on, failures, hold_back, refusal, refuse_one_of_three,
+    wait_for_goodbye, wait_for_three_requests, while_reading,
 };
 use crate::debug_kernel;
-use crate::device::{SOON, assert_pattern, errno, pattern};
+use crate::device::{SOON, assert_pattern, errno, pattern, read_page};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, complain, wait_until};
 use crate::netlink::{Netlink, Setup};
@@ -23,7 +23,6 @@ use crate::proto::Command;
 use crate::server::Transport;
 use crate::sys::Buffer;
 use crate::test;
-use crate::tests::netlink::read_one;
 
 pub fn tests() -> Vec<Test> {
     vec![
@@ -35,21 +34,21 @@ pub fn tests() -> Vec<Test> {
     ]
 }
 
-/// What debugfs says of each connection.
-fn states(index: u32) -> Vec<String> {
+/// The state of each connection, as debugfs shows it.
+fn connection_states(index: u32) -> Vec<String> {
     let path = format!("/sys/kernel/debug/nbd/nbd{index}/connections");
     let shown = fs::read_to_string(path).unwrap();
     let states = shown.lines().filter_map(|line| line.split(' ').nth(1));
     states.map(str::to_owned).collect()
 }
 
-/// What the server still does counts, and it hears the goodbye when it has done everything.
+/// Replies that still come are used, and the goodbye is sent after the last one.
 fn replies_in_flight_are_awaited(guest: &Guest) {
     for transport in [Transport::Tcp4, Transport::Unix] {
         let setup = Setup::new(MIB).dead_timeout(20);
         let link = setup.attach_over(&[transport]).settle();
         let news = Netlink::listen();
-        keep(&link.server, 6, |conn, requests| {
+        hold_back(&link.server, 6, |conn, requests| {
             conn.send(&refusal(&requests[0]))?;
             if conn.readable_within(Duration::from_millis(300))? {
                 complain("something came while replies were outstanding".into());
@@ -79,14 +78,14 @@ fn replies_in_flight_are_awaited(guest: &Guest) {
             Driver::Nbd => assert_eq!(failures(&results), 2),
             Driver::Rnbd => {
                 assert_eq!(failures(&results), 0);
-                assert_eq!(seen_on(&link.server, 1), [Command::Read; 2]);
+                assert_eq!(commands_on(&link.server, 1), [Command::Read; 2]);
                 assert_eq!(news.dead_link(), None);
             }
         }
     }
 }
 
-/// Some servers answer before they have read the data; the stream stays whole all the same.
+/// Some servers refuse a write before they have read its data. The data is still sent to its end.
 fn a_write_is_sent_to_its_end(guest: &Guest) {
     for transport in [Transport::Tcp4, Transport::Unix] {
         let setup = Setup::new(16 * MIB).dead_timeout(20);
@@ -117,7 +116,7 @@ fn a_write_is_sent_to_its_end(guest: &Guest) {
     }
 }
 
-/// The socket is full. What is in it, and what one call is to send next, still comes; nothing else does.
+/// The socket is full. Only what is in it, and what one call sends next, still goes over this connection.
 fn what_was_not_begun_goes_elsewhere(guest: &Guest) {
     const WRITES: u64 = 120;
     const LEN: usize = 64 << 10;
@@ -145,7 +144,7 @@ fn what_was_not_begun_goes_elsewhere(guest: &Guest) {
         let direct = link.direct();
         let failed = thread::scope(|scope| {
             let direct = &direct;
-            let reader = scope.spawn(|| read_one(direct, 15 * MIB));
+            let reader = scope.spawn(|| read_page(direct, 15 * MIB));
             link.server.wait_for_command(Command::Read);
             let write = |number: u64| {
                 let offset = number * 2 * LEN as u64;
@@ -169,7 +168,7 @@ fn what_was_not_begun_goes_elsewhere(guest: &Guest) {
             continue;
         }
         assert_eq!(failed, 0);
-        let begun = seen_on(&link.server, 0).len() as u64 - 2;
+        let begun = commands_on(&link.server, 0).len() as u64 - 2;
         assert!(begun < WRITES - 10, "{begun} writes were sent");
         for number in 0..WRITES {
             let offset = number * 2 * LEN as u64;
@@ -183,10 +182,10 @@ fn a_server_that_says_no_more_is_replaced(guest: &Guest) {
         let setup = Setup::new(MIB).dead_timeout(20);
         let link = setup.attach_over(&[transport]).settle();
         let news = Netlink::listen();
-        refuse_one_of_three(&link);
+        refuse_one_of_three(&link.server);
         let expected = guest.expected(DIFFERENCE);
         let results = while_reading(&link, 3, || {
-            wait_for_three(&link);
+            wait_for_three_requests(&link.server);
             if expected == Driver::Nbd {
                 thread::sleep(Duration::from_millis(300));
                 assert_eq!(link.revive(), Ok(()));
@@ -194,14 +193,14 @@ fn a_server_that_says_no_more_is_replaced(guest: &Guest) {
                 return link.disconnect().unwrap();
             }
             assert_eq!(news.expect_dead_link(), link.index);
-            assert_eq!(states(link.index), ["state=draining"]);
+            assert_eq!(connection_states(link.index), ["state=draining"]);
             let unusable = Setup::change(link.index).sockets([{
                 let (ended, peer) = std::os::unix::net::UnixStream::pair().unwrap();
                 drop(peer);
                 ended.into()
             }]);
             assert_eq!(link.netlink.reconfigure(&unusable), Err(Errno::NOTCONN));
-            assert_eq!(states(link.index), ["state=draining"]);
+            assert_eq!(connection_states(link.index), ["state=draining"]);
             let began = Instant::now();
             assert_eq!(link.revive(), Ok(()));
             assert!(began.elapsed() < Duration::from_secs(2), "it waited");
@@ -210,8 +209,8 @@ fn a_server_that_says_no_more_is_replaced(guest: &Guest) {
             Driver::Nbd => assert_eq!(failures(&results), 3),
             Driver::Rnbd => {
                 assert_eq!(failures(&results), 0);
-                assert_eq!(states(link.index), ["state=alive"]);
-                assert_eq!(news.dead_link(), None, "one is enough");
+                assert_eq!(connection_states(link.index), ["state=alive"]);
+                assert_eq!(news.dead_link(), None, "a second message");
             }
         }
     }
@@ -221,14 +220,14 @@ fn a_server_that_says_no_more_times_out(guest: &Guest) {
     let setup = Setup::new(MIB).dead_timeout(20).timeout(1);
     let link = setup.attach().settle();
     let news = Netlink::listen();
-    refuse_one_of_three(&link);
+    refuse_one_of_three(&link.server);
     let results = while_reading(&link, 3, || {
-        wait_for_three(&link);
+        wait_for_three_requests(&link.server);
         assert_eq!(news.expect_dead_link(), link.index);
-        // The time of the others is up after a second.
+        // The other two time out after a second.
         let ended = wait_until(SOON, || link.server.living() == 0);
         assert!(ended.is_ok(), "the connection lives on");
-        // nbd.ko can take the end of the old connection for that of the new one.
+        // nbd.ko can mistake the end of the old connection for the end of the new one.
         thread::sleep(Duration::from_millis(300));
         assert_eq!(link.revive(), Ok(()));
     });
@@ -236,5 +235,5 @@ fn a_server_that_says_no_more_times_out(guest: &Guest) {
         Driver::Nbd => assert!(failures(&results) > 0),
         Driver::Rnbd => assert_eq!(failures(&results), 0),
     }
-    assert_eq!(news.dead_link(), None, "one is enough");
+    assert_eq!(news.dead_link(), None, "a second message");
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The device is disconnected, or has no other connection to wait for.
+//! Devices that are disconnected while the server shuts down, or for which no other connection can come.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -8,17 +8,16 @@ use std::time::{Duration, Instant};
 use rustix::io::Errno;
 
 use super::{
-    DIFFERENCE, ESHUTDOWN, MIB, first_shut_down, keep, refusal, refuse_one_of_three, seen_on,
-    wait_for_goodbye, wait_for_three, while_reading,
+    DIFFERENCE, ESHUTDOWN, MIB, commands_on, refuse_on_first, refuse_one_of_three,
+    wait_for_goodbye, wait_for_three_requests, while_reading,
 };
-use crate::device::{Plan, SOON, assert_usable};
+use crate::device::{Plan, Rig, SOON, assert_usable, read_page};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, complain, wait_until};
 use crate::netlink::{Netlink, Setup};
 use crate::proto::{self, Command};
 use crate::sys::{SysResult, ioctl_number};
 use crate::test;
-use crate::tests::netlink::read_one;
 
 pub fn tests() -> Vec<Test> {
     vec![
@@ -30,22 +29,22 @@ pub fn tests() -> Vec<Test> {
     ]
 }
 
-/// Nothing is there to wait for.
+/// No other connection can come, so the session ends.
 fn an_ioctl_session_ends(guest: &Guest) {
     let mut rig = Plan::new(MIB).attach();
     let direct = rig.direct();
-    rig.server.script(first_shut_down(1));
-    assert_eq!(read_one(&direct, 0), Err(Errno::IO));
+    rig.server.script(refuse_on_first(1));
+    assert_eq!(read_page(&direct, 0), Err(Errno::IO));
     match guest.expected(DIFFERENCE) {
         Driver::Nbd => {
             rig.server.be_honest();
-            assert_eq!(read_one(&direct, 0), Ok(()));
+            assert_eq!(read_page(&direct, 0), Ok(()));
         }
         Driver::Rnbd => {
             wait_for_goodbye(&rig.server, 0);
             let _ = rig.client.wait();
-            assert_eq!(read_one(&direct, 0), Err(Errno::IO));
-            let seen = seen_on(&rig.server, 0);
+            assert_eq!(read_page(&direct, 0), Err(Errno::IO));
+            let seen = commands_on(&rig.server, 0);
             assert_eq!(seen, [Command::Read, Command::Disconnect]);
         }
     }
@@ -55,9 +54,9 @@ fn an_ioctl_session_ends(guest: &Guest) {
 
 fn a_disconnect_while_it_drains(_: &Guest) {
     let link = Setup::new(MIB).dead_timeout(20).attach().settle();
-    refuse_one_of_three(&link);
+    refuse_one_of_three(&link.server);
     let results = while_reading(&link, 3, || {
-        wait_for_three(&link);
+        wait_for_three_requests(&link.server);
         thread::sleep(Duration::from_millis(200));
         let began = Instant::now();
         assert_eq!(link.disconnect(), Ok(()));
@@ -67,21 +66,19 @@ fn a_disconnect_while_it_drains(_: &Guest) {
     link.wait_free();
 }
 
-/// A device with three reads in flight, of which one has been refused.
-fn ioctl_session(act: impl FnOnce(&mut crate::device::Rig)) -> Vec<SysResult<()>> {
+/// Calls `act` with a device that ioctls have connected, and that has three reads in flight of which the
+/// first was refused. Returns the results of the reads.
+fn while_a_session_drains(act: impl FnOnce(&mut Rig)) -> Vec<SysResult<()>> {
     let mut rig = Plan::new(MIB).attach();
-    keep(&rig.server, 3, |conn, requests| {
-        conn.send(&refusal(&requests[0]))
-    });
+    refuse_one_of_three(&rig.server);
     let results = thread::scope(|scope| {
         let readers = [0, 1, 2].map(|reader| {
             let direct = rig.direct();
-            scope.spawn(move || read_one(&direct, reader * 65536))
+            scope.spawn(move || read_page(&direct, reader * 65536))
         });
-        rig.server
-            .wait_for("three reads", |requests| requests.len() >= 3);
+        wait_for_three_requests(&rig.server);
         let refused = wait_until(SOON, || readers.iter().any(|r| r.is_finished()));
-        assert!(refused.is_ok(), "nobody may wait");
+        assert!(refused.is_ok(), "no read has failed");
         act(&mut rig);
         readers.map(|reader| reader.join().unwrap())
     });
@@ -92,7 +89,7 @@ fn ioctl_session(act: impl FnOnce(&mut crate::device::Rig)) -> Vec<SysResult<()>
 }
 
 fn clear_sock_while_it_drains(_: &Guest) {
-    let results = ioctl_session(|rig| {
+    let results = while_a_session_drains(|rig| {
         assert_eq!(
             ioctl_number(rig.open_to_read(), proto::CLEAR_SOCK, 0),
             Ok(0)
@@ -101,9 +98,9 @@ fn clear_sock_while_it_drains(_: &Guest) {
     assert_eq!(results, [Err(Errno::IO); 3]);
 }
 
-/// The server is told at once, and once.
+/// The goodbye is sent at once. A second NBD_DISCONNECT does no harm.
 fn nbd_disconnect_while_it_drains(_: &Guest) {
-    let results = ioctl_session(|rig| {
+    let results = while_a_session_drains(|rig| {
         for _ in 0..2 {
             let device = rig.open_to_read();
             assert_eq!(ioctl_number(device, proto::DISCONNECT, 0), Ok(0));
@@ -113,7 +110,7 @@ fn nbd_disconnect_while_it_drains(_: &Guest) {
     assert_eq!(results, [Err(Errno::IO); 3]);
 }
 
-/// As nbdkit does it: what is in flight when the goodbye comes is refused.
+/// nbdkit refuses the commands that are in flight when the goodbye comes.
 fn after_a_disconnect(_: &Guest) {
     let news = Netlink::listen();
     let mut rig = Plan::new(MIB).attach();
@@ -128,7 +125,7 @@ fn after_a_disconnect(_: &Guest) {
     });
     thread::scope(|scope| {
         let direct = rig.direct();
-        let reader = scope.spawn(move || read_one(&direct, 0));
+        let reader = scope.spawn(move || read_page(&direct, 0));
         rig.server.wait_for_command(Command::Read);
         assert_eq!(rig.disconnect(), Ok(0));
         assert_eq!(reader.join().unwrap(), Err(Errno::IO));

@@ -8,10 +8,10 @@ mod replaced;
 
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::sync::{Arc, Mutex};
+use std::sync::Mutex;
 use std::thread;
 
-use crate::device::{assert_pattern, errno, pattern};
+use crate::device::{assert_pattern, errno, store_pattern};
 use crate::harness::Test;
 use crate::netlink::Link;
 use crate::proto::{self, Command, Request};
@@ -27,10 +27,12 @@ pub fn tests() -> Vec<Test> {
 
 const MIB: u64 = 1 << 20;
 const ESHUTDOWN: u32 = 108;
+
+/// nbd.ko takes ESHUTDOWN for an error of the command.
 const DIFFERENCE: &str = "shutting-down-is-not-an-error";
 
-/// The first connections shut down at the first command, the others are honest.
-fn first_shut_down(count: usize) -> impl Fn(&mut Conn, &Request) -> io::Result<()> {
+/// A script in which the first `count` connections refuse every command, and the others are honest.
+fn refuse_on_first(count: usize) -> impl Fn(&mut Conn, &Request) -> io::Result<()> {
     move |conn, request| {
         if conn.index < count {
             conn.refuse(request, ESHUTDOWN)
@@ -40,8 +42,8 @@ fn first_shut_down(count: usize) -> impl Fn(&mut Conn, &Request) -> io::Result<(
     }
 }
 
-/// What came by one connection.
-fn seen_on(server: &Server, connection: usize) -> Vec<Command> {
+/// The commands that came over one connection.
+fn commands_on(server: &Server, connection: usize) -> Vec<Command> {
     let requests = server.requests().into_iter();
     let ours = requests.filter(|request| request.connection == connection);
     ours.map(|request| request.command).collect()
@@ -54,18 +56,14 @@ fn wait_for_goodbye(server: &Server, connection: usize) {
     });
 }
 
-/// Requests that a script has kept back.
-type Kept = Arc<Mutex<Vec<Request>>>;
-
-/// Keeps the requests of connection 0 until there are `count`, and then lets `act` do something about
-/// them. Other connections are honest.
-fn keep(
+/// Answers no request of connection 0 until there are `count`, and then calls `act` with them all. Other
+/// connections are honest.
+fn hold_back(
     server: &Server,
     count: usize,
     act: impl Fn(&mut Conn, &[Request]) -> io::Result<()> + Send + Sync + 'static,
-) -> Kept {
-    let kept = Kept::default();
-    let ours = Arc::clone(&kept);
+) {
+    let kept = Mutex::new(Vec::new());
     server.script(move |conn, request| {
         if conn.index > 0 {
             return conn.serve(request);
@@ -73,7 +71,7 @@ fn keep(
         if request.command == Command::Write {
             conn.read_data(request)?;
         }
-        let mut requests = ours.lock().unwrap();
+        let mut requests = kept.lock().unwrap();
         requests.push(request.clone());
         let all = requests.clone();
         drop(requests);
@@ -83,17 +81,15 @@ fn keep(
             Ok(())
         }
     });
-    kept
 }
 
-/// Reads 32 KiB each, with gaps, from threads of their own, until `meanwhile` has returned.
+/// Starts `readers` threads, each of which reads 32 KiB, and calls `meanwhile`. Returns the results of the
+/// reads. There are gaps between them, so that the block layer does not merge them.
 fn while_reading(link: &Link, readers: u64, meanwhile: impl FnOnce()) -> Vec<SysResult<()>> {
     const LEN: usize = 32 << 10;
     for reader in 0..readers {
         let offset = reader * 2 * LEN as u64;
-        let mut stored = vec![0; LEN];
-        pattern(1, offset, &mut stored);
-        link.server.poke(offset, &stored);
+        store_pattern(&link.server, 1, offset, LEN);
     }
     let direct = link.direct();
     let read = |offset| {
@@ -122,17 +118,14 @@ fn refusal(request: &Request) -> [u8; proto::REPLY_LEN] {
     proto::reply(proto::REPLY_MAGIC, ESHUTDOWN, request.cookie)
 }
 
-/// Refuses the first of three commands, and says nothing more. nbd.ko has not understood: without help
-/// the other two hang.
-fn refuse_one_of_three(link: &Link) -> Kept {
-    keep(&link.server, 3, |conn, requests| {
-        conn.send(&refusal(&requests[0]))?;
-        // It still reads.
-        Ok(())
-    })
+/// Refuses the first of three commands, and never answers the other two. With nbd.ko those hang until
+/// something else ends them.
+fn refuse_one_of_three(server: &Server) {
+    hold_back(server, 3, |conn, requests| {
+        conn.send(&refusal(&requests[0]))
+    });
 }
 
-fn wait_for_three(link: &Link) {
-    link.server
-        .wait_for("three reads", |requests| requests.len() >= 3);
+fn wait_for_three_requests(server: &Server) {
+    server.wait_for("three requests", |requests| requests.len() >= 3);
 }

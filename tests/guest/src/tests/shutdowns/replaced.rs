@@ -1,29 +1,29 @@
 // SPDX-License-Identifier: GPL-2.0
 
-//! The requests that were refused go to another connection, if there is one.
+//! Refused requests are sent over another connection, if there is one or a new one comes.
 
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::thread;
 use std::time::Duration;
 
 use rustix::io::Errno;
 
 use super::{
-    DIFFERENCE, ESHUTDOWN, MIB, failures, first_shut_down, refusal, seen_on, wait_for_goodbye,
+    DIFFERENCE, ESHUTDOWN, MIB, commands_on, failures, refusal, refuse_on_first, wait_for_goodbye,
     while_reading,
 };
-use crate::device::{SOON, USUAL_FLAGS};
+use crate::device::{SOON, USUAL_FLAGS, read_page};
 use crate::driver::Driver;
-use crate::harness::{Guest, Test, Until, wait_until};
+use crate::harness::{Guest, Test, wait_until};
 use crate::netlink::{Link, Netlink, Setup};
 use crate::programs::sh;
 use crate::proto::{CAN_MULTI_CONN, Command};
 use crate::server::Transport;
 use crate::sys::Buffer;
 use crate::test;
-use crate::tests::netlink::{move_data, read_one};
+use crate::tests::netlink::{move_data, under_load};
 
 pub fn tests() -> Vec<Test> {
     vec![
@@ -42,7 +42,8 @@ fn two_connections() -> Link {
         .settle()
 }
 
-/// The way of each kind of socket: its callback, its sender, and the worker.
+/// Replies are received in the callback of a TCP socket, in the sender of a UNIX one, and by a worker with
+/// TLS.
 const TRANSPORTS: [Transport; 3] = [Transport::Tcp4, Transport::Unix, Transport::Tls];
 
 fn the_only_connection_is_replaced(guest: &Guest) {
@@ -52,26 +53,26 @@ fn the_only_connection_is_replaced(guest: &Guest) {
         let link = setup.attach_over(&[transport]).settle();
         let news = Netlink::listen();
         let direct = link.direct();
-        link.server.script(first_shut_down(1));
+        link.server.script(refuse_on_first(1));
         if guest.expected(DIFFERENCE) == Driver::Nbd {
-            assert_eq!(read_one(&direct, 0), Err(Errno::IO));
+            assert_eq!(read_page(&direct, 0), Err(Errno::IO));
             assert_eq!(news.dead_link(), None);
             link.server.be_honest();
-            assert_eq!(read_one(&direct, 0), Ok(()));
+            assert_eq!(read_page(&direct, 0), Ok(()));
             continue;
         }
         thread::scope(|scope| {
-            let reader = scope.spawn(|| read_one(&direct, 0));
+            let reader = scope.spawn(|| read_page(&direct, 0));
             assert_eq!(news.expect_dead_link(), link.index);
             wait_for_goodbye(&link.server, 0);
-            assert!(!reader.is_finished(), "it was to wait");
+            assert!(!reader.is_finished(), "the read did not wait");
             assert_eq!(link.revive(), Ok(()));
             assert_eq!(reader.join().unwrap(), Ok(()));
         });
         move_data(&direct, 0, 1);
-        let seen = seen_on(&link.server, 0);
+        let seen = commands_on(&link.server, 0);
         assert_eq!(seen, [Command::Read, Command::Disconnect]);
-        assert_eq!(news.dead_link(), None, "one is enough");
+        assert_eq!(news.dead_link(), None, "a second message");
     }
 }
 
@@ -108,11 +109,11 @@ fn another_connection_takes_over(guest: &Guest) {
         assert_eq!(failed, 0);
         assert_eq!(news.expect_dead_link(), link.index);
         wait_for_goodbye(&link.server, victim);
-        let seen = seen_on(&link.server, victim);
+        let seen = commands_on(&link.server, victim);
         assert_eq!(seen.last(), Some(&Command::Disconnect), "{seen:?}");
         let ended = wait_until(SOON, || link.server.living() == 1);
         assert!(ended.is_ok());
-        assert_eq!(news.dead_link(), None, "one is enough");
+        assert_eq!(news.dead_link(), None, "a second message");
     }
 }
 
@@ -135,14 +136,14 @@ fn one_command_is_refused_twice(guest: &Guest) {
         Driver::Nbd => assert!(failures(&results) > 0),
         Driver::Rnbd => assert_eq!(failures(&results), 0),
     }
-    assert_eq!(news.dead_link(), None, "one is enough");
+    assert_eq!(news.dead_link(), None, "a second message");
 }
 
-/// There is nobody else to ask, and no time to wait for somebody.
+/// Both connections refuse everything, and there is no dead_conn_timeout to wait for a third one.
 fn everything_is_refused(guest: &Guest) {
     let link = two_connections();
     let news = Netlink::listen();
-    link.server.script(first_shut_down(2));
+    link.server.script(refuse_on_first(2));
     let results = while_reading(&link, 12, || ());
     assert_eq!(results, [Err(Errno::IO); 12]);
     if guest.expected(DIFFERENCE) == Driver::Rnbd {
@@ -150,7 +151,7 @@ fn everything_is_refused(guest: &Guest) {
             assert_eq!(news.expect_dead_link(), link.index);
             wait_for_goodbye(&link.server, connection);
         }
-        assert_eq!(read_one(&link.direct(), 0), Err(Errno::IO));
+        assert_eq!(read_page(&link.direct(), 0), Err(Errno::IO));
         for _ in 0..2 {
             assert_eq!(link.revive(), Ok(()));
         }
@@ -162,7 +163,7 @@ fn everything_is_refused(guest: &Guest) {
 /// Each connection serves a few commands, and then shuts down in one way or another.
 fn one_server_after_the_other(guest: &Guest) {
     if guest.expected(DIFFERENCE) == Driver::Nbd {
-        // It fails requests and has no reason to look for another server.
+        // It fails the requests, and does not ask for another connection.
         return;
     }
     let setup = Setup::new(16 * MIB)
@@ -180,25 +181,13 @@ fn one_server_after_the_other(guest: &Guest) {
         let already = served.fetch_add(1, Ordering::Relaxed);
         match (already < 10 + conn.index % 7, conn.index % 4) {
             (true, _) => conn.defer(request),
-            // Some do not wait for the goodbye.
+            // Some close the connection before the goodbye comes.
             (_, 3) if already > 20 => conn.close(),
             (_, 2) if already % 3 == 0 => conn.defer(request),
             _ => conn.refuse(request, ESHUTDOWN),
         }
     });
-    let done = AtomicBool::new(false);
-    thread::scope(|scope| {
-        for worker in 0..4 {
-            let (direct, done) = (link.direct(), &done);
-            scope.spawn(move || {
-                let mut round = 0;
-                while !done.load(Ordering::Relaxed) {
-                    move_data(&direct, worker * 4 * MIB + ((round % 32) << 16), round);
-                    round += 1;
-                }
-            });
-        }
-        let _done = Until(&done);
+    under_load(&link, || {
         let replace = |number: usize| {
             let socket = link.server.connect(TRANSPORTS[number % 2]);
             let setup = Setup::change(link.index).sockets([socket]);
