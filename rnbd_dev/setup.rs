@@ -323,6 +323,26 @@ impl Device {
         Ok(self.disk.set_capacity_and_notify(Sectors(size_bytes >> 9)))
     }
 
+    /// Sets the block size in bytes of a disk that is being started. If the page cache is in use and
+    /// cannot be adapted, that is logged: I/O through it fails until the last close.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` and `EBUSY`: the block layer does not accept the limits.
+    pub(super) fn set_first_block_bytes(
+        &self,
+        held: &OpenMutexHeld<'_>,
+        block_bytes: u32,
+    ) -> Result {
+        if !held.set_first_block_bytes(block_bytes)? {
+            pr_warn!(
+                "nbd{}: the page cache is in use with blocks of less than {block_bytes}: buffered I/O fails until the last close\n",
+                self.index
+            );
+        }
+        Ok(())
+    }
+
     /// Sets the block size of the disk in bytes, and logs why it cannot be changed.
     ///
     /// # Errors

@@ -160,7 +160,7 @@ impl Device {
             // Nobody opens the device between this and the new block size, on which the first opener
             // bases the page cache.
             if let Some(held) = held.as_deref() {
-                self.set_disk_block_bytes(held, config.block_bytes)?;
+                self.set_first_block_bytes(held, config.block_bytes)?;
             }
             Ok(sockets)
         });

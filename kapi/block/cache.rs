@@ -62,6 +62,13 @@ impl OpenMutexHeld<'_> {
         Ok(())
     }
 
+    /// Returns whether a page cache of the disk or of its partitions is in use that has smaller blocks
+    /// than `bytes`.
+    pub(super) fn has_cache_blocks_below(&self, bytes: u32) -> bool {
+        self.caches()
+            .any(|cache| cache.is_open() && cache.block_bytes() < bytes)
+    }
+
     /// Returns the page caches of the whole disk and of its partitions.
     fn caches(&self) -> impl Iterator<Item = Cache<'_>> {
         let mut index = 0;

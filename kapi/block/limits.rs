@@ -177,12 +177,33 @@ impl DiskRef {
 }
 
 impl OpenMutexHeld<'_> {
-    /// Sets the logical and the physical block size of the disk, in bytes, and adapts the blocks of
-    /// its page cache as long as it has no sectors.
+    /// Sets the logical and the physical block size of a disk that has no sectors yet, in bytes, and
+    /// adapts the blocks of its page cache. Returns whether those are large enough.
     ///
     /// Blocks of the page cache that are large enough stay as they are, as user space can choose
     /// their size (`BLKBSZSET`). The exception is those that the last logical block size had made
     /// larger than a page.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`DiskRef::update()`]. The block size was not changed then.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub(crate) fn set_first_block_bytes(&self, block_bytes: u32) -> Result<bool> {
+        let last = self.disk().block_bytes();
+        let usual = block_bytes.max(bindings::PAGE_SIZE as u32);
+        let deadline = Deadline::after_seconds(TIMEOUT_SECONDS);
+        let grown = self.set_cache_blocks(usual, &deadline, |now| now < block_bytes);
+        self.update_block_bytes(block_bytes)?;
+        // Blocks that are too large work, except for swap.
+        let _ = self.set_cache_blocks(usual, &deadline, |now| now == last && now > usual);
+        Ok(grown.is_ok())
+    }
+
+    /// Sets the logical and the physical block size of the disk, in bytes. The blocks of its page
+    /// cache stay as they are: a page fault may be about to use them.
     ///
     /// If the disk may have I/O, the queue is frozen meanwhile.
     ///
@@ -197,20 +218,18 @@ impl OpenMutexHeld<'_> {
         &self,
         block_bytes: u32,
     ) -> core::result::Result<(), BlockSizeError> {
-        let disk = self.disk();
-        let last = disk.block_bytes();
-        let usual = block_bytes.max(bindings::PAGE_SIZE as u32);
-        let deadline = Deadline::after_seconds(TIMEOUT_SECONDS);
-        self.set_cache_blocks(usual, &deadline, |now| now < block_bytes)
-            .map_err(|_| BlockSizeError::CacheInUse)?;
-        let change = |limits| ChangeableLimits {
+        if self.has_cache_blocks_below(block_bytes) {
+            return Err(BlockSizeError::CacheInUse);
+        }
+        self.update_block_bytes(block_bytes)
+            .map_err(BlockSizeError::Limits)
+    }
+
+    fn update_block_bytes(&self, block_bytes: u32) -> Result {
+        self.disk().update(|limits| ChangeableLimits {
             block_bytes,
             ..limits
-        };
-        disk.update(change).map_err(BlockSizeError::Limits)?;
-        // Blocks that are too large only cost time, so a failure does not matter.
-        let _ = self.set_cache_blocks(usual, &deadline, |now| now == last && now > usual);
-        Ok(())
+        })
     }
 }
 
