@@ -97,6 +97,8 @@ pub(crate) enum Job {
     Remove,
     /// To read its partition table ([`Device::scan_partitions()`]).
     Scan,
+    /// To release its last session ([`Device::release_session()`]).
+    Release,
     /// To disconnect it, because its owner was released ([`Device::disconnect_owned()`]).
     Disconnect(Arc<Sender>),
 }
@@ -146,6 +148,8 @@ pub(crate) struct Usage {
     removal_started: bool,
     /// A work item is to read the partition table.
     scan_wanted: bool,
+    /// A work item is to release the last session.
+    session_retracted: bool,
     /// The netlink socket whose release disconnects the device. It changes only under the
     /// configuration lock.
     owner: Option<Arc<Sender>>,
@@ -326,7 +330,10 @@ impl Device {
         if let Some(owner) = usage.released_owner.take() {
             return Some(Job::Disconnect(owner));
         }
-        core::mem::take(&mut usage.scan_wanted).then_some(Job::Scan)
+        if core::mem::take(&mut usage.scan_wanted) {
+            return Some(Job::Scan);
+        }
+        core::mem::take(&mut usage.session_retracted).then_some(Job::Release)
     }
 
     /// Records that a netlink socket was released. Returns whether it owned the device.

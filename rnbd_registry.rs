@@ -97,7 +97,7 @@ impl WorkItem for Registry {
                 return;
             };
             let queue = match &job {
-                Job::Remove | Job::Disconnect(_) => this.shared.slow.clone(),
+                Job::Remove | Job::Disconnect(_) | Job::Release => this.shared.slow.clone(),
                 Job::Scan => this.shared.scan.clone(),
             };
             // The job may be what ends a wait for memory that is being written to this device.
@@ -110,6 +110,7 @@ impl WorkItem for Registry {
                     Job::Remove => this.remove(index, &device),
                     Job::Disconnect(owner) => device.disconnect_owned(&owner),
                     Job::Scan => device.leave_scan_to_open(),
+                    Job::Release => device.release_session(),
                 },
             }
         }
@@ -164,6 +165,7 @@ impl WorkItem for DeviceWork {
             Job::Remove => this.registry.remove(this.index, &this.device),
             Job::Disconnect(owner) => this.device.disconnect_owned(owner),
             Job::Scan => this.device.scan_partitions(),
+            Job::Release => this.device.release_session(),
         }
     }
 }

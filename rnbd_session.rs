@@ -209,7 +209,19 @@ impl Session {
         for place in &*self.connections.lock() {
             place.connection.as_arc_borrow().mark_dead();
         }
+        // A worker reaps each, and so does this task, which need not wait for a worker then.
+        for index in 0..self.slots.len() {
+            if let Some(connection) = self.connection_at(index) {
+                connection.as_arc_borrow().receive_work();
+            }
+        }
         self.table.wait_all_reaped();
+    }
+
+    /// Returns the connection that has this index now.
+    fn connection_at(&self, index: usize) -> Option<Arc<Connection>> {
+        let connections = self.connections.lock();
+        connections.get(index).map(|place| place.connection.clone())
     }
 
     /// Writes a line for each connection: its index, and `name=value` pairs.

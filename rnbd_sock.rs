@@ -418,12 +418,16 @@ impl Connection {
         }
     }
 
-    /// Receives in a worker, and reaps the connection once its socket was shut down
-    /// (`recv_work()`).
+    /// Receives in a worker, or in the task that ends the session, and reaps the connection once its
+    /// socket was shut down (`recv_work()`). Does nothing if another context is receiving.
     ///
     /// It also receives after the connection was marked as dead, so that replies which have arrived
     /// by then are honoured.
-    fn receive_work(self: ArcBorrow<'_, Self>) {
+    ///
+    /// # Context
+    ///
+    /// May sleep. The caller must hold neither the outbox nor `hooked`.
+    pub(crate) fn receive_work(self: ArcBorrow<'_, Self>) {
         for _ in 0..ROUNDS {
             let received = |receive: &mut _| self.receive_or_reap(receive);
             match self.receive.try_with(received) {

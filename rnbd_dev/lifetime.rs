@@ -170,14 +170,26 @@ impl Device {
         }
     }
 
+    /// Releases the last session, which no operation of the queue uses any more when this returns.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub(crate) fn release_session(&self) {
+        drop(self.session.release(&self.disk));
+    }
+
     /// Undoes what was configured, as in `nbd_config_put()`, and removes the partitions if `held` is
     /// given. A device that has not got its size has none. The caller holds the configuration lock.
     fn tear_down(&self, held: Option<&OpenMutexHeld<'_>>, config: &mut Config) {
         config.remove_debugfs();
         config.end();
         if config.session.is_some() {
-            // Nothing is in flight, and requests that arrive from now on are failed.
-            drop(self.session.retract(&self.disk));
+            // Nothing is in flight, and requests that arrive from now on are failed. The session is
+            // released by a work item, since that waits for a grace period of SRCU.
+            self.session.retract(&self.disk);
+            self.usage.lock().session_retracted = true;
+            self.jobs.clone().queue_jobs();
         }
         self.disk.invalidate();
         if let Some(held) = held {

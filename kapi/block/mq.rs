@@ -30,7 +30,7 @@ use kernel::{
 };
 
 /// Proof that an operation of a queue is running. Until it returns, either `blk_mq_wait_quiesce_done()` or
-/// `blk_sync_queue()` does not return.
+/// `flush_work()` of the queue's timeout work does not return.
 ///
 /// # Safety
 ///
@@ -72,7 +72,7 @@ impl Dispatch<'_> {
 }
 
 /// Proof that `timeout` is running, which it does only in the queue's work item for timeouts. Until it
-/// returns, `blk_sync_queue()` does not.
+/// returns, `flush_work()` of that work item does not.
 pub(crate) struct Expiry<'a> {
     queue: *mut bindings::request_queue,
     _call: PhantomData<&'a ()>,

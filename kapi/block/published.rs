@@ -2,7 +2,7 @@
 //! Pointers that blk-mq operations read without locks or reference counts.
 //!
 //! The block layer can wait for running operations: `blk_mq_wait_quiesce_done()` waits for `queue_rq`
-//! and `commit_rqs`, and `blk_sync_queue()` for the work item in which `timeout` runs. So a pointer is
+//! and `commit_rqs`, and `flush_work()` for the work item in which `timeout` runs. So a pointer is
 //! replaced first, and the object released only after such a wait, much as with RCU. The `kernel`
 //! crate (7.3) has nothing similar.
 //!
@@ -36,16 +36,18 @@ use kernel::{
 
 /// An `Arc` that all operations of one queue can read without a lock or a reference count.
 ///
-/// Taking it back waits for the operations that may have read it. A freeze would wait for requests
+/// Releasing it waits for the operations that may have read it. A freeze would wait for requests
 /// instead, which is not enough: `queue_rq` may still be running although its request has already
 /// ended.
 ///
 /// # Invariants
 ///
-/// `ptr` is null or was returned by `Arc::into_raw()`, whose reference this object owns.
+/// `ptr` and `retracted` are null or were returned by `Arc::into_raw()`, whose reference this object
+/// owns. Operations read `ptr` only, so those that use `retracted` have begun before it was stored.
 pub(crate) struct Published<T> {
     queue: QueueId,
     ptr: Atomic<*const T>,
+    retracted: Atomic<*const T>,
     _owns: PhantomData<Arc<T>>,
 }
 
@@ -61,6 +63,7 @@ impl<T> Published<T> {
         Published {
             queue,
             ptr: Atomic::new(core::ptr::null()),
+            retracted: Atomic::new(core::ptr::null()),
             _owns: PhantomData,
         }
     }
@@ -73,7 +76,7 @@ impl<T> Published<T> {
         }
         let ptr = self.ptr.load(Acquire);
         // SAFETY: By the type invariant, `ptr` is null or belongs to an `Arc`. This object and its
-        // `Arc` are not dropped during `'a`, as `self` is borrowed. `retract()` does not return the
+        // `Arc` are not dropped during `'a`, as `self` is borrowed. `release()` does not return the
         // `Arc` during `'a` either: it first waits until the operation that has read `ptr` is over.
         unsafe { ptr.as_ref() }
     }
@@ -88,26 +91,52 @@ impl<T> Published<T> {
         }
     }
 
-    /// Takes back what is published, and waits until no operation uses it. `disk` must be the disk
-    /// whose operations read it. Returns `None` if nothing is published, or if it is another disk.
+    /// Takes back what is published: operations that begin now find nothing. Those that have begun may
+    /// still use it, so it is kept until [`Self::release()`] is called. `disk` must be the disk whose
+    /// operations read it; otherwise, or if nothing is published, this does nothing.
+    ///
+    /// # Context
+    ///
+    /// May sleep, if what was retracted before has not been released. The caller must hold no lock that
+    /// an operation takes.
+    pub(crate) fn retract(&self, disk: &DiskRef) {
+        if QueueId::new(disk.queue()) != self.queue {
+            return;
+        }
+        drop(self.release(disk));
+        let old = self.ptr.xchg(core::ptr::null(), Full);
+        // INVARIANT: `old` was owned by `ptr`, and is stored after `ptr` was cleared.
+        let older = self.retracted.xchg(old, Full);
+        // Another task has retracted meanwhile.
+        drop(self.end_of_operations(disk, older));
+    }
+
+    /// Waits until no operation uses what was retracted, and returns it. Returns `None` if nothing was,
+    /// or if `disk` is another disk.
     ///
     /// # Context
     ///
     /// May sleep. The caller must hold no lock that an operation takes.
-    pub(crate) fn retract(&self, disk: &DiskRef) -> Option<Arc<T>> {
-        let queue = disk.queue();
-        if QueueId::new(queue) != self.queue {
+    pub(crate) fn release(&self, disk: &DiskRef) -> Option<Arc<T>> {
+        if QueueId::new(disk.queue()) != self.queue {
             return None;
         }
-        let old = self.ptr.xchg(core::ptr::null(), Full);
+        let old = self.retracted.xchg(core::ptr::null(), Full);
+        self.end_of_operations(disk, old)
+    }
+
+    /// Waits until no operation uses `old`, which the caller has taken out of `retracted`, and returns
+    /// its `Arc`; `None` if it is null. The caller has checked `disk`.
+    fn end_of_operations(&self, disk: &DiskRef, old: *const T) -> Option<Arc<T>> {
         if old.is_null() {
             return None;
         }
         wait_for_dispatches(disk);
+        // `blk_sync_queue()` would also stop the timer, which requests of the next session need.
         // SAFETY: The queue of a `DiskRef` is valid. This waits for the work item in which `timeout` runs.
-        unsafe { bindings::blk_sync_queue(queue) };
-        // SAFETY: By the type invariant, `old` was returned by `Arc::into_raw()`. No operation that has
-        // read it is still running, and operations that begin now read null or a newer pointer.
+        unsafe { bindings::flush_work(&raw mut (*disk.queue()).timeout_work) };
+        // SAFETY: By the type invariant, `old` was returned by `Arc::into_raw()`, and the operations that
+        // use it had begun before it was stored in `retracted`. They are over.
         Some(unsafe { Arc::from_raw(old) })
     }
 }
@@ -126,11 +155,12 @@ fn wait_for_dispatches(disk: &DiskRef) {
 
 impl<T> Drop for Published<T> {
     fn drop(&mut self) {
-        let old = self.ptr.load(Relaxed);
-        if !old.is_null() {
-            // SAFETY: By the type invariant, `old` was returned by `Arc::into_raw()`. `&mut self`
-            // excludes other users.
-            drop(unsafe { Arc::from_raw(old) });
+        for old in [self.ptr.load(Relaxed), self.retracted.load(Relaxed)] {
+            if !old.is_null() {
+                // SAFETY: By the type invariant, `old` was returned by `Arc::into_raw()`. `&mut self`
+                // excludes other users.
+                drop(unsafe { Arc::from_raw(old) });
+            }
         }
     }
 }
