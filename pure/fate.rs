@@ -12,7 +12,7 @@
 use super::atomic::AtomicWord;
 
 /// The user has requested a disconnect (`NBD_RT_DISCONNECT_REQUESTED`).
-const REQUESTED: u64 = 1 << 0;
+const REQUESTED: u64 = 1;
 /// The session was ended (`NBD_RT_DISCONNECTED`, as set by `sock_shutdown()`).
 const ENDED: u64 = 1 << 1;
 /// A request has found no connection and may not wait for one (`NBD_RT_DISCONNECTED`, as set
