@@ -284,9 +284,9 @@ impl Connection {
         Ok(Prepared { connection, memory })
     }
 
-    /// Has received what arrived before the callbacks were installed, which is nothing as a rule.
+    /// Queues the receive work if data may have arrived before the callbacks were installed.
     pub(crate) fn start_receiving(self: ArcBorrow<'_, Self>) {
-        // TLS has a queue of its own.
+        // TLS may have decrypted some already, and keeps that in a queue of its own.
         if self.socket.has_input() || self.socket.has_upper_layer() {
             self.queue_receive();
         }

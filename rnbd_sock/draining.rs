@@ -97,7 +97,7 @@ impl Connection {
         if receive.current.is_some() || self.table.has_open(self.index) {
             return;
         }
-        self.sending.drained.xchg(true, Full);
+        self.sending.newly_drained.xchg(true, Full);
         self.queue_transmit();
     }
 
@@ -112,14 +112,15 @@ impl Connection {
     /// Returns whether the next step of draining is up to [`Self::stop_staging()`].
     pub(super) fn drain_wants_sender(&self) -> bool {
         let is_wanted =
-            || !self.sending.stopped.load(Acquire) || self.sending.drained.load(Acquire);
+            || !self.sending.stopped.load(Acquire) || self.sending.newly_drained.load(Acquire);
         self.is_draining() && is_wanted()
     }
 
     /// Closes the backlog of a connection that drains and gives back the commands that were not
     /// staged yet. Stages the disconnect once the connection is drained.
     pub(super) fn stop_staging(self: ArcBorrow<'_, Self>, outbox: &mut Outbox) {
-        if self.sending.drained.load(Acquire) && self.sending.drained.xchg(false, Full) {
+        if self.sending.newly_drained.load(Acquire) && self.sending.newly_drained.xchg(false, Full)
+        {
             outbox.drained = true;
             self.sending.send_disconnect.store(true, Release);
         }

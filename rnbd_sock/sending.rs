@@ -130,8 +130,8 @@ enum StopReason {
 
 /// What a sender does if another one holds the lock of the outbox.
 enum IfHeld {
-    /// It leaves everything to the other one.
-    Leave,
+    /// It returns, and leaves everything to the other one.
+    Return,
     /// It waits for the lock.
     Wait,
 }
@@ -149,7 +149,7 @@ pub(super) struct Sending {
     /// The connection drains, and all commands that were not staged were given back.
     pub(super) stopped: Atomic<bool>,
     /// The receive side has found the connection to be drained, which is to be recorded in the outbox.
-    pub(super) drained: Atomic<bool>,
+    pub(super) newly_drained: Atomic<bool>,
     /// The commands that no sender has taken yet.
     pub(super) backlog: List<Unsent>,
     #[pin]
@@ -175,7 +175,7 @@ impl Sending {
             unsent: Atomic::new(false),
             send_disconnect: Atomic::new(false),
             stopped: Atomic::new(false),
-            drained: Atomic::new(false),
+            newly_drained: Atomic::new(false),
             backlog: List::new(),
             outbox <- new_mutex!(outbox),
         }))
@@ -231,7 +231,7 @@ impl Connection {
         // The disconnect is sent immediately, since the socket is shut down soon. A task that is sending
         // is waited for, but not with TLS, where it may itself be waiting for others.
         let if_held = match self.socket.has_upper_layer() {
-            true => IfHeld::Leave,
+            true => IfHeld::Return,
             false => IfHeld::Wait,
         };
         self.transmit(if_held);
@@ -243,8 +243,9 @@ impl Connection {
     ///
     /// Any context, including softirq.
     pub(super) fn sender_awaits_space(&self) -> bool {
-        // Pairs with the barrier in `has_room_or_reports_it()`: either this sees `full`, or
-        // `look_for_room()` sees the room. A UNIX socket frees room with no more than release ordering (`sock_wfree()`).
+        // Pairs with the barrier in `has_room_or_requests_report()`: either this sees `full`, or
+        // `look_for_room()` sees the room. A UNIX socket frees room with no more than release ordering
+        // (`sock_wfree()`).
         smp_mb(Full);
         self.sending.full.load(Relaxed) && self.socket.has_room(RoomFor::Wakeup)
     }
@@ -269,14 +270,14 @@ impl Connection {
 
     /// Sends until the backlog is empty. The holder of the lock sends for all.
     fn transmit_backlog(self: ArcBorrow<'_, Self>) {
-        self.transmit(IfHeld::Leave);
+        self.transmit(IfHeld::Return);
     }
 
     /// Sends until the backlog is empty.
     fn transmit(self: ArcBorrow<'_, Self>, if_held: IfHeld) {
         let outbox = &self.sending.outbox;
         let mut taken = match if_held {
-            IfHeld::Leave => outbox.try_lock(),
+            IfHeld::Return => outbox.try_lock(),
             IfHeld::Wait => Some(outbox.lock()),
         };
         let mut refused = 0;
@@ -367,8 +368,8 @@ impl Connection {
 
     /// Allows the next task that queues a command to send it.
     ///
-    /// The caller holds the lock of the outbox. Otherwise `full` could be cleared that a sender has just
-    /// set who then waits for room.
+    /// The caller holds the lock of the outbox. Without it, this could clear the flag of a sender that then
+    /// waits for room.
     fn clear_full(&self) {
         // A command that was queued by a task which still sees `full` is found by the caller, who looks
         // at the backlog again after a full barrier, or finds the socket full again.
@@ -392,7 +393,7 @@ impl Connection {
     fn look_for_room(self: ArcBorrow<'_, Self>, refused: u32) -> bool {
         // The socket did not report room that became free before `full` was set. It reports any later
         // room to the transmit work.
-        if !self.socket.has_room_or_reports_it() {
+        if !self.socket.has_room_or_requests_report() {
             return false;
         }
         if refused > 1 {

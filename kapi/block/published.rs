@@ -77,7 +77,7 @@ impl<T> Published<T> {
         let ptr = self.ptr.load(Acquire);
         // SAFETY: By the type invariant, `ptr` is null or belongs to an `Arc`. This object and its
         // `Arc` are not dropped during `'a`, as `self` is borrowed. `release()` does not return the
-        // `Arc` during `'a` either: it first waits until the operation that has read `ptr` is over.
+        // `Arc` during `'a` either: it first waits until the operation that has read `ptr` has returned.
         unsafe { ptr.as_ref() }
     }
 
@@ -136,12 +136,12 @@ impl<T> Published<T> {
         // SAFETY: The queue of a `DiskRef` is valid. This waits for the work item in which `timeout` runs.
         unsafe { bindings::flush_work(&raw mut (*disk.queue()).timeout_work) };
         // SAFETY: By the type invariant, `old` was returned by `Arc::into_raw()`, and the operations that
-        // use it had begun before it was stored in `retracted`. They are over.
+        // use it had begun before it was stored in `retracted`. They have returned.
         Some(unsafe { Arc::from_raw(old) })
     }
 }
 
-/// Waits until every dispatch that has begun before is over. Others may begin meanwhile: unlike a quiesce,
+/// Waits until every dispatch that has begun before has returned. Others may begin meanwhile: unlike a quiesce,
 /// this keeps no request waiting.
 ///
 /// # Context
@@ -212,7 +212,7 @@ impl<T> Dispatched<T> {
         let ptr = self.ptr.load(Acquire);
         // SAFETY: By the type invariant, `ptr` belongs to an `Arc`. This object and its `Arc` are
         // not dropped during `'a`, as `self` is borrowed. `replace()` does not drop the `Arc` during
-        // `'a` either: it first waits until the dispatch that has read `ptr` is over.
+        // `'a` either: it first waits until the dispatch that has read `ptr` has returned.
         Some(unsafe { ArcBorrow::from_raw(ptr) })
     }
 

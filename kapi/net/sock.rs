@@ -280,13 +280,13 @@ impl Socket {
         unsafe { bindings::tcp_stream_memory_free(sk.cast(), wake) }
     }
 
-    /// Returns whether the send buffer has room for [`RoomFor::Sending`], and has the socket call
-    /// [`Events::write_space()`](super::hook::Events::write_space) otherwise, once there is room for
+    /// Returns whether the send buffer has room for [`RoomFor::Sending`]. Otherwise makes the socket call
+    /// [`Events::write_space()`](super::hook::Events::write_space) once there is room for
     /// [`RoomFor::Wakeup`].
     ///
     /// A send that finds no room has that effect, too, but only until the next call of the callback. The
     /// room that this was about may be gone.
-    pub(crate) fn has_room_or_reports_it(&self) -> bool {
+    pub(crate) fn has_room_or_requests_report(&self) -> bool {
         if self.has_room(RoomFor::Sending) {
             return true;
         }
@@ -296,7 +296,8 @@ impl Socket {
             let flags = &raw mut (*self.socket.as_ptr()).flags;
             bindings::set_bit(bindings::SOCK_NOSPACE as usize, flags);
         }
-        // What the caller has stored before is seen by a callback of whose room this learns nothing.
+        // Pairs with the barrier before the callback looks whether the owner waits: either it sees what the
+        // caller has stored, or this sees the room.
         smp_mb(Full);
         self.has_room(RoomFor::Sending)
     }

@@ -170,7 +170,7 @@ impl Socket {
             .is_none_or(|limit| self.used.load(Ordering::Relaxed) < limit)
     }
 
-    fn has_room_or_reports_it(&self, left_out: LeftOut) -> bool {
+    fn has_room_or_requests_report(&self, left_out: LeftOut) -> bool {
         if self.has_room() {
             return true;
         }
@@ -404,7 +404,7 @@ enum StopReason {
 
 /// What a sender does if another one holds the lock of the outbox.
 enum IfHeld {
-    Leave,
+    Return,
     Wait,
 }
 
@@ -554,7 +554,7 @@ impl<P: Parts> Connection<P> {
         if !self.full.load(Acquire) {
             self.transmit(match self.table.left_out {
                 // The latter is needed where a sender must not wait, with TLS.
-                LeftOut::WaitingForTurn | LeftOut::BarrierAfterGoodbye => IfHeld::Leave,
+                LeftOut::WaitingForTurn | LeftOut::BarrierAfterGoodbye => IfHeld::Return,
                 _ => IfHeld::Wait,
             });
         }
@@ -597,13 +597,13 @@ impl<P: Parts> Connection<P> {
     }
 
     fn transmit_backlog(&self) {
-        self.transmit(IfHeld::Leave);
+        self.transmit(IfHeld::Return);
     }
 
     fn transmit(&self, if_held: IfHeld) {
         let left_out = self.table.left_out;
         let mut taken = match if_held {
-            IfHeld::Leave => self.outbox.try_lock(),
+            IfHeld::Return => self.outbox.try_lock(),
             IfHeld::Wait => Some(self.outbox.lock()),
         };
         let mut refused = 0;
@@ -676,7 +676,8 @@ impl<P: Parts> Connection<P> {
 
     fn look_for_room(&self, refused: u32) -> bool {
         let left_out = self.table.left_out;
-        if left_out == LeftOut::LookingForRoom || !self.socket.has_room_or_reports_it(left_out) {
+        if left_out == LeftOut::LookingForRoom || !self.socket.has_room_or_requests_report(left_out)
+        {
             return false;
         }
         if refused > 1 {
