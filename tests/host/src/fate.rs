@@ -60,6 +60,7 @@ fn it_ends_once<P: Parts>() {
     let news = fate.end();
     assert!(news != other.join().unwrap());
     assert!(fate.snapshot().is_over());
+    assert!(!fate.end(), "it was ended before");
     // A request to disconnect that comes then is fulfilled with the last connection, but once.
     fate.request_disconnect();
     assert!(fate.finish_disconnect());

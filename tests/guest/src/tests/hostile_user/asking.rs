@@ -344,8 +344,12 @@ impl Asking {
 /// Through netlink; the ioctl has its own test.
 fn descriptors_of_anything(guest: &Guest) {
     let netlink = Netlink::open();
-    let device = Setup::new(MIB).index(1).attach();
+    let device = Setup::new(MIB).index(1).attach().settle();
+    let direct = device.direct();
     device.kill_server();
+    // All has been logged when this fails.
+    assert!(direct.read_at(&mut Buffer::new(512), 0).is_err());
+    drop(direct);
     for file in strange_files() {
         let kind = std::fs::read_link(format!("/proc/self/fd/{}", file.as_raw_fd())).unwrap();
         let before = said(guest);
