@@ -503,7 +503,7 @@ fn outside_bpf<R>(f: impl FnOnce() -> R) -> R {
         // SAFETY: Only the current task uses this field, and it is restored below.
         let had = unsafe { context.replace(core::ptr::null_mut()) };
         let result = f();
-        // SAFETY: As above.
+        // SAFETY: The current task is valid, and only it uses this field.
         unsafe { context.write(had) };
         result
     }

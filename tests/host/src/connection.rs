@@ -8,23 +8,21 @@
 use crate::{
     blk_mq::{Tag, Unsent, Verdict},
     parts::{Batches, Commands, Fates, Lists, Parts, Snapshots},
+    socket::{Command, Ended, Ending, Message, Outgoing, Socket},
     sync::{
         atomic::{Acquire, Atomic, Full, Relaxed, Release},
         barrier::smp_mb,
     },
+    waits::{Completion, TryMutex, Work},
 };
 use loom::{
     cell::UnsafeCell,
     sync::{
-        Condvar, Mutex, MutexGuard,
-        atomic::{AtomicBool, AtomicUsize, Ordering},
+        Condvar, Mutex,
+        atomic::{AtomicBool, Ordering},
     },
 };
-use std::{
-    collections::VecDeque,
-    ops::{Deref, DerefMut},
-    sync::Arc,
-};
+use std::sync::Arc;
 
 pub(crate) const ALIVE: u32 = 0;
 const ENDING: u32 = 1;
@@ -74,194 +72,6 @@ pub(crate) enum LeftOut {
     Quiescing,
     /// A connection is said to be cleared away before it is counted as gone.
     CountingBeforeTelling,
-}
-
-/// A command on the wire: a request's use of a tag, and the generation that names it.
-#[derive(Clone)]
-pub(crate) struct Command {
-    pub(crate) tag: Arc<Tag>,
-    use_number: usize,
-    pub(crate) generation: u32,
-}
-
-/// A message: a command, or else a goodbye.
-struct Message(Option<Command>);
-
-/// What is staged, with the request that is let go of when it was sent.
-struct Outgoing {
-    message: Message,
-    request: Option<Unsent>,
-}
-
-/// What becomes of what has not left yet when a socket ends.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Ending {
-    Polite,
-    Reset,
-}
-
-/// A socket, and the server at its other end.
-struct Socket {
-    stream: Mutex<Stream>,
-    /// How many messages it takes before they are acknowledged; none: any number.
-    limit: Option<usize>,
-    /// How many it has taken.
-    used: AtomicUsize,
-    /// `SOCK_NOSPACE`: it reports room. Only ever exchanged, as bits are.
-    reports: AtomicBool,
-}
-
-#[derive(Default)]
-struct Stream {
-    ended: bool,
-    /// It was reset. The test's own.
-    reset: bool,
-    /// What was sent and has not left yet.
-    queue: VecDeque<Message>,
-    /// What the server has answered.
-    replies: Vec<Command>,
-    /// What was ever sent: how many commands, how many goodbyes. The test's own.
-    sent: (usize, usize),
-    /// What the server has got: of which tag, and which use of it. The test's own.
-    got: Vec<(usize, usize)>,
-}
-
-/// Sending is over.
-struct Ended;
-
-impl Socket {
-    /// Sends as much of `staged` as fits; returns how much that is.
-    fn send(&self, staged: &[Outgoing]) -> Result<usize, Ended> {
-        let mut stream = self.stream.lock().unwrap();
-        if stream.ended {
-            return Err(Ended);
-        }
-        let mut count = 0;
-        for outgoing in staged {
-            if !self.takes_one() {
-                break;
-            }
-            match &outgoing.message.0 {
-                Some(_) => stream.sent.0 += 1,
-                None => stream.sent.1 += 1,
-            }
-            stream.queue.push_back(Message(outgoing.message.0.clone()));
-            count += 1;
-        }
-        Ok(count)
-    }
-
-    fn takes_one(&self) -> bool {
-        let Some(limit) = self.limit else {
-            return true;
-        };
-        // What it sees here may be out of date, as for a UNIX socket.
-        let takes = self.used.load(Ordering::Relaxed) < limit;
-        if takes {
-            self.used.fetch_add(1, Ordering::Relaxed);
-        } else {
-            self.reports.swap(true, Ordering::Relaxed);
-        }
-        takes
-    }
-
-    fn has_room(&self) -> bool {
-        self.limit
-            .is_none_or(|limit| self.used.load(Ordering::Relaxed) < limit)
-    }
-
-    fn has_room_or_requests_report(&self, left_out: LeftOut) -> bool {
-        if self.has_room() {
-            return true;
-        }
-        if left_out != LeftOut::AskingForRoom {
-            self.reports.swap(true, Ordering::Relaxed);
-        }
-        if left_out != LeftOut::BarrierBeforeLookingForRoom {
-            smp_mb(Full);
-        }
-        self.has_room()
-    }
-
-    /// The network: what was sent leaves, in its own time, unless the socket was reset. A server that
-    /// `answers` does so at once.
-    fn leave(&self, answers: bool) {
-        let mut stream = self.stream.lock().unwrap();
-        while let Some(message) = stream.queue.pop_front() {
-            let Some(command) = message.0 else {
-                continue;
-            };
-            let given_up = command.tag.was_given_up(command.use_number);
-            assert!(!given_up, "it left the socket after it was given up");
-            stream.got.push((command.tag.number, command.use_number));
-            if answers && !stream.ended {
-                stream.replies.push(command);
-            }
-        }
-    }
-
-    fn end(&self, ending: Ending) {
-        let mut stream = self.stream.lock().unwrap();
-        stream.ended = true;
-        if ending == Ending::Reset {
-            stream.reset = true;
-            stream.queue.clear();
-        }
-    }
-}
-
-/// A work item: to queue it while it is queued does nothing, and while it runs has it run once more.
-#[derive(Default)]
-pub(crate) struct Work {
-    queued: Mutex<(bool, bool)>,
-    wake: Condvar,
-}
-
-impl Work {
-    fn queue(&self) {
-        self.queued.lock().unwrap().0 = true;
-        self.wake.notify_one();
-    }
-
-    /// It is never queued again.
-    pub(crate) fn stop(&self) {
-        self.queued.lock().unwrap().1 = true;
-        self.wake.notify_one();
-    }
-
-    /// Waits until it is queued. Returns whether that can be.
-    pub(crate) fn wait_queued(&self) -> bool {
-        let mut queued = self.queued.lock().unwrap();
-        loop {
-            if std::mem::take(&mut queued.0) {
-                return true;
-            }
-            if queued.1 {
-                return false;
-            }
-            queued = self.wake.wait(queued).unwrap();
-        }
-    }
-}
-
-#[derive(Default)]
-struct Completion {
-    done: Mutex<bool>,
-    wake: Condvar,
-}
-
-impl Completion {
-    fn complete_all(&self) {
-        *self.done.lock().unwrap() = true;
-        self.wake.notify_all();
-    }
-
-    fn wait(&self) {
-        let mut done = self.done.lock().unwrap();
-        while !*done {
-            done = self.wake.wait(done).unwrap();
-        }
-    }
 }
 
 /// What all connections share.
@@ -339,63 +149,6 @@ struct Outbox<P: Parts> {
     staged: Vec<Outgoing>,
 }
 
-/// The lock of the outbox. Loom lets others run before an attempt at a lock, but not before the unlocking.
-/// Each attempt reads `unlocks` and the unlocking writes it, so it does.
-struct OutboxLock<P: Parts> {
-    mutex: Mutex<Outbox<P>>,
-    unlocks: AtomicUsize,
-}
-
-struct OutboxGuard<'a, P: Parts> {
-    outbox: MutexGuard<'a, Outbox<P>>,
-    unlocks: &'a AtomicUsize,
-}
-
-impl<P: Parts> OutboxLock<P> {
-    fn new(outbox: Outbox<P>) -> Self {
-        OutboxLock {
-            mutex: Mutex::new(outbox),
-            unlocks: AtomicUsize::new(0),
-        }
-    }
-
-    fn try_lock(&self) -> Option<OutboxGuard<'_, P>> {
-        self.unlocks.load(Ordering::Relaxed);
-        self.mutex.try_lock().ok().map(|outbox| self.guard(outbox))
-    }
-
-    fn lock(&self) -> OutboxGuard<'_, P> {
-        self.guard(self.mutex.lock().unwrap())
-    }
-
-    fn guard<'a>(&'a self, outbox: MutexGuard<'a, Outbox<P>>) -> OutboxGuard<'a, P> {
-        OutboxGuard {
-            outbox,
-            unlocks: &self.unlocks,
-        }
-    }
-}
-
-impl<P: Parts> Drop for OutboxGuard<'_, P> {
-    fn drop(&mut self) {
-        self.unlocks.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
-impl<P: Parts> Deref for OutboxGuard<'_, P> {
-    type Target = Outbox<P>;
-
-    fn deref(&self) -> &Outbox<P> {
-        &self.outbox
-    }
-}
-
-impl<P: Parts> DerefMut for OutboxGuard<'_, P> {
-    fn deref_mut(&mut self) -> &mut Outbox<P> {
-        &mut self.outbox
-    }
-}
-
 /// How sending stopped.
 enum StopReason {
     Idle,
@@ -430,7 +183,7 @@ pub(crate) struct Connection<P: Parts> {
     full: Atomic<bool>,
     send_disconnect: Atomic<bool>,
     backlog: P::List,
-    outbox: OutboxLock<P>,
+    outbox: TryMutex<Outbox<P>>,
     /// The lock that nobody waits for; `receiving` is about how that works.
     receive: Mutex<()>,
     pub(crate) receive_work: Work,
@@ -450,18 +203,13 @@ impl<P: Parts> Connection<P> {
             index,
             conditions,
             table: table.clone(),
-            socket: Socket {
-                stream: Mutex::default(),
-                limit: conditions.limit,
-                used: AtomicUsize::new(conditions.limit.unwrap_or(0)),
-                reports: AtomicBool::new(false),
-            },
+            socket: Socket::full(conditions.limit),
             state: Atomic::new(ALIVE),
             reaped: Completion::default(),
             full: Atomic::new(false),
             send_disconnect: Atomic::new(false),
             backlog: P::List::new(),
-            outbox: OutboxLock::new(Outbox {
+            outbox: TryMutex::new(Outbox {
                 waiting: Batches::empty(),
                 staged: Vec::new(),
             }),

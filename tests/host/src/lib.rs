@@ -47,4 +47,6 @@ mod receiving;
 mod ring;
 mod sending;
 mod session;
+mod socket;
+mod waits;
 mod wire;
