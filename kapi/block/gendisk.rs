@@ -18,6 +18,7 @@ use super::{
         Operations,
         TagSet, //
     },
+    published,
 };
 use crate::kapi::bindings;
 use core::{
@@ -278,7 +279,7 @@ impl<T: BlockDevice> Disk<T> {
         ..pin_init::zeroed()
     };
 
-    /// Removes the disk from user space and waits for all requests in flight.
+    /// Removes the disk from user space and waits for all requests in flight, and for all dispatches.
     ///
     /// If the removal has already begun, returns at once.
     ///
@@ -290,6 +291,10 @@ impl<T: BlockDevice> Disk<T> {
             // SAFETY: By the type invariant, the disk was added. The exchange lets only one caller
             // pass.
             unsafe { bindings::del_gendisk(self.disk.as_ptr()) };
+            // `queue_rq` may still be running although its request has ended. What it uses is freed
+            // with the disk: the driver's data, and the queue.
+            let gendisk: &GenDisk<T> = self;
+            published::wait_for_dispatches(&gendisk.disk);
         }
     }
 }

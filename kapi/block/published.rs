@@ -147,7 +147,7 @@ impl<T> Published<T> {
 /// # Context
 ///
 /// May sleep. The caller must hold no lock that a dispatch takes.
-fn wait_for_dispatches(disk: &DiskRef) {
+pub(super) fn wait_for_dispatches(disk: &DiskRef) {
     // SAFETY: The queue of a `DiskRef` is valid, and has the tag set of its disk for its whole life. The
     // function does no more than wait for the read side of the set's (S)RCU, in which each dispatch runs.
     unsafe { bindings::blk_mq_wait_quiesce_done((*disk.queue()).tag_set) };
@@ -158,7 +158,8 @@ impl<T> Drop for Published<T> {
         for old in [self.ptr.load(Relaxed), self.retracted.load(Relaxed)] {
             if !old.is_null() {
                 // SAFETY: By the type invariant, `old` was returned by `Arc::into_raw()`. `&mut self`
-                // excludes other users.
+                // excludes other users: this object is part of the disk's data, which is freed after
+                // `Disk::remove()` has waited for the operations.
                 drop(unsafe { Arc::from_raw(old) });
             }
         }
