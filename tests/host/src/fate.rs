@@ -61,6 +61,8 @@ fn it_ends_once<P: Parts>() {
     assert!(news != other.join().unwrap());
     assert!(fate.snapshot().is_over());
     assert!(!fate.end(), "it was ended before");
+    // Whoever asks twice has asked.
+    fate.request_disconnect();
     // A request to disconnect that comes then is fulfilled with the last connection, but once.
     fate.request_disconnect();
     assert!(fate.finish_disconnect());
