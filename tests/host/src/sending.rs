@@ -52,6 +52,14 @@ impl<P: Parts> Sender<P> {
         })
     }
 
+    /// Stops the work item, when nobody else sends any more: all `commands` were sent.
+    fn assert_all_sent(&self, worker: JoinHandle<()>, commands: usize) {
+        self.connection.transmit_work.stop();
+        worker.join().unwrap();
+        assert_eq!(self.connection.sent().0, commands, "a command was not sent");
+        self.answer();
+    }
+
     /// What was sent is answered.
     fn answer(&self) {
         self.connection.leave();
@@ -83,10 +91,7 @@ fn what_is_left_to_the_work_item_is_sent_without<P: Parts>(left_out: LeftOut) {
     });
     sender.submit(0);
     other.join().unwrap();
-    sender.connection.transmit_work.stop();
-    worker.join().unwrap();
-    assert_eq!(sender.connection.sent().0, 2, "a command was not sent");
-    sender.answer();
+    sender.assert_all_sent(worker, 2);
 }
 
 fn what_is_left_to_the_work_item_is_sent<P: Parts>() {
@@ -144,10 +149,7 @@ fn room_is_noticed_without<P: Parts>(left_out: LeftOut) {
     let network = sender.spawn(|s| s.connection.acknowledge());
     sender.submit(0);
     network.join().unwrap();
-    sender.connection.transmit_work.stop();
-    worker.join().unwrap();
-    assert_eq!(sender.connection.sent().0, 1, "a command was not sent");
-    sender.answer();
+    sender.assert_all_sent(worker, 1);
 }
 
 fn room_is_noticed<P: Parts>() {
@@ -165,10 +167,7 @@ fn room_for_two_is_noticed_without<P: Parts>(left_out: LeftOut) {
     sender.push(0);
     sender.submit(1);
     network.join().unwrap();
-    sender.connection.transmit_work.stop();
-    worker.join().unwrap();
-    assert_eq!(sender.connection.sent().0, 2, "a command was not sent");
-    sender.answer();
+    sender.assert_all_sent(worker, 2);
 }
 
 fn room_for_two_is_noticed<P: Parts>() {
@@ -186,10 +185,7 @@ fn room_that_goes_and_comes_is_noticed_without<P: Parts>(left_out: LeftOut) {
     });
     sender.submit(0);
     network.join().unwrap();
-    sender.connection.transmit_work.stop();
-    worker.join().unwrap();
-    assert_eq!(sender.connection.sent().0, 1, "a command was not sent");
-    sender.answer();
+    sender.assert_all_sent(worker, 1);
 }
 
 fn room_that_goes_and_comes_is_noticed<P: Parts>() {
@@ -208,10 +204,7 @@ fn room_for_both_is_noticed<P: Parts>() {
     sender.submit(0);
     other.join().unwrap();
     network.join().unwrap();
-    sender.connection.transmit_work.stop();
-    worker.join().unwrap();
-    assert_eq!(sender.connection.sent().0, 2, "a command was not sent");
-    sender.answer();
+    sender.assert_all_sent(worker, 2);
 }
 
 models! {
