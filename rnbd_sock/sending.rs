@@ -26,10 +26,12 @@ use crate::{
             Batch,
             List, //
         },
-        net::sock::{
-            Ending,
-            Next,
-            RoomFor, //
+        net::{
+            room::RoomFor,
+            sock::{
+                Ending,
+                Next, //
+            },
         },
         task,
         wq, //

@@ -4,6 +4,7 @@
 pub(crate) mod arrival;
 pub(crate) mod attr;
 mod callbacks;
+mod context;
 pub(crate) mod genl;
 pub(crate) mod hook;
 pub(crate) mod iov;
@@ -12,5 +13,6 @@ mod memalloc;
 mod message;
 mod owner;
 pub(crate) mod port;
+pub(crate) mod room;
 mod saved;
 pub(crate) mod sock;

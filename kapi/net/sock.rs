@@ -1,18 +1,22 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Connected stream sockets that user space hands over: sending, receiving and shutting down. Their callbacks
-//! are in `hook.rs`.
+//! are in `hook.rs`, and whether there is room to send is determined in `room.rs`.
 //!
 //! C headers: [`include/linux/net.h`](srctree/include/linux/net.h),
 //! [`include/net/sock.h`](srctree/include/net/sock.h)
 //!
-//! The `kernel` crate (7.3) has no sockets. The context in which data is sent and received
-//! (`PF_MEMALLOC`, the credentials of the kernel) follows `__sock_xmit()` in `drivers/block/nbd.c`.
-//! nvme-tcp and sunrpc set `PF_MEMALLOC` for their sockets, too.
+//! The `kernel` crate (7.3) has no sockets.
 
-use super::iov::{
-    Iov,
-    RecvIov,
-    SendIov, //
+use super::{
+    context::{
+        in_io_context,
+        outside_bpf, //
+    },
+    iov::{
+        Iov,
+        RecvIov,
+        SendIov, //
+    },
 };
 use crate::kapi::bindings;
 use core::{
@@ -21,11 +25,7 @@ use core::{
 };
 use kernel::{
     error::to_result,
-    prelude::*,
-    sync::{
-        atomic::Full,
-        barrier::smp_mb, //
-    }, //
+    prelude::*, //
 };
 
 /// Why a file descriptor cannot be used.
@@ -74,19 +74,6 @@ pub(crate) enum Next {
     Nothing,
 }
 
-/// The purpose for which [`Socket::has_room()`] is asked. It corresponds to the argument `wake` of
-/// `__sk_stream_is_writeable()`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum RoomFor {
-    /// To send now: whether the socket accepts at least some data (`sk_stream_is_writeable()`,
-    /// `unix_writable()`).
-    Sending,
-    /// To wake up a sender, in `sk_write_space`: whether enough room is free to make that worthwhile
-    /// (`sk_stream_write_space()`). This is stricter than [`Self::Sending`] only on TCP, where less than half
-    /// of `TCP_NOTSENT_LOWAT` may be unsent, instead of less than all of it.
-    Wakeup,
-}
-
 impl Socket {
     /// Returns the socket of a file descriptor of the current process (nbd.c's `nbd_get_socket()`).
     ///
@@ -117,6 +104,11 @@ impl Socket {
         Ok(socket)
     }
 
+    /// Returns the `struct socket`, which is valid for as long as `self` is.
+    pub(super) fn as_ptr(&self) -> *mut bindings::socket {
+        self.socket.as_ptr()
+    }
+
     /// Returns the `struct sock`, which is valid for as long as `self` is.
     pub(super) fn sk(&self) -> *mut bindings::sock {
         // `kernel::bindings` does not know the fields of `struct sock`, our bindings do. It is the same
@@ -125,7 +117,7 @@ impl Socket {
         unsafe { (*self.socket.as_ptr()).sk.cast() }
     }
 
-    fn family(&self) -> u32 {
+    pub(super) fn family(&self) -> u32 {
         // SAFETY: By the type invariant, `sk` is valid. The only change to the family of a connected
         // socket is from IPv6 to IPv4 (`IPV6_ADDRFORM`), which makes no difference here.
         u32::from(unsafe { (*self.sk()).__sk_common.skc_family })
@@ -244,62 +236,6 @@ impl Socket {
     pub(crate) fn has_upper_layer(&self) -> bool {
         // SAFETY: By the type invariant, `sk` is a valid TCP or UNIX socket.
         unsafe { has_upper_layer(self.sk()) }
-    }
-
-    /// Whether the send buffer has room. How much it must have depends on what the room is for. True if
-    /// sending was shut down, because no room is reported then (as in `tcp_poll()`).
-    ///
-    /// The answer may be out of date at once.
-    pub(crate) fn has_room(&self, room_for: RoomFor) -> bool {
-        let sk = self.sk();
-        // SAFETY: By the type invariant, `sk` is valid. C reads both without a lock, too.
-        let (limit, shutdown) = unsafe {
-            (
-                (&raw const (*sk).sk_sndbuf).read_volatile(),
-                (&raw const (*sk).sk_shutdown).read_volatile(),
-            )
-        };
-        if u32::from(shutdown) & bindings::SEND_SHUTDOWN != 0 {
-            return true;
-        }
-        if self.family() == bindings::AF_UNIX {
-            // SAFETY: `sk` is valid. `refcount_read()` is such a read, too.
-            let used = unsafe { (&raw const (*sk).sk_wmem_alloc.refs.counter).read_volatile() };
-            return used.saturating_mul(4) <= limit;
-        }
-        // SAFETY: `sk` is valid. `sk_stream_wspace()` reads this without a lock, too.
-        let used = unsafe { (&raw const (*sk).sk_wmem_queued).read_volatile() };
-        if used >= limit || limit.saturating_sub(used) < used >> 1 {
-            return false;
-        }
-        let wake = i32::from(room_for == RoomFor::Wakeup);
-        // The `struct sock` of `kernel::bindings` and ours are the same type in C.
-        // SAFETY: By the type invariant, a socket that is not a UNIX socket is a TCP socket. This
-        // function is the `stream_memory_free()` of TCP over IPv4 and IPv6 and of all protocols on top. C
-        // calls it without a lock, too.
-        unsafe { bindings::tcp_stream_memory_free(sk.cast(), wake) }
-    }
-
-    /// Returns whether the send buffer has room for [`RoomFor::Sending`]. Otherwise makes the socket call
-    /// [`Events::write_space()`](super::hook::Events::write_space) once there is room for
-    /// [`RoomFor::Wakeup`].
-    ///
-    /// A send that finds no room has that effect, too, but only until the next call of the callback. The
-    /// room that this was about may be gone.
-    pub(crate) fn has_room_or_requests_report(&self) -> bool {
-        if self.has_room(RoomFor::Sending) {
-            return true;
-        }
-        // As `tcp_poll()` does.
-        // SAFETY: By the type invariant, the socket is valid.
-        unsafe {
-            let flags = &raw mut (*self.socket.as_ptr()).flags;
-            bindings::set_bit(bindings::SOCK_NOSPACE as usize, flags);
-        }
-        // Pairs with the barrier before the callback looks whether the owner waits: either it sees what the
-        // caller has stored, or this sees the room.
-        smp_mb(Full);
-        self.has_room(RoomFor::Sending)
     }
 
     /// Ends the connection: nothing can be sent or received any more. May be called again.
@@ -489,43 +425,5 @@ pub(super) unsafe fn has_data(sk: *mut bindings::sock) -> bool {
         let queue = &raw const (*sk).sk_receive_queue;
         let first = (&raw const (*queue).__bindgen_anon_1.list.next).read_volatile();
         !core::ptr::eq(first.cast::<u8>(), queue.cast::<u8>())
-    }
-}
-
-/// Runs `f` as if the current task did not run a BPF program (`has_current_bpf_ctx()`), which it may if the
-/// program has faulted in a page of user memory. `tcp_abort()` and others assume that such a task has
-/// locked the socket already.
-fn outside_bpf<R>(f: impl FnOnce() -> R) -> R {
-    #[cfg(CONFIG_BPF_SYSCALL)]
-    {
-        // SAFETY: The current task is valid.
-        let context = unsafe { &raw mut (*bindings::get_current()).bpf_ctx };
-        // SAFETY: Only the current task uses this field, and it is restored below.
-        let had = unsafe { context.replace(core::ptr::null_mut()) };
-        let result = f();
-        // SAFETY: The current task is valid, and only it uses this field.
-        unsafe { context.write(had) };
-        result
-    }
-    #[cfg(not(CONFIG_BPF_SYSCALL))]
-    f()
-}
-
-/// Runs `f` in the context that I/O needs, as nbd.c's `__sock_xmit()` does: allocations may use the
-/// memory reserves and do not start reclaim (`PF_MEMALLOC`), and security modules see the credentials of
-/// the kernel instead of those of the task that happens to write.
-fn in_io_context<R>(f: impl FnOnce() -> R) -> R {
-    // SAFETY: Only the current task changes its own flags and `cred`, and both are restored before this
-    // returns.
-    unsafe {
-        let task = bindings::get_current();
-        let had_memalloc = (*task).flags & bindings::PF_MEMALLOC;
-        let creds = (*task).cred;
-        (*task).flags |= bindings::PF_MEMALLOC;
-        (*task).cred = bindings::init_task.cred;
-        let result = f();
-        (*task).cred = creds;
-        (*task).flags = (*task).flags & !bindings::PF_MEMALLOC | had_memalloc;
-        result
     }
 }
