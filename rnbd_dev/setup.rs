@@ -151,8 +151,8 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// - `EINVAL`: the file descriptor is out of range, or its socket is neither TCP nor a UNIX
-    ///   stream socket, or the device was configured by netlink.
+    /// - `EINVAL`: the file descriptor is out of range, or its socket is of another kind
+    ///   than TCP, MPTCP, and vsock and UNIX stream sockets, or the device was configured by netlink.
     /// - `EBADF`, `ENOTSOCK`: the file descriptor is not that of a socket.
     /// - `ENOTCONN`: the socket is not connected, and never was.
     /// - `EBUSY`: the device was started already, or another task is configuring it.
@@ -196,7 +196,7 @@ impl Device {
             BadSocket::Fd(errno) => errno,
             BadSocket::Kind => {
                 pr_err!(
-                    "nbd{}: unsupported socket: should be TCP or UNIX\n",
+                    "nbd{}: unsupported socket: should be TCP, MPTCP, vsock or UNIX\n",
                     self.index
                 );
                 EINVAL

@@ -26,12 +26,9 @@ use crate::{
             Batch,
             List, //
         },
-        net::{
-            room::RoomFor,
-            sock::{
-                Ending,
-                Next, //
-            },
+        net::sock::{
+            Ending,
+            Next, //
         },
         task,
         wq, //
@@ -249,7 +246,7 @@ impl Connection {
         // `look_for_room()` sees the room. A UNIX socket frees room with no more than release ordering
         // (`sock_wfree()`).
         smp_mb(Full);
-        self.sending.full.load(Relaxed) && self.socket.has_room(RoomFor::Wakeup)
+        self.sending.full.load(Relaxed) && self.socket.has_room_for_sender()
     }
 
     /// Sends the backlog in a worker (`nbd_pending_cmd_work()`).

@@ -22,6 +22,10 @@
 
 use super::{
     arrival::Arrival,
+    kind::{
+        has_upper_layer,
+        Kind, //
+    },
     owner::{
         Events,
         Hook, //
@@ -32,10 +36,6 @@ use super::{
         Callback,
         Callbacks,
         SocketId, //
-    },
-    sock::{
-        has_upper_layer,
-        is_unix, //
     },
 };
 use crate::kapi::{
@@ -73,7 +73,7 @@ impl<'a, T: Events> Found<'a, T> {
     ///
     /// # Safety
     ///
-    /// `sk` must be a valid TCP or UNIX socket, whose `sk_callback_lock` is held for `'a`.
+    /// `sk` must be a valid socket, whose `sk_callback_lock` is held for `'a`.
     unsafe fn on(sk: *mut bindings::sock) -> Self {
         // SAFETY: By this function's safety requirements, `sk` is valid and `sk_callback_lock` is held.
         if let Some(hook) = unsafe { Hook::<T>::in_user_data(sk) } {
@@ -83,7 +83,7 @@ impl<'a, T: Events> Found<'a, T> {
                 had: hook.had,
             };
         }
-        // SAFETY: By this function's safety requirements, `sk` is a valid TCP or UNIX socket.
+        // SAFETY: By this function's safety requirements, `sk` is valid.
         let (id, has_upper) = unsafe { (SocketId::of(sk), has_upper_layer(sk)) };
         let (had, hook) = saved::find(id, has_upper).unwrap_or((Callbacks::NONE, None));
         // SAFETY: A hook keeps its socket from being freed, so a hook that is recorded for this address
@@ -122,7 +122,7 @@ impl<'a, T: Events> Found<'a, T> {
 unsafe fn with_hook<T: Events, R>(sk: *mut bindings::sock, f: impl FnOnce(Found<'_, T>) -> R) -> R {
     // SAFETY: `sk` is valid during its callback. No caller of a callback holds `sk_callback_lock`.
     unsafe { bindings::_raw_read_lock_bh(&raw mut (*sk).sk_callback_lock) };
-    // SAFETY: Only TCP and UNIX sockets are hooked, `sk` is valid, and the lock is held until `f` returns.
+    // SAFETY: `sk` is valid, and the lock is held until `f` returns.
     let result = f(unsafe { Found::on(sk) });
     // SAFETY: The lock was taken above.
     unsafe { bindings::_raw_read_unlock_bh(&raw mut (*sk).sk_callback_lock) };
@@ -138,7 +138,9 @@ unsafe extern "C" fn data_ready<T: Events>(sk: *mut bindings::sock) {
     // Must be asked before `with_hook()` takes its lock. `sk_data_ready` of a UNIX socket is called by
     // the task that sends.
     // SAFETY: `sk` is valid during its callback.
-    let from_task = CAN_WAIT_FOR_TASKS && unsafe { is_unix(sk) } && task::may_sleep();
+    let is_unix = unsafe { Kind::of(sk) } == Some(Kind::Unix);
+    // vsock calls it in a task, too, but with the socket locked.
+    let from_task = CAN_WAIT_FOR_TASKS && is_unix && task::may_sleep();
     let in_hook = |found: Found<'_, T>| -> (Option<Arc<T>>, Callback) {
         let hook = match found.hook {
             Some(hook) if found.is_ours => hook,
@@ -193,7 +195,7 @@ unsafe extern "C" fn write_space<T: Events>(sk: *mut bindings::sock) {
         }
         // TLS may have accepted more of a record than the socket had room for. It sends the rest in its own
         // callback.
-        // SAFETY: `sk` is valid during its callback, and only TCP and UNIX sockets are hooked.
+        // SAFETY: `sk` is valid during its callback.
         let below_tls = unsafe { has_upper_layer(sk) };
         (below_tls || !found.is_ours)
             .then_some(found.had.write_space)

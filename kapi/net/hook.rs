@@ -60,6 +60,10 @@
 
 use super::{
     callbacks::hook_callbacks,
+    kind::{
+        has_upper_layer,
+        was_connected, //
+    },
     lock_class::LockClass,
     memalloc::{
         MemallocSockets,
@@ -75,11 +79,7 @@ use super::{
         Record,
         SocketId, //
     },
-    sock::{
-        has_upper_layer,
-        was_connected,
-        Socket, //
-    },
+    sock::Socket, //
 };
 use crate::kapi::{
     bindings,
@@ -111,7 +111,7 @@ impl<T: Events> Hook<T> {
     ///
     /// # Safety
     ///
-    /// - `self.sk` must be a valid TCP or UNIX socket that a file refers to.
+    /// - `self.sk` must be a valid socket of one of the [`Kind`](super::kind::Kind)s, that a file refers to.
     /// - The caller must hold the socket's lock, and `sk_callback_lock` for writing.
     /// - If this succeeds, the hook must not be moved, and must be freed only as its type invariant requires.
     unsafe fn install(&mut self, record: KBox<Record>) -> Result {
@@ -130,7 +130,7 @@ impl<T: Events> Hook<T> {
         if self.had.has_one_of(&hook_callbacks::<T>()) {
             return Err(EBUSY);
         }
-        // SAFETY: By this function's safety requirements, `sk` is a valid TCP or UNIX socket.
+        // SAFETY: By this function's safety requirements, `sk` is valid.
         let (id, has_upper) = unsafe { (SocketId::of(sk), has_upper_layer(sk)) };
         saved::note(record, id, self.had, has_upper, self.as_ptr())?;
         // SAFETY: `sk` is valid, and `sk_callback_lock`, which protects this field, is held for writing.
@@ -211,7 +211,7 @@ impl Socket {
             unsafe { Settings::change(self.sk()) }
         };
         self.set_nodelay();
-        // SAFETY: `self` keeps `sk` valid, which is a TCP or UNIX socket.
+        // SAFETY: `self` keeps `sk` valid.
         let lock_class = unsafe { LockClass::give(self.sk()) };
         // INVARIANT: The hook was installed on `self` above.
         Ok(Hooked {

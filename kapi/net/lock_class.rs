@@ -10,7 +10,7 @@
 use crate::kapi::bindings;
 #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
 use {
-    super::sock::is_unix,
+    super::kind::Kind,
     core::ptr::NonNull,
     kernel::{
         prelude::*,
@@ -49,7 +49,7 @@ impl LockClass {
     ///
     /// # Safety
     ///
-    /// `sk` must be a valid TCP or UNIX socket.
+    /// `sk` must be a valid socket.
     pub(super) unsafe fn give(sk: *mut bindings::sock) -> Self {
         // One class for each family, as in nbd.c: a task that holds the lock of a socket of one family
         // may take that of a socket of another, which TLS may use as its transport.
@@ -57,9 +57,10 @@ impl LockClass {
         let (name, key) = match u32::from(unsafe { (*sk).__sk_common.skc_family }) {
             bindings::AF_INET => (c"sk_lock-AF_INET-RNBD", kernel::static_lock_class!()),
             bindings::AF_INET6 => (c"sk_lock-AF_INET6-RNBD", kernel::static_lock_class!()),
+            bindings::AF_VSOCK => (c"sk_lock-AF_VSOCK-RNBD", kernel::static_lock_class!()),
             _ => (c"sk_lock-AF_UNIX-RNBD", kernel::static_lock_class!()),
         };
-        // SAFETY: By this function's safety requirements, `sk` is a valid TCP or UNIX socket.
+        // SAFETY: By this function's safety requirements, `sk` is valid.
         let tls = unsafe { tls_lock(sk) };
         // SAFETY: `sk` is valid, and `tls` is from `tls_lock()`.
         unsafe { lock_both(sk, tls) };
@@ -178,11 +179,11 @@ impl LockClass {
 ///
 /// # Safety
 ///
-/// `sk` must be a valid TCP or UNIX socket.
+/// `sk` must be a valid socket.
 #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
 unsafe fn tls_lock(sk: *mut bindings::sock) -> Option<NonNull<bindings::mutex>> {
     // SAFETY: By this function's safety requirements, `sk` is valid.
-    if unsafe { is_unix(sk) } {
+    if unsafe { Kind::of(sk) } != Some(Kind::Tcp) {
         return None;
     }
     // SAFETY: A TCP socket is a `struct inet_connection_sock`, which has pointers at both offsets used below.

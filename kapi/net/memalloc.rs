@@ -3,7 +3,8 @@
 //!
 //! C header: [`include/net/sock.h`](srctree/include/net/sock.h)
 //!
-//! The settings are those of `drivers/block/nbd.c`. The flag is set as `sk_set_memalloc()` in
+//! The settings are those of `drivers/block/nbd.c`, but for `sk_use_task_frag`, which `page_frag.rs` makes
+//! unnecessary. The flag is set as `sk_set_memalloc()` in
 //! `net/core/sock.c` sets it. That function itself is not called: it increments the static key for each
 //! socket, for which it takes a lock that has to wait while a CPU is being taken offline. Here the key is
 //! incremented once, when the module is loaded.
@@ -64,7 +65,6 @@ fn enabled() -> &'static Atomic<i32> {
 /// The settings that a socket had before [`Self::change()`], to be restored later.
 pub(super) struct Settings {
     allocation: u32,
-    uses_task_frag: bool,
     is_memalloc: bool,
     low_water_bytes: i32,
 }
@@ -82,8 +82,7 @@ impl Settings {
     ///
     /// - The socket may use the memory reserves, and its allocations never wait for I/O, as in nbd.c's
     ///   `__sock_xmit()` and `nbd_start_device()`. [`MemallocSockets`] must exist for this to have its
-    ///   full effect.
-    /// - It does not use the page fragment of the task that sends.
+    ///   full effect. The subflows of an MPTCP socket do not get these settings, and vsock ignores them.
     /// - It announces every byte that is received, whatever `SO_RCVLOWAT` was.
     ///
     /// # Safety
@@ -99,7 +98,6 @@ impl Settings {
         let was = unsafe {
             Settings {
                 allocation: (*sk).sk_allocation,
-                uses_task_frag: (*sk).sk_use_task_frag,
                 is_memalloc: *flags & MEMALLOC_FLAG != 0,
                 low_water_bytes: *low_water,
             }
@@ -108,10 +106,7 @@ impl Settings {
         unsafe { flags.write_volatile(*flags | MEMALLOC_FLAG) };
         // SAFETY: `sk` is valid and locked. UNIX sockets also read `sk_allocation` without the lock, as a
         // word, which is never read torn.
-        unsafe {
-            (*sk).sk_allocation = ALLOCATION;
-            (*sk).sk_use_task_frag = false;
-        }
+        unsafe { (*sk).sk_allocation = ALLOCATION };
         // SAFETY: `sk` is valid and locked. `sk_rcvlowat` is also read without the lock, so the access is volatile.
         unsafe { low_water.write_volatile(1) };
         was
@@ -155,7 +150,6 @@ impl Settings {
             if (*sk).sk_allocation == ALLOCATION {
                 (*sk).sk_allocation = self.allocation;
             }
-            (*sk).sk_use_task_frag = self.uses_task_frag;
         }
         // SAFETY: `sk` is valid and locked. `sk_rcvlowat` is also read without the lock, so the access is
         // volatile.

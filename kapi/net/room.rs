@@ -3,17 +3,20 @@
 //!
 //! C header: [`include/net/sock.h`](srctree/include/net/sock.h)
 
-use super::sock::Socket;
+use super::{
+    kind::Kind,
+    sock::Socket, //
+};
 use crate::kapi::bindings;
 use kernel::sync::{
     atomic::Full,
     barrier::smp_mb, //
 };
 
-/// The purpose for which [`Socket::has_room()`] is asked. It corresponds to the argument `wake` of
+/// The purpose for which room is needed. It corresponds to the argument `wake` of
 /// `__sk_stream_is_writeable()`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum RoomFor {
+enum RoomFor {
     /// To send now: whether the socket accepts at least some data (`sk_stream_is_writeable()`,
     /// `unix_writable()`).
     Sending,
@@ -24,13 +27,25 @@ pub(crate) enum RoomFor {
 }
 
 impl Socket {
-    /// Whether the send buffer has room. How much it must have depends on what the room is for. True if
-    /// sending was shut down, because no room is reported then (as in `tcp_poll()`).
+    /// Whether a sender that waits for room should be woken up: enough room is free to make that worthwhile
+    /// (`sk_stream_write_space()`). True if sending was shut down, because no room is reported then (as in
+    /// `tcp_poll()`).
     ///
-    /// The answer may be out of date at once.
-    pub(crate) fn has_room(&self, room_for: RoomFor) -> bool {
+    /// To be asked when the socket has called `sk_write_space`. The answer may be out of date at once. It may
+    /// be true without room, where the kind of socket does not let this be known; the sender then has to ask
+    /// again ([`Self::has_room_or_requests_report()`]).
+    ///
+    /// # Context
+    ///
+    /// Any context.
+    pub(crate) fn has_room_for_sender(&self) -> bool {
+        self.has_room(RoomFor::Wakeup)
+    }
+
+    /// Whether the send buffer has room. How much it must have depends on what the room is for.
+    fn has_room(&self, room_for: RoomFor) -> bool {
         let sk = self.sk();
-        // SAFETY: By the type invariant, `sk` is valid. C reads both without a lock, too.
+        // SAFETY: By the type invariant of `Socket`, `sk` is valid. C reads both without a lock, too.
         let (limit, shutdown) = unsafe {
             (
                 (&raw const (*sk).sk_sndbuf).read_volatile(),
@@ -40,22 +55,29 @@ impl Socket {
         if u32::from(shutdown) & bindings::SEND_SHUTDOWN != 0 {
             return true;
         }
-        if self.family() == bindings::AF_UNIX {
-            // SAFETY: `sk` is valid. `refcount_read()` is such a read, too.
-            let used = unsafe { (&raw const (*sk).sk_wmem_alloc.refs.counter).read_volatile() };
-            return used.saturating_mul(4) <= limit;
-        }
         // SAFETY: `sk` is valid. `sk_stream_wspace()` reads this without a lock, too.
         let used = unsafe { (&raw const (*sk).sk_wmem_queued).read_volatile() };
-        if used >= limit || limit.saturating_sub(used) < used >> 1 {
-            return false;
+        let is_stream_writeable = used < limit && limit.saturating_sub(used) >= used >> 1;
+        match self.kind() {
+            Kind::Tcp => {
+                let wake = i32::from(room_for == RoomFor::Wakeup);
+                // The `struct sock` of `kernel::bindings` and ours are the same type in C.
+                // SAFETY: By the type invariant of `Socket`, this is a TCP socket. The function is the
+                // `stream_memory_free()` of TCP over IPv4 and IPv6 and of all protocols on top. C calls it
+                // without a lock, too.
+                is_stream_writeable && unsafe { bindings::tcp_stream_memory_free(sk.cast(), wake) }
+            }
+            // `mptcp_write_space()` has checked how much is unsent, before it calls `sk_write_space`.
+            Kind::Mptcp => is_stream_writeable,
+            Kind::Unix => {
+                // SAFETY: `sk` is valid. `refcount_read()` is such a read, too.
+                let used = unsafe { (&raw const (*sk).sk_wmem_alloc.refs.counter).read_volatile() };
+                used.saturating_mul(4) <= limit
+            }
+            // Its transports call `sk_write_space` only if there is room, and cannot be asked without the
+            // socket's lock.
+            Kind::Vsock => true,
         }
-        let wake = i32::from(room_for == RoomFor::Wakeup);
-        // The `struct sock` of `kernel::bindings` and ours are the same type in C.
-        // SAFETY: By the type invariant, a socket that is not a UNIX socket is a TCP socket. This
-        // function is the `stream_memory_free()` of TCP over IPv4 and IPv6 and of all protocols on top. C
-        // calls it without a lock, too.
-        unsafe { bindings::tcp_stream_memory_free(sk.cast(), wake) }
     }
 
     /// Returns whether the send buffer has room for [`RoomFor::Sending`]. Otherwise makes the socket call
@@ -64,12 +86,24 @@ impl Socket {
     ///
     /// A send that finds no room has that effect, too, but only until the next call of the callback. The
     /// room that this was about may be gone.
+    ///
+    /// # Context
+    ///
+    /// Process context. May sleep to get the socket's lock.
     pub(crate) fn has_room_or_requests_report(&self) -> bool {
+        match self.kind() {
+            Kind::Tcp | Kind::Unix => {}
+            // What has to be checked is private to the protocol, and polling makes them report room, as well.
+            Kind::Mptcp | Kind::Vsock => {
+                let room = bindings::EPOLLOUT | bindings::EPOLLHUP | bindings::EPOLLERR;
+                return self.poll() & room != 0;
+            }
+        }
         if self.has_room(RoomFor::Sending) {
             return true;
         }
         // As `tcp_poll()` does.
-        // SAFETY: By the type invariant, the socket is valid.
+        // SAFETY: By the type invariant of `Socket`, the socket is valid.
         unsafe {
             let flags = &raw mut (*self.as_ptr()).flags;
             bindings::set_bit(bindings::SOCK_NOSPACE as usize, flags);

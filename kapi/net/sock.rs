@@ -17,6 +17,11 @@ use super::{
         RecvIov,
         SendIov, //
     },
+    kind::{
+        has_upper_layer,
+        was_connected,
+        Kind, //
+    },
 };
 use crate::kapi::bindings;
 use core::{
@@ -33,7 +38,7 @@ use kernel::{
 pub(crate) enum BadSocket {
     /// The descriptor is not open, or is not a socket. Holds the error of `sockfd_lookup()`.
     Fd(Error),
-    /// The socket is neither a TCP socket nor a UNIX stream socket.
+    /// The socket is not of a kind that a connection can use: TCP, MPTCP, a vsock or UNIX stream socket.
     Kind,
     /// The socket is not connected and never was.
     NotConnected,
@@ -44,20 +49,21 @@ pub(crate) enum BadSocket {
 pub(crate) enum Ending {
     /// They are still delivered.
     Polite,
-    /// They are discarded, if the protocol can do that: TCP sends a reset. On a UNIX socket this is the
-    /// same as [`Self::Polite`].
+    /// They are discarded, if the protocol can do that: TCP and MPTCP send a reset. On a UNIX or vsock
+    /// socket this is the same as [`Self::Polite`].
     Reset,
 }
 
-/// A TCP or UNIX stream socket, with a reference to its file.
+/// A stream socket of a kind that a connection can use, with a reference to its file.
 ///
 /// # Invariants
 ///
 /// - This holds a reference to the file of `socket`. Therefore `socket` and its `sk` are valid, and `sk` does
 ///   not change.
-/// - `socket` is a TCP socket or a UNIX stream socket.
+/// - `kind` is the kind of `socket`.
 pub(crate) struct Socket {
     socket: NonNull<bindings::socket>,
+    kind: Kind,
 }
 
 // SAFETY: A socket may be used by any task. The socket calls take the locks that they need.
@@ -91,12 +97,14 @@ impl Socket {
         let Some(socket) = NonNull::new(socket) else {
             return Err(BadSocket::Fd(to_result(err).err().unwrap_or(EBADF)));
         };
-        // INVARIANT: `sockfd_lookup()` has taken a reference to the file. The kind of the socket is
-        // checked below, before anything relies on it.
-        let socket = Socket { socket };
-        if !socket.is_tcp() && !socket.is_unix_stream() {
+        // SAFETY: `sockfd_lookup()` has taken a reference to the file of a valid socket.
+        let Some(kind) = (unsafe { Kind::of((*socket.as_ptr()).sk.cast()) }) else {
+            // SAFETY: The reference is given up here. As `sockfd_put()`.
+            unsafe { bindings::fput((*socket.as_ptr()).file) };
             return Err(BadSocket::Kind);
-        }
+        };
+        // INVARIANT: `sockfd_lookup()` has taken a reference to the file, and `kind` is that of the socket.
+        let socket = Socket { socket, kind };
         // SAFETY: By the type invariant, `sk` is valid and this refers to its file.
         if !unsafe { was_connected(socket.sk()) } {
             return Err(BadSocket::NotConnected);
@@ -117,27 +125,9 @@ impl Socket {
         unsafe { (*self.socket.as_ptr()).sk.cast() }
     }
 
-    pub(super) fn family(&self) -> u32 {
-        // SAFETY: By the type invariant, `sk` is valid. The only change to the family of a connected
-        // socket is from IPv6 to IPv4 (`IPV6_ADDRFORM`), which makes no difference here.
-        u32::from(unsafe { (*self.sk()).__sk_common.skc_family })
-    }
-
-    /// Whether this is a TCP socket (`sk_is_tcp()`).
-    fn is_tcp(&self) -> bool {
-        let sk = self.sk();
-        // SAFETY: By the type invariant, `sk` is valid. These fields do not change.
-        let (kind, protocol) = unsafe { ((*sk).sk_type, (*sk).sk_protocol) };
-        matches!(self.family(), bindings::AF_INET | bindings::AF_INET6)
-            && u32::from(kind) == bindings::SOCK_STREAM
-            && u32::from(protocol) == bindings::IPPROTO_TCP
-    }
-
-    /// Whether this is a UNIX stream socket (`sk_is_stream_unix()`).
-    fn is_unix_stream(&self) -> bool {
-        // SAFETY: By the type invariant, `sk` is valid. The field does not change.
-        let kind = unsafe { (*self.sk()).sk_type };
-        self.family() == bindings::AF_UNIX && u32::from(kind) == bindings::SOCK_STREAM
+    /// Returns the kind of the socket.
+    pub(super) fn kind(&self) -> Kind {
+        self.kind
     }
 
     /// Sends as much of `data` as the socket has room for, and returns the number of bytes.
@@ -163,8 +153,8 @@ impl Socket {
                 bindings::sock_sendmsg(socket, msg)
             }
         });
-        // If there is no memory, TCP returns EAGAIN. A UNIX socket returns these errors, and has accepted
-        // nothing.
+        // If there is no memory, TCP and MPTCP return EAGAIN. A UNIX or vsock socket returns these errors, and
+        // has accepted nothing.
         sent.map_err(|e| match e {
             ENOBUFS | ENOMEM => EAGAIN,
             e => e,
@@ -213,15 +203,49 @@ impl Socket {
                 data.bytes(),
             )
         };
-        let result = in_io_context(|| call(self.socket.as_ptr(), &mut msg));
+        let result = in_io_context(data.frag, || call(self.socket.as_ptr(), &mut msg));
         to_result(result)?;
         Ok(result as usize)
+    }
+
+    /// Returns the events for which the socket is ready, as a program that polls it learns them, and has it
+    /// report the others with its callbacks.
+    ///
+    /// # Context
+    ///
+    /// Process context. May sleep to get the socket's lock.
+    pub(super) fn poll(&self) -> u32 {
+        let socket = self.as_ptr();
+        // SAFETY: By the type invariant, the socket is valid and has its file and operations. Without a
+        // `poll_table` (`poll_does_not_wait()`) nothing is kept.
+        unsafe {
+            let ops = (&raw const (*socket).ops).read_volatile();
+            let poll = (*ops).poll;
+            poll.map_or(!0, |poll| {
+                poll((*socket).file, socket, core::ptr::null_mut())
+            })
+        }
     }
 
     /// Whether there is something to receive: data, the end of the stream, or an error. The answer may miss
     /// what arrives at the same time, which
     /// [`Events::input_ready()`](super::hook::Events::input_ready) then announces.
+    ///
+    /// # Context
+    ///
+    /// Process context. May sleep to get the socket's lock.
     pub(crate) fn has_input(&self) -> bool {
+        match self.kind {
+            Kind::Tcp | Kind::Mptcp | Kind::Unix => {}
+            // Its transport has the data.
+            Kind::Vsock => {
+                let input = bindings::EPOLLIN
+                    | bindings::EPOLLRDHUP
+                    | bindings::EPOLLHUP
+                    | bindings::EPOLLERR;
+                return self.poll() & input != 0;
+            }
+        }
         let sk = self.sk();
         // SAFETY: By the type invariant, `sk` is valid. `tcp_poll()` reads these fields without a lock, too.
         unsafe {
@@ -234,7 +258,7 @@ impl Socket {
     /// Whether there is an upper layer protocol on top of TCP, such as TLS. One can be added at any time, and
     /// stays until the socket is closed.
     pub(crate) fn has_upper_layer(&self) -> bool {
-        // SAFETY: By the type invariant, `sk` is a valid TCP or UNIX socket.
+        // SAFETY: By the type invariant, `sk` is valid.
         unsafe { has_upper_layer(self.sk()) }
     }
 
@@ -244,13 +268,8 @@ impl Socket {
     ///
     /// Process context. May sleep.
     pub(crate) fn end(&self, ending: Ending) {
-        if ending == Ending::Reset && self.is_tcp() {
-            // The `struct sock` of `kernel::bindings` and ours are the same type in C.
-            // SAFETY: By the type invariant, `sk` is valid, and it is a TCP socket. The function takes the
-            // lock of the socket, since the task is in no BPF program.
-            outside_bpf(|| unsafe {
-                bindings::tcp_abort(self.sk().cast(), bindings::ECONNABORTED as i32)
-            });
+        if ending == Ending::Reset {
+            self.reset();
         }
         // SAFETY: By the type invariant, the socket is valid.
         unsafe {
@@ -261,8 +280,44 @@ impl Socket {
         }
     }
 
+    /// Discards what was sent and has not left this machine, and tells the peer, if the protocol can do that.
+    fn reset(&self) {
+        match self.kind {
+            // The `struct sock` of `kernel::bindings` and ours are the same type in C.
+            // SAFETY: By the type invariant, `sk` is valid, and it is a TCP socket. The function takes the
+            // lock of the socket, since the task is in no BPF program.
+            Kind::Tcp => outside_bpf(|| unsafe {
+                bindings::tcp_abort(self.sk().cast(), bindings::ECONNABORTED as i32);
+            }),
+            Kind::Mptcp => self.disconnect(),
+            Kind::Unix | Kind::Vsock => {}
+        }
+    }
+
+    /// Makes an MPTCP socket forget its connection, as `connect()` with `AF_UNSPEC` does: `mptcp_disconnect()`
+    /// discards what was sent, and resets all subflows.
+    fn disconnect(&self) {
+        // SAFETY: A `struct sockaddr` consists of integers, for which all zeroes is a valid value. It stands
+        // for `AF_UNSPEC`.
+        let mut address: bindings::sockaddr = unsafe { MaybeUninit::zeroed().assume_init() };
+        // It does not fail. If it did, the shutdown that follows would still end the connection.
+        // SAFETY: By the type invariant, the socket is valid. `address` has that size.
+        let _ = outside_bpf(|| unsafe {
+            bindings::kernel_connect(
+                self.as_ptr(),
+                (&raw mut address).cast(),
+                size_of::<bindings::sockaddr>() as i32,
+                0,
+            )
+        });
+    }
+
     /// Whether the socket is connected and neither side has shut it down, not even in one direction, as
     /// far as this machine knows.
+    ///
+    /// # Context
+    ///
+    /// Process context. May sleep to get the socket's lock.
     pub(crate) fn is_connected(&self) -> bool {
         let sk = self.sk();
         // SAFETY: By the type invariant, `sk` is valid. `tcp_poll()` reads these fields without a lock, too.
@@ -272,21 +327,54 @@ impl Socket {
                 (&raw const (*sk).sk_shutdown).read_volatile(),
             )
         };
-        state == bindings::TCP_ESTABLISHED && shutdown == 0
+        let peer_has_shut_down = match self.kind {
+            Kind::Tcp | Kind::Mptcp | Kind::Unix => false,
+            // `sk_shutdown` is only about this side.
+            Kind::Vsock => self.poll() & bindings::EPOLLRDHUP != 0,
+        };
+        state == bindings::TCP_ESTABLISHED && shutdown == 0 && !peer_has_shut_down
     }
 
-    /// Makes TCP send data at once, without waiting for the acknowledgement of earlier data
-    /// (`TCP_NODELAY`). Does nothing on a UNIX socket, which never waits.
+    /// Makes TCP and MPTCP send data at once, without waiting for the acknowledgement of earlier data
+    /// (`TCP_NODELAY`). Does nothing on a UNIX or vsock socket, which never waits.
     ///
     /// # Context
     ///
     /// Process context, without a lock of the socket. May sleep.
     pub(super) fn set_nodelay(&self) {
-        if self.is_tcp() {
+        match self.kind {
             // The `struct sock` of `kernel::bindings` and ours are the same type in C.
             // SAFETY: By the type invariant, `sk` is valid, and it is a TCP socket.
-            unsafe { bindings::tcp_sock_set_nodelay(self.sk().cast()) };
+            Kind::Tcp => unsafe { bindings::tcp_sock_set_nodelay(self.sk().cast()) },
+            Kind::Mptcp => self.set_nodelay_of_subflows(),
+            Kind::Unix | Kind::Vsock => {}
         }
+    }
+
+    /// Sets `TCP_NODELAY` for all subflows of an MPTCP socket, and for those to come.
+    fn set_nodelay_of_subflows(&self) {
+        let one: i32 = 1;
+        // SAFETY: A `sockptr_t` consists of a pointer and a flag, for which all zeroes is a valid value.
+        let mut value: bindings::sockptr_t = unsafe { MaybeUninit::zeroed().assume_init() };
+        value.set_is_kernel(true);
+        value.__bindgen_anon_1.kernel = (&raw const one).cast_mut().cast();
+        let socket = self.as_ptr();
+        // It does not fail. If it did, requests would only be slower.
+        // SAFETY: By the type invariant, the socket is valid and has its operations. `value` points to a
+        // number, which is only read.
+        let _ = outside_bpf(|| unsafe {
+            let ops = (&raw const (*socket).ops).read_volatile();
+            let set = (*ops).setsockopt;
+            set.map(|set| {
+                set(
+                    socket,
+                    bindings::SOL_TCP as i32,
+                    bindings::TCP_NODELAY as i32,
+                    value,
+                    size_of::<i32>() as u32,
+                )
+            })
+        });
     }
 
     /// Takes the socket's lock, as system calls do (`lock_sock()`), until the guard is dropped. May sleep.
@@ -323,6 +411,7 @@ impl Clone for Socket {
         // INVARIANT: The reference to the file was taken above. The socket is the same, so its kind is, too.
         Socket {
             socket: self.socket,
+            kind: self.kind,
         }
     }
 }
@@ -353,64 +442,6 @@ impl Drop for LockedCallbacks<'_> {
         // SAFETY: `Socket::lock_callbacks()` has taken the lock.
         unsafe { bindings::_raw_write_unlock_bh(&raw mut (*self.0.sk()).sk_callback_lock) };
     }
-}
-
-/// Whether the socket is connected, or was until it was shut down. No other socket may be hooked: a TCP
-/// socket that listens, or could start to listen, passes its callbacks on to the connections that it
-/// accepts.
-///
-/// # Safety
-///
-/// `sk` must be a valid socket, and a file must refer to it during the call.
-pub(super) unsafe fn was_connected(sk: *mut bindings::sock) -> bool {
-    // SAFETY: By this function's safety requirements, `sk` is valid. C reads the state without a lock, too.
-    let state = unsafe { (&raw const (*sk).__sk_common.skc_state).read_volatile() };
-    match state {
-        bindings::TCP_LISTEN | bindings::TCP_SYN_SENT => false,
-        // `sk_shutdown` is no evidence of a connection: `shutdown()` also sets it on a socket that was never
-        // connected. The state of the `struct socket` is what `listen()` checks.
-        bindings::TCP_CLOSE => {
-            // SAFETY: By this function's safety requirements, a file refers to `sk`, so it has its
-            // `struct socket`.
-            let state = unsafe {
-                let socket = (*sk).sk_socket.cast::<bindings::socket>();
-                (&raw const (*socket).state).read_volatile()
-            };
-            state == bindings::socket_state_SS_CONNECTED
-        }
-        _ => true,
-    }
-}
-
-/// Whether `sk` is a UNIX socket.
-///
-/// # Safety
-///
-/// `sk` must be a valid socket.
-pub(super) unsafe fn is_unix(sk: *mut bindings::sock) -> bool {
-    // SAFETY: By this function's safety requirements, `sk` is valid. The family of a UNIX socket never
-    // changes.
-    u32::from(unsafe { (*sk).__sk_common.skc_family }) == bindings::AF_UNIX
-}
-
-/// Whether there is an upper layer protocol on top of TCP.
-///
-/// # Safety
-///
-/// `sk` must be a valid TCP or UNIX socket.
-pub(super) unsafe fn has_upper_layer(sk: *mut bindings::sock) -> bool {
-    // SAFETY: By this function's safety requirements, `sk` is valid.
-    if unsafe { is_unix(sk) } {
-        return false;
-    }
-    // SAFETY: A TCP socket is a `struct inet_connection_sock`, which has this field. The pointer in it is
-    // only compared.
-    let ops = unsafe {
-        sk.byte_add(bindings::OFFSET_ULP_OPS)
-            .cast::<*const u8>()
-            .read_volatile()
-    };
-    !ops.is_null()
 }
 
 /// Whether the receive queue of a socket holds anything.

@@ -423,7 +423,8 @@ impl Leavings {
     /// Whether everything that the test made is gone by now, or soon.
     fn compare(&self) -> Vec<String> {
         let mut wrong = Vec::new();
-        let _ = wait_until(Duration::from_secs(5), || {
+        // vsock waits 8 s for the other side before it gives a socket up.
+        let _ = wait_until(Duration::from_secs(12), || {
             let now = Self::count();
             wrong.clear();
             if now.files > self.files {
@@ -474,7 +475,7 @@ fn kernel_threads() -> Vec<String> {
 pub fn tcp_sockets() -> usize {
     let tcp = sockets()
         .into_iter()
-        .filter(|(name, _)| name != "UNIX-STREAM");
+        .filter(|(name, _)| name.starts_with("TCP"));
     tcp.map(|(_, count)| count).sum()
 }
 
@@ -484,9 +485,28 @@ fn sockets() -> Vec<(String, usize)> {
     let rows = table
         .lines()
         .map(|line| line.split_whitespace().collect::<Vec<_>>());
-    rows.filter(|row| matches!(row[0], "TCP" | "TCPv6" | "UNIX-STREAM"))
+    let known = |row: &Vec<&str>| {
+        matches!(
+            row[0],
+            "TCP" | "TCPv6" | "MPTCP" | "MPTCPv6" | "UNIX-STREAM"
+        )
+    };
+    rows.filter(known)
         .map(|row| (row[0].to_owned(), row[2].parse().unwrap_or(0)))
+        .chain([("vsock".to_owned(), vsock_sockets())])
         .collect()
+}
+
+/// The module is used by its sockets and by other modules.
+fn vsock_sockets() -> usize {
+    let module = "/sys/module/vsock";
+    let users = fs::read_to_string(format!("{module}/refcnt")).unwrap_or_default();
+    let modules = fs::read_dir(format!("{module}/holders")).map_or(0, Iterator::count);
+    users
+        .trim()
+        .parse()
+        .unwrap_or(0_usize)
+        .saturating_sub(modules)
 }
 
 /// What only the debug kernel tells, and that only some time after it happened.

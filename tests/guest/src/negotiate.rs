@@ -28,7 +28,7 @@ pub struct Export {
 ///
 /// Nobody is there, or does not speak as expected, or is gone in the middle.
 pub fn dial(address: &str) -> io::Result<Export> {
-    let mut stream = match address.parse::<SocketAddr>() {
+    let stream = match address.parse::<SocketAddr>() {
         Ok(address) => {
             let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
             stream.set_nodelay(true)?;
@@ -37,6 +37,15 @@ pub fn dial(address: &str) -> io::Result<Export> {
         }
         Err(_) => UnixStream::connect(address)?,
     };
+    negotiate(stream)
+}
+
+/// As [`dial`], over a connection that was made.
+///
+/// # Errors
+///
+/// Those of [`dial`].
+pub fn negotiate(mut stream: UnixStream) -> io::Result<Export> {
     stream.set_read_timeout(Some(PATIENCE))?;
     let mut greeting = [0; 18];
     stream.read_exact(&mut greeting)?;

@@ -13,18 +13,21 @@ use std::mem::MaybeUninit;
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::fcntl_dupfd_cloexec;
-use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sockopt};
+use rustix::net::{
+    AddressFamily, Protocol, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags,
+    SocketType, accept_with, bind, connect, getsockname, ipproto, listen, socket_with, sockopt,
+};
 
 use crate::debug_kernel::patient;
 use crate::proto::{self, Command, REQUEST_LEN, REQUEST_MAGIC, Request};
-use crate::sys::set_socket_option;
+use crate::sys::{bind_vsock, connect_vsock, set_socket_option};
 
 /// What carries a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +37,12 @@ pub enum Transport {
     /// TCP that the kernel encrypts.
     Tls,
     Unix,
+    /// Multipath TCP at both ends.
+    Mptcp,
+    /// Multipath TCP over IPv6, to a server that knows only TCP: the client's socket falls back to that.
+    MptcpFallback,
+    /// vsock within this machine, for which `vsock_loopback` has to be loaded.
+    Vsock,
 }
 
 type Script = dyn Fn(&mut Conn, &Request) -> io::Result<()> + Send + Sync;
@@ -139,6 +148,13 @@ impl Server {
                 let (client, served) = UnixStream::pair()?;
                 (client.into(), served)
             }
+            Transport::Mptcp => {
+                try_mptcp_pair(AddressFamily::INET, (Ipv4Addr::LOCALHOST, 0), MPTCP)?
+            }
+            Transport::MptcpFallback => {
+                try_mptcp_pair(AddressFamily::INET6, (Ipv6Addr::LOCALHOST, 0), None)?
+            }
+            Transport::Vsock => try_vsock_pair()?,
         };
         self.serve_socket(served);
         Ok(client)
@@ -289,6 +305,69 @@ fn try_tcp_pair(address: SocketAddr) -> io::Result<(OwnedFd, UnixStream)> {
     served.set_nodelay(true)?;
     // Reading, writing and shutting down are the same calls for every kind of socket.
     Ok((client.into(), UnixStream::from(OwnedFd::from(served))))
+}
+
+/// A new stream socket.
+pub fn new_socket(family: AddressFamily, protocol: Option<Protocol>) -> io::Result<OwnedFd> {
+    let flags = SocketFlags::CLOEXEC;
+    Ok(socket_with(family, SocketType::STREAM, flags, protocol)?)
+}
+
+/// The protocol of a socket of Multipath TCP.
+pub const MPTCP: Option<Protocol> = Some(ipproto::MPTCP);
+
+/// A connection whose client speaks Multipath TCP, and whose server speaks `spoken`: the client's end, the
+/// server's.
+pub fn mptcp_pair(spoken: Option<Protocol>) -> (OwnedFd, UnixStream) {
+    let pair = try_mptcp_pair(AddressFamily::INET, (Ipv4Addr::LOCALHOST, 0), spoken);
+    pair.expect("an MPTCP connection over the loopback")
+}
+
+/// As [`mptcp_pair`], where somebody may meddle with it.
+fn try_mptcp_pair(
+    family: AddressFamily,
+    address: impl Into<SocketAddr>,
+    spoken: Option<Protocol>,
+) -> io::Result<(OwnedFd, UnixStream)> {
+    let listener = new_socket(family, spoken)?;
+    bind(&listener, &address.into())?;
+    listen(&listener, 1)?;
+    let client = new_socket(family, MPTCP)?;
+    connect(&client, &getsockname(&listener)?)?;
+    let served = accept_with(&listener, SocketFlags::CLOEXEC)?;
+    sockopt::set_tcp_nodelay(&served, true)?;
+    if let Some(listeners) = &mut *LISTENERS.lock().unwrap() {
+        listeners.push(listener);
+    }
+    Ok((client, UnixStream::from(served)))
+}
+
+/// Listeners that stay: another subflow of a connection can only join where one listens.
+static LISTENERS: Mutex<Option<Vec<OwnedFd>>> = Mutex::new(None);
+
+/// Calls `run` while connections of MPTCP can be joined by other subflows.
+pub fn with_subflows_to_join(run: impl FnOnce()) {
+    *LISTENERS.lock().unwrap() = Some(Vec::new());
+    run();
+    *LISTENERS.lock().unwrap() = None;
+}
+
+fn try_vsock_pair() -> io::Result<(OwnedFd, UnixStream)> {
+    let (listener, port) = listen_on_vsock()?;
+    let client = new_socket(AddressFamily::VSOCK, None)?;
+    connect_vsock(&client, port)?;
+    let served = accept_with(&listener, SocketFlags::CLOEXEC)?;
+    Ok((client, UnixStream::from(served)))
+}
+
+/// A socket of vsock that listens, and its port.
+pub fn listen_on_vsock() -> io::Result<(OwnedFd, u32)> {
+    static NEXT_PORT: AtomicU32 = AtomicU32::new(20000);
+    let port = NEXT_PORT.fetch_add(1, Ordering::Relaxed);
+    let listener = new_socket(AddressFamily::VSOCK, None)?;
+    bind_vsock(&listener, port)?;
+    listen(&listener, 1)?;
+    Ok((listener, port))
 }
 
 /// Has the kernel encrypt what goes over a TCP socket, and decrypt what comes: what is left to do after a

@@ -130,6 +130,41 @@ pub fn socket_option(fd: impl AsFd, level: i32, name: i32) -> SysResult<u32> {
     }
 }
 
+/// `bind()` to a port of vsock, of every address that this machine has.
+pub fn bind_vsock(socket: impl AsFd, port: u32) -> SysResult {
+    with_vsock_address(socket, libc::VMADDR_CID_ANY, port, libc::bind)
+}
+
+/// `connect()` to a port of vsock on this machine.
+pub fn connect_vsock(socket: impl AsFd, port: u32) -> SysResult {
+    with_vsock_address(socket, libc::VMADDR_CID_LOCAL, port, libc::connect)
+}
+
+type AddressCall =
+    unsafe extern "C" fn(libc::c_int, *const libc::sockaddr, libc::socklen_t) -> libc::c_int;
+
+fn with_vsock_address(socket: impl AsFd, cid: u32, port: u32, call: AddressCall) -> SysResult {
+    // SAFETY: zeroes are a valid address.
+    let mut address: libc::sockaddr_vm = unsafe { std::mem::zeroed() };
+    address.svm_family = libc::AF_VSOCK as libc::sa_family_t;
+    address.svm_cid = cid;
+    address.svm_port = port;
+    let len = size_of_val(&address) as libc::socklen_t;
+    // SAFETY: the borrow lasts for the call, and `len` is the size of the address.
+    let answer = unsafe {
+        call(
+            socket.as_fd().as_raw_fd(),
+            ptr::from_ref(&address).cast(),
+            len,
+        )
+    };
+    if answer < 0 {
+        Err(last_errno())
+    } else {
+        Ok(answer)
+    }
+}
+
 /// Takes over a descriptor that this process was started with.
 pub fn take_fd(number: RawFd) -> OwnedFd {
     // SAFETY: the parent left it open for this purpose, and nobody else here knows it.
@@ -300,6 +335,31 @@ impl Mapping {
             // SAFETY: as in `read`, and `&mut self` makes the access exclusive in this process.
             unsafe { self.base.add(at).write_volatile(*byte) };
         }
+    }
+
+    /// Has each page read by itself, when it is first touched.
+    pub fn read_ahead_nothing(&self) {
+        // SAFETY: advice on our own mapping that does not change its contents.
+        unsafe { madvise(self.base.cast(), self.len, Advice::Random) }.expect("madvise");
+    }
+
+    /// Sends a part of it over a socket that blocks.
+    pub fn send(&self, socket: impl AsFd, at: usize, len: usize) -> SysResult<()> {
+        assert!(at + len <= self.len);
+        let mut sent = 0;
+        while sent < len {
+            // SAFETY: lies in our mapping. Whatever the bytes are, the kernel copies them as bytes.
+            let answer = unsafe {
+                libc::send(
+                    socket.as_fd().as_raw_fd(),
+                    self.base.add(at + sent).cast(),
+                    len - sent,
+                    libc::MSG_NOSIGNAL,
+                )
+            };
+            sent += usize::try_from(answer).map_err(|_| last_errno())?;
+        }
+        Ok(())
     }
 
     pub fn sync(&self) -> SysResult<()> {

@@ -25,7 +25,7 @@ use crate::driver::Driver;
 use crate::harness::{Guest, Test, run_on, wait_until};
 use crate::netlink::{Netlink, Setup};
 use crate::proto::{self, CAN_MULTI_CONN, Command, Request};
-use crate::server::{Conn, Server, Transport, ok, tcp_pair};
+use crate::server::{Conn, MPTCP, Server, Transport, mptcp_pair, ok, tcp_pair};
 use crate::sys::{self, Buffer, ioctl_number};
 use crate::test;
 
@@ -36,6 +36,8 @@ pub fn tests() -> Vec<Test> {
         test!(after_the_client_was_killed),
         test!(after_the_server_has_half_closed),
         test!(after_the_server_broke_the_protocol),
+        test!(over_mptcp),
+        test!(over_mptcp_that_has_fallen_back),
         test!(a_connection_that_owes_nothing_ends_politely),
     ]
 }
@@ -50,6 +52,8 @@ struct Lazy {
     let_go: Arc<AtomicBool>,
     /// The server's end of the connection over which little gets to it.
     narrow: Mutex<Option<UnixStream>>,
+    /// Makes that connection.
+    pair: fn() -> (OwnedFd, UnixStream),
 }
 
 impl Lazy {
@@ -72,12 +76,13 @@ impl Lazy {
             server,
             let_go,
             narrow: Mutex::default(),
+            pair: || tcp_pair((Ipv4Addr::LOCALHOST, 0).into()),
         }
     }
 
     /// A connection over which little gets to the server, and of which the client's socket takes much.
     fn connect(&self) -> OwnedFd {
-        let (client, served) = tcp_pair((Ipv4Addr::LOCALHOST, 0).into());
+        let (client, served) = (self.pair)();
         sockopt::set_socket_recv_buffer_size(&served, 4096).expect("SO_RCVBUF");
         sockopt::set_socket_send_buffer_size(&client, 4 * LEN).expect("SO_SNDBUF");
         *self.narrow.lock().unwrap() = Some(served.try_clone().expect("dup"));
@@ -130,12 +135,15 @@ fn write_new(direct: &File) {
 
 /// Has a netlink session end by `end` while a write is on its way, and writes newer data in another one.
 fn sessions_one_after_the_other(guest: &Guest, end: impl FnOnce(&Netlink, &File)) {
-    let lazy = Lazy::new(|_| ());
+    sessions_over(&Lazy::new(|_| ()), guest, end);
+}
+
+fn sessions_over(lazy: &Lazy, guest: &Guest, end: impl FnOnce(&Netlink, &File)) {
     let netlink = Netlink::open();
     let setup = || Setup::new(LEN as u64).index(0).flags(USUAL_FLAGS);
     assert_eq!(netlink.connect(&setup().sockets([lazy.connect()])), Ok(0));
     let direct = device::open(0, libc::O_DIRECT).expect("the device");
-    let written = write_old(&lazy, &direct, || end(&netlink, &direct));
+    let written = write_old(lazy, &direct, || end(&netlink, &direct));
     assert_eq!(written, Err(Errno::IO));
     drop(direct);
     super::integrity::wait_free(&netlink, 0);
@@ -241,6 +249,28 @@ fn after_the_server_broke_the_protocol(guest: &Guest) {
     connections_one_beside_the_other(guest, |conn| {
         conn.send(&[0x55; proto::REPLY_LEN]).expect("to send");
     });
+}
+
+fn over_mptcp(guest: &Guest) {
+    over(guest, || mptcp_pair(MPTCP));
+}
+
+fn over_mptcp_that_has_fallen_back(guest: &Guest) {
+    over(guest, || mptcp_pair(None));
+}
+
+fn over(guest: &Guest, pair: fn() -> (OwnedFd, UnixStream)) {
+    let ends: [fn(&Netlink, &File); 2] = [
+        |netlink, _| assert_eq!(netlink.disconnect(0), Ok(())),
+        |_, direct| {
+            ioctl_number(direct, proto::CLEAR_SOCK, 0).expect("NBD_CLEAR_SOCK");
+        },
+    ];
+    for end in ends {
+        let mut lazy = Lazy::new(|_| ());
+        lazy.pair = pair;
+        sessions_over(&lazy, guest, end);
+    }
 }
 
 /// The server hears the goodbye, and sees the end of the stream rather than a reset.

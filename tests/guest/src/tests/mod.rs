@@ -36,6 +36,7 @@ mod signals;
 mod soak;
 mod timeouts;
 mod tls;
+mod transports;
 mod udev;
 mod user_space;
 
@@ -62,6 +63,7 @@ pub fn all() -> Vec<Test> {
         late_writes::tests(),
         signals::tests(),
         tls::tests(),
+        transports::tests(),
         shared_sockets::tests(),
         netlink::tests(),
         shutdowns::tests(),
