@@ -90,7 +90,26 @@ pub(crate) fn nothing_gets_in_when_it_is_closed<P: Parts>() {
     assert_eq!(ends, taken.map(|verdict| vec![verdict]));
 }
 
+/// What is still in a batch or in a list when that is dropped is dropped with it.
+pub(crate) fn nothing_is_leaked<P: Parts>() {
+    let tags = [0, 1, 2].map(Tag::numbered);
+    let list = P::List::new();
+    let append = |tag: &Arc<Tag>| {
+        let (unsent, unanswered) = tag.start();
+        unanswered.finish(Verdict::Complete);
+        assert!(list.push(unsent).is_ok());
+    };
+    tags[..2].iter().for_each(append);
+    drop(list.take());
+    append(&tags[2]);
+    drop(list);
+    for tag in &tags {
+        assert_eq!(tag.history(), [Verdict::Complete], "an item is lost");
+    }
+}
+
 models! {
     all_comes_out,
+    nothing_is_leaked,
     nothing_gets_in_when_it_is_closed,
 }
