@@ -111,6 +111,9 @@ pub(crate) trait Jobs: Send + Sync {
     ///
     /// Any task context. The caller may hold the device's locks.
     fn queue_jobs(self: Arc<Self>);
+
+    /// Does the same after a jiffy, and wakes up no task meanwhile that competes with the caller.
+    fn queue_jobs_soon(self: Arc<Self>);
 }
 
 /// The data that the configuration lock protects.
@@ -148,6 +151,8 @@ pub(crate) struct Usage {
     removal_started: bool,
     /// A work item is to read the partition table.
     scan_wanted: bool,
+    /// A work item is reading the partition table. Another one would wait for the same server.
+    scanning: bool,
     /// A work item is to release the last session.
     session_retracted: bool,
     /// The netlink socket whose release disconnects the device. It changes only under the
@@ -330,7 +335,8 @@ impl Device {
         if let Some(owner) = usage.released_owner.take() {
             return Some(Job::Disconnect(owner));
         }
-        if core::mem::take(&mut usage.scan_wanted) {
+        if !usage.scanning && core::mem::take(&mut usage.scan_wanted) {
+            usage.scanning = true;
             return Some(Job::Scan);
         }
         core::mem::take(&mut usage.session_retracted).then_some(Job::Release)

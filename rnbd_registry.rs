@@ -10,7 +10,12 @@ use crate::{
             Port,
             Released, //
         },
-        task, //
+        task,
+        wq::{
+            self,
+            HasQueue,
+            Queue, //
+        }, //
     },
     rnbd_dev::{
         self,
@@ -24,7 +29,9 @@ use crate::{
 };
 use kernel::{
     debugfs::Dir,
+    impl_has_delayed_work,
     impl_has_work,
+    new_delayed_work,
     new_mutex,
     new_work,
     prelude::*,
@@ -42,6 +49,7 @@ use kernel::{
         UniqueArc, //
     },
     workqueue::{
+        DelayedWork,
         Work,
         WorkItem, //
     }, //
@@ -68,6 +76,9 @@ pub(crate) struct Registry {
     devices: Mutex<Devices>,
     #[pin]
     jobs: Work<Registry>,
+    /// Queues `jobs` later.
+    #[pin]
+    later: DelayedWork<Registry, 1>,
     /// Whether a device may have an owner, or may have had one; see [`Owners`].
     has_owners: Atomic<u32>,
     /// The resources that all devices share. It is the last field, so that it is dropped last: the
@@ -77,6 +88,15 @@ pub(crate) struct Registry {
 
 impl_has_work! {
     impl HasWork<Self> for Registry { self.jobs }
+}
+impl_has_delayed_work! {
+    impl HasDelayedWork<Self, 1> for Registry { self.later }
+}
+
+impl HasQueue for Registry {
+    fn queue(&self) -> &Queue {
+        &self.shared.slow
+    }
 }
 
 impl WorkItem for Registry {
@@ -96,24 +116,16 @@ impl WorkItem for Registry {
             let Some((index, device, job)) = next else {
                 return;
             };
-            let queue = match &job {
-                Job::Remove | Job::Disconnect(_) | Job::Release => this.shared.slow.clone(),
-                Job::Scan => this.shared.scan.clone(),
-            };
-            // The job may be what ends a wait for memory that is being written to this device.
-            let work = task::memalloc_noio(|| {
-                DeviceWork::new(this.clone(), index, device.clone(), job.clone())
-            });
-            match work {
-                Ok(work) => drop(queue.enqueue(work)),
-                Err(_) => match job {
-                    Job::Remove => this.remove(index, &device),
-                    Job::Disconnect(owner) => device.disconnect_owned(&owner),
-                    Job::Scan => device.leave_scan_to_open(),
-                    Job::Release => device.release_session(),
-                },
-            }
+            this.queue_job(index, &device, job);
         }
+    }
+}
+
+impl WorkItem<1> for Registry {
+    type Pointer = Arc<Registry>;
+
+    fn run(this: Arc<Registry>) {
+        this.queue_jobs();
     }
 }
 
@@ -174,7 +186,11 @@ impl Jobs for Registry {
     fn queue_jobs(self: Arc<Self>) {
         // If the work item is queued already, it will find this device as well.
         let slow = self.shared.slow.clone();
-        let _ = slow.enqueue(self);
+        let _ = slow.enqueue::<_, 0>(self);
+    }
+
+    fn queue_jobs_soon(self: Arc<Self>) {
+        let _ = wq::enqueue_delayed::<Self, 1>(self, 1);
     }
 }
 
@@ -217,6 +233,7 @@ impl Registry {
                 shared,
                 devices <- new_mutex!(RBTree::new()),
                 jobs <- new_work!("rnbd::jobs"),
+                later <- new_delayed_work!("rnbd::later"),
                 has_owners: Atomic::new(0),
             }),
             GFP_KERNEL,
@@ -315,6 +332,27 @@ impl Registry {
         task::memalloc_noio(|| f(&mut devices))
     }
 
+    /// Queues a work item for a job of a device. For lack of memory, the job is done here.
+    fn queue_job(self: &Arc<Self>, index: u32, device: &Arc<Disk<Nbd>>, job: Job) {
+        let queue = match &job {
+            Job::Remove | Job::Disconnect(_) | Job::Release => self.shared.slow.clone(),
+            Job::Scan => self.shared.scan.clone(),
+        };
+        // The job may be what ends a wait for memory that is being written to this device.
+        let work = task::memalloc_noio(|| {
+            DeviceWork::new(self.clone(), index, device.clone(), job.clone())
+        });
+        match work {
+            Ok(work) => drop(queue.enqueue(work)),
+            Err(_) => match job {
+                Job::Remove => self.remove(index, device),
+                Job::Disconnect(owner) => device.disconnect_owned(&owner),
+                Job::Scan => device.leave_scan_to_open(),
+                Job::Release => device.release_session(),
+            },
+        }
+    }
+
     /// Removes a device (`nbd_dev_remove()`).
     ///
     /// Its index is not used again before the disk is gone. Tasks that have looked the device up
@@ -324,6 +362,7 @@ impl Registry {
     ///
     /// May sleep.
     fn remove(&self, index: u32, device: &Disk<Nbd>) {
+        device.wait_for_scanner();
         device.remove();
         let node = self.with(|devices| devices.remove(&index));
         drop(node);

@@ -197,12 +197,12 @@ impl Session {
     }
 
     /// Shuts all connections down, and waits until all commands in flight have failed
-    /// (`sock_shutdown()`).
+    /// (`sock_shutdown()`). Requests that wait for a connection fail soon after.
     ///
     /// # Context
     ///
     /// May sleep.
-    pub(crate) fn end(&self) {
+    pub(crate) fn end(&self, disk: &DiskRef) {
         if self.table.fate.end() {
             pr_warn!("nbd{}: shutting down sockets\n", self.table.device);
         }
@@ -216,6 +216,9 @@ impl Session {
             }
         }
         self.table.wait_all_reaped();
+        // The block layer keeps the requests that wait, and would dispatch them 100 ms later: maybe to the
+        // next session.
+        disk.run_queues();
     }
 
     /// Returns the connection that has this index now.

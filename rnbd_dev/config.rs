@@ -9,6 +9,7 @@ use super::debugfs::{
 };
 use crate::{
     kapi::{
+        block::disk::DiskRef,
         net::sock::{
             Ending,
             Socket, //
@@ -89,6 +90,8 @@ pub(crate) struct Config {
     pub(super) opened_since_connect: bool,
     pub(super) has_backend_file: bool,
     pub(super) scan: Scan,
+    /// One of the references is that of the open which reads the partition table.
+    pub(super) opened_by_scanner: bool,
     /// The data that the debugfs files show, and the files.
     pub(super) debugfs_data: Option<Arc<FileData>>,
     pub(super) debugfs_files: Option<Files>,
@@ -166,9 +169,9 @@ impl Config {
     }
 
     /// Ends the session for good.
-    pub(super) fn end_for_good(&mut self) {
+    pub(super) fn end_for_good(&mut self, disk: &DiskRef) {
         self.ended = self.started;
-        self.end();
+        self.end(disk);
     }
 
     /// Returns whether settings take effect immediately.
@@ -229,6 +232,7 @@ impl Config {
             opened_since_connect: false,
             has_backend_file: false,
             scan: Scan::Done,
+            opened_by_scanner: false,
             debugfs_data: None,
             debugfs_files: None,
             dead_timeout_jiffies: 0,
@@ -271,9 +275,9 @@ impl Config {
     /// # Context
     ///
     /// May sleep.
-    pub(super) fn end(&self) {
+    pub(super) fn end(&self, disk: &DiskRef) {
         if let Some(session) = &self.session {
-            session.end();
+            session.end(disk);
         }
         self.end_idle_sockets();
     }

@@ -119,7 +119,7 @@ impl Device {
         self.set_owner(None);
         let put = state.config.as_mut().is_some_and(|config| {
             self.send_disconnect(config);
-            config.end();
+            config.end(&self.disk);
             config.setup_by = None;
             config.interrupted = None;
             config.bound = false;
@@ -160,7 +160,7 @@ impl Device {
             if restarting {
                 config.end_idle_sockets();
             } else {
-                config.end_for_good();
+                config.end_for_good(&self.disk);
             }
             config.sockets = KVec::new();
             config.setup_by = None;
@@ -171,7 +171,7 @@ impl Device {
             self.disk.force_media_change();
             // This happens under the lock: a task that returns from `NBD_DO_IT` still has the
             // device open, and is counted as an opener.
-            self.reset_size();
+            self.reset_size(config);
             Ok(Some(core::mem::take(&mut config.held_by_netlink)))
         })?;
         let Some(put) = put else {
@@ -185,9 +185,17 @@ impl Device {
     }
 
     /// Sets the size to 0 if at most one opener is left (`nbd_bdev_reset()`).
-    pub(super) fn reset_size(&self) {
-        if self.disk.openers() <= 1 {
+    pub(super) fn reset_size(&self, config: &Config) {
+        if self.has_one_user(config) {
             self.disk.set_capacity(Sectors(0));
         }
+    }
+
+    /// Returns whether at most one opener is left, apart from the work item that reads the partition
+    /// table.
+    pub(super) fn has_one_user(&self, config: &Config) -> bool {
+        // An opener has a reference before it is counted by the block layer, and for longer.
+        let references = config.references - u32::from(config.opened_by_scanner);
+        self.disk.openers() <= 1 || references <= 1
     }
 }

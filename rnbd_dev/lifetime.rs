@@ -48,6 +48,7 @@ impl Device {
                 self.put_scan_off(config, purpose)?;
                 config.references += 1;
                 config.opened_since_connect |= config.bound && !scanner;
+                config.opened_by_scanner |= scanner;
             }
             None => {
                 self.new_config(&mut state)?;
@@ -62,7 +63,7 @@ impl Device {
     ///
     /// May sleep.
     pub(crate) fn close(&self, held: &OpenMutexHeld<'_>, openers: u32) {
-        self.end_abandoned_session();
+        self.prepare_close();
         // A close that belongs to an open before the connect says nothing about the session.
         let wanted = |c: &mut Config| Ok(c.disconnect_on_close && c.opened_since_connect);
         let disconnect = openers == 0 && self.with_config(wanted).unwrap_or(false);
@@ -74,14 +75,21 @@ impl Device {
     }
 
     /// Ends the session if nobody waits for its end in `NBD_DO_IT` again
-    /// ([`Config::is_abandoned()`]).
-    fn end_abandoned_session(&self) {
+    /// ([`Config::is_abandoned()`]), and notes the close of the task that reads the partition table.
+    fn prepare_close(&self) {
         // This does not wait for a start that is in progress: the caller holds the `open_mutex`, and
         // nobody is in `NBD_DO_IT` then.
         let mut state = self.state.lock();
-        if let Some(config) = state.config.as_mut().filter(|c| c.is_abandoned()) {
+        let scanner = state.scanner == Some(TaskId::current());
+        let Some(config) = &mut state.config else {
+            return;
+        };
+        if scanner {
+            config.opened_by_scanner = false;
+        }
+        if config.is_abandoned() {
             config.interrupted = None;
-            config.end_for_good();
+            config.end_for_good(&self.disk);
         }
     }
 
@@ -183,7 +191,7 @@ impl Device {
     /// given. A device that has not got its size has none. The caller holds the configuration lock.
     fn tear_down(&self, held: Option<&OpenMutexHeld<'_>>, config: &mut Config) {
         config.remove_debugfs();
-        config.end();
+        config.end(&self.disk);
         if config.session.is_some() {
             // Nothing is in flight, and requests that arrive from now on are failed. The session is
             // released by a work item, since that waits for a grace period of SRCU.

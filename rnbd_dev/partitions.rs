@@ -57,10 +57,19 @@ impl Device {
 
     /// Queues the work item that reads the partition table, if that is wanted. Requests can be sent.
     pub(super) fn queue_wanted_scan(&self, config: &Config) {
-        if config.scan != Scan::Done {
-            self.usage.lock().scan_wanted = true;
+        if self.note_wanted_scan(config) {
             self.jobs.clone().queue_jobs();
         }
+    }
+
+    /// Makes the work item that reads the partition table a job of the device, if that is wanted. Returns
+    /// whether it is: the caller then queues the job.
+    pub(super) fn note_wanted_scan(&self, config: &Config) -> bool {
+        let wanted = config.scan != Scan::Done;
+        if wanted {
+            self.usage.lock().scan_wanted = true;
+        }
+        wanted
     }
 
     /// Leaves the partition table to the next open, for lack of memory for a work item.
@@ -70,7 +79,21 @@ impl Device {
             config.scan = Scan::Done;
             self.disk.need_partition_scan();
         }
+        drop(state);
         self.scanning_wait.notify_all();
+        self.finish_scan();
+    }
+
+    /// Ends the job of reading the partition table. If it is wanted again meanwhile, for another session or
+    /// over another connection, it is queued again.
+    fn finish_scan(&self) {
+        let mut usage = self.usage.lock();
+        usage.scanning = false;
+        let wanted = usage.scan_wanted;
+        drop(usage);
+        if wanted {
+            self.jobs.clone().queue_jobs();
+        }
     }
 
     /// Reads the partition table, once the server has replied.
@@ -82,15 +105,21 @@ impl Device {
     ///
     /// May sleep, until the server replies or the session ends.
     pub(crate) fn scan_partitions(&self) {
-        let Some((session, fate)) = self.session_to_scan() else {
-            return;
-        };
+        if let Some((session, fate)) = self.session_to_scan() {
+            self.scan_partitions_of(&session, fate);
+        }
+        self.finish_scan();
+    }
+
+    /// Reads the partition table of a session whose fate was `fate` when the job began; see
+    /// [`Self::scan_partitions()`].
+    fn scan_partitions_of(&self, session: &Arc<Session>, fate: Snapshot) {
         let read = self.disk.read_first_block();
         let mut state = self.lock();
         let config = state.config.as_mut();
         let ours = |c: &&mut KBox<Config>| {
-            let same = c.session.as_ref().is_some_and(|s| Arc::ptr_eq(s, &session));
-            // If a connection has come back meanwhile, the work item was queued again.
+            let same = c.session.as_ref().is_some_and(|s| Arc::ptr_eq(s, session));
+            // If a connection has come back meanwhile, the job is queued again.
             same && c.scan != Scan::Done && session.table().fate.snapshot() == fate
         };
         let Some(config) = config.filter(ours).filter(|_| session.is_served()) else {
@@ -126,6 +155,9 @@ impl Device {
     ///
     /// May sleep. The caller holds the configuration lock, which is dropped meanwhile.
     pub(super) fn wait_for_first_block(&self, state: &mut MutexGuard<'_, State>) {
+        if is_scan_due(state) && self.usage.lock().scan_wanted {
+            self.jobs.clone().queue_jobs();
+        }
         for _ in 0..OPEN_WAITS {
             if !is_scan_due(state) {
                 return;
@@ -143,13 +175,13 @@ impl Device {
         }
     }
 
-    /// Waits until no work item has the device open. The session has ended, so that it cannot take
-    /// long, and the device must be free then.
+    /// Waits until no work item has the device open or is about to open it, by its number. The session
+    /// has ended, so that it cannot take long, and the device must be free then.
     ///
     /// # Context
     ///
     /// May sleep. The caller must not hold the `open_mutex`.
-    pub(super) fn wait_for_scanner(&self) {
+    pub(crate) fn wait_for_scanner(&self) {
         let mut state = self.lock();
         while state.scanner.is_some() {
             self.scanning_wait.wait(&mut state);

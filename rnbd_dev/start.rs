@@ -90,17 +90,17 @@ impl Device {
                 return Err(EPIPE);
             }
             if task::is_killed() {
-                config.end_for_good();
+                config.end_for_good(&self.disk);
             }
             if config.is_lost() {
-                if self.disk.openers() <= 1 {
+                if self.has_one_user(config) {
                     // What waits for a connection would wait for this process, whose close waits for
                     // it. Nobody else uses the device.
-                    wait.session.end();
+                    wait.session.end(&self.disk);
                 }
                 return Err(EPIPE);
             }
-            self.reset_size();
+            self.reset_size(config);
             if interrupted {
                 return Err(ERESTARTSYS);
             }
@@ -324,11 +324,14 @@ impl Device {
         };
         let session = Session::new(&self.disk, &config.sockets, options)?;
         if let Err(e) = self.publish_session(config, &session) {
-            session.end();
+            session.end(&self.disk);
             return Err(e);
         }
         session.start_receiving();
-        self.queue_wanted_scan(config);
+        // A program that opens the device does not wait for this ([`Self::wait_for_first_block()`]).
+        if self.note_wanted_scan(config) {
+            self.jobs.clone().queue_jobs_soon();
+        }
         Ok(session)
     }
 

@@ -13,7 +13,7 @@ use crate::driver::Driver;
 use crate::harness::{Guest, Test, wait_until};
 use crate::netlink::{Link, Setup};
 use crate::programs::sh;
-use crate::proto::{BLKRRPART, CAN_MULTI_CONN, Command};
+use crate::proto::{BLKRRPART, CAN_MULTI_CONN, Command, SET_SIZE};
 use crate::server::{Server, Transport};
 use crate::sys::ioctl_number;
 use crate::test;
@@ -27,6 +27,7 @@ pub fn tests() -> Vec<Test> {
         test!(a_silent_server_holds_up_nobody).limit_seconds(180),
         test!(a_server_that_cannot_read_them),
         test!(after_a_reconnect),
+        test!(one_task_waits_for_them),
         test!(are_not_looked_for).parameters("nbds_max=4 partition_scan=0"),
     ]
 }
@@ -183,6 +184,28 @@ fn after_a_reconnect(guest: &Guest) {
     link.netlink.reconfigure(&again).unwrap();
     assert!(partitions_appear());
     link.disconnect_and_wait();
+}
+
+/// However often the size is set, only one task waits for a server that does not answer.
+fn one_task_waits_for_them(guest: &Guest) {
+    if guest.expected("partitions-appear-by-themselves") == Driver::Nbd {
+        return;
+    }
+    let server = Server::new();
+    server.script(|_, _| Ok(()));
+    let mut client = Plan::new(SIZE).start(&server);
+    client.wait_ready(SIZE);
+    let device = File::open("/dev/nbd0").expect("the device");
+    server.wait_for_command(Command::Read);
+    for _ in 0..20 {
+        assert_eq!(ioctl_number(&device, SET_SIZE, SIZE), Ok(0));
+    }
+    thread::sleep(Duration::from_millis(300));
+    assert_eq!(server.requests().len(), 1);
+    server.kill();
+    client.wait_lost();
+    drop(device);
+    device::assert_usable(0);
 }
 
 fn are_not_looked_for(guest: &Guest) {

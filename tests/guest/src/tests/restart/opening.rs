@@ -3,15 +3,18 @@
 //! Opening a device that has no server.
 
 use std::fs;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use rustix::io::Errno;
 
-use super::{SIZE, can_be_restarted, disconnect, kill_server, lost_device, persistent};
-use crate::device::{SOON, assert_usable};
+use super::{
+    SIZE, can_be_restarted, disconnect, kill_server, lost_device, pass_socket, persistent,
+};
+use crate::device::{self, SOON, assert_usable};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, wait_until};
-use crate::proto::{BLKRRPART, DISCONNECT, SET_SIZE};
+use crate::proto::{BLKRRPART, DISCONNECT, DO_IT, SET_SIZE};
 use crate::sys::ioctl_number;
 use crate::test;
 use crate::tests::geometry::partitioned_server;
@@ -20,6 +23,8 @@ pub fn tests() -> Vec<Test> {
     vec![
         test!(an_open_does_not_wait).parameters("nbds_max=4 dead_conn_timeout=60"),
         test!(the_partition_table_is_read_later).parameters("nbds_max=4 dead_conn_timeout=60"),
+        test!(reading_the_partition_table_holds_up_no_close)
+            .parameters("nbds_max=4 dead_conn_timeout=60"),
         test!(an_open_of_a_dead_device_reads_nothing),
     ]
 }
@@ -58,6 +63,31 @@ fn the_partition_table_is_read_later(guest: &Guest) {
     assert!(there.is_ok());
     disconnect(&direct, &mut client);
     drop(direct);
+    assert_usable(0);
+}
+
+/// The server is lost while the driver reads the partition table. The program that has connected the device
+/// and closes it does not wait for another server: nobody else uses the device.
+fn reading_the_partition_table_holds_up_no_close(guest: &Guest) {
+    if !can_be_restarted(guest) {
+        return;
+    }
+    let server = partitioned_server();
+    let first = AtomicBool::new(true);
+    server.script(
+        move |conn, request| match first.swap(false, Ordering::Relaxed) {
+            true => conn.serve(request),
+            false => conn.close(),
+        },
+    );
+    let device = device::open(0, 0).expect("the device");
+    pass_socket(&device, &server).expect("NBD_SET_SOCK");
+    assert_eq!(ioctl_number(&device, SET_SIZE, 8 << 20), Ok(0));
+    assert_eq!(ioctl_number(&device, DO_IT, 0), Err(Errno::PIPE));
+    let began = Instant::now();
+    drop(device);
+    let took = began.elapsed();
+    assert!(took < SOON, "{took:?}");
     assert_usable(0);
 }
 
