@@ -67,8 +67,8 @@ impl Device {
     /// # Errors
     ///
     /// - `EINVAL`: there is no socket, or several that the server's flags do not allow, or one that
-    ///   is of another kind than TCP, MPTCP, and vsock and UNIX stream sockets, or a size or limits that the block layer does not
-    ///   accept.
+    ///   is neither TCP, MPTCP, nor a vsock or UNIX stream socket, or a size or limits that the block
+    ///   layer does not accept.
     /// - `EBADF`, `ENOTSOCK`: a file descriptor is not that of a socket.
     /// - `ENOTCONN`: a socket is not connected, and never was.
     /// - `EBUSY`: a socket is in use by another device or by another part of the kernel, or the

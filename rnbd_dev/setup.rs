@@ -98,7 +98,8 @@ impl Device {
     /// # Errors
     ///
     /// - Those of `lock`.
-    /// - `EBUSY`: another task has held the `open_mutex` for [`OPEN_MUTEX_SECONDS`].
+    /// - `EBUSY`: another task has held the `open_mutex`, or has been reading the partition table, for
+    ///   [`OPEN_MUTEX_SECONDS`].
     ///
     /// # Context
     ///
@@ -116,8 +117,11 @@ impl Device {
             if wanted.is_none_or(|bytes| bytes == self.disk.block_bytes()) {
                 return Ok((state, None));
             }
-            if let Some(held) = self.disk.try_lock_open_mutex() {
-                return Ok((state, Some(held)));
+            // The work item that reads the partition table uses the page cache, but soon closes the device.
+            if state.scanner.is_none() {
+                if let Some(held) = self.disk.try_lock_open_mutex() {
+                    return Ok((state, Some(held)));
+                }
             }
             drop(state);
             if deadline.jiffies_left() == 0 {
@@ -151,8 +155,8 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// - `EINVAL`: the file descriptor is out of range, or its socket is of another kind
-    ///   than TCP, MPTCP, and vsock and UNIX stream sockets, or the device was configured by netlink.
+    /// - `EINVAL`: the file descriptor is out of range, or its socket is neither TCP, MPTCP,
+    ///   nor a vsock or UNIX stream socket, or the device was configured by netlink.
     /// - `EBADF`, `ENOTSOCK`: the file descriptor is not that of a socket.
     /// - `ENOTCONN`: the socket is not connected, and never was.
     /// - `EBUSY`: the device was started already, or another task is configuring it.
@@ -298,7 +302,14 @@ impl Device {
             let set = self.disk.set_features(features(config.flags));
             set.inspect_err(|e| self.log_busy_limits(*e))?;
             if block_bytes != self.disk.block_bytes() {
-                self.set_disk_block_bytes(held.ok_or(EBUSY)?, block_bytes)?;
+                let held = held.ok_or_else(|| {
+                    pr_err!(
+                        "nbd{}: cannot change the block size to {block_bytes} together with the size\n",
+                        self.index
+                    );
+                    EBUSY
+                })?;
+                self.set_disk_block_bytes(held, block_bytes)?;
             }
             config.disk_has = Geometry {
                 size_bytes,

@@ -4,10 +4,9 @@
 //! C header: [`include/net/sock.h`](srctree/include/net/sock.h)
 //!
 //! The settings are those of `drivers/block/nbd.c`, but for `sk_use_task_frag`, which `page_frag.rs` makes
-//! unnecessary. The flag is set as `sk_set_memalloc()` in
-//! `net/core/sock.c` sets it. That function itself is not called: it increments the static key for each
-//! socket, for which it takes a lock that has to wait while a CPU is being taken offline. Here the key is
-//! incremented once, when the module is loaded.
+//! unnecessary. The flag is set as `sk_set_memalloc()` in `net/core/sock.c` sets it. That function itself is
+//! not called: it increments the static key for each socket, for which it takes a lock that has to wait while a
+//! CPU is being taken offline. Here the key is incremented once, when the module is loaded.
 
 use crate::kapi::bindings;
 #[cfg(not(CONFIG_JUMP_LABEL))]

@@ -57,7 +57,7 @@ impl Drop for PageFrag {
             return;
         }
         let order = (self.0.size as usize / bindings::PAGE_SIZE).trailing_zeros();
-        // As `put_page()`, which is not exported.
+        // As `put_page()`, which is an inline function in C.
         // SAFETY: By the type invariant, this holds a reference to a page of that order, which is given up
         // here.
         unsafe { bindings::__free_pages(self.0.page, order) };

@@ -4,7 +4,7 @@
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -29,6 +29,7 @@ pub fn tests() -> Vec<Test> {
     vec![
         test!(within_the_page_cache),
         test!(while_nobody_has_it_open),
+        test!(while_the_partition_table_is_read),
         test!(while_a_partition_is_open),
         test!(while_pages_are_faulted_in),
         test!(while_a_server_is_silent),
@@ -110,6 +111,26 @@ fn while_nobody_has_it_open(_: &Guest) {
         assert_eq!(cache_block_size(&device), block_size.max(4096));
         use_page_cache(&link.server, &device).unwrap();
     }
+}
+
+/// The driver itself has the device open then, for as long as the server takes, which the change waits for.
+fn while_the_partition_table_is_read(_: &Guest) {
+    let server = Server::new();
+    let reads = AtomicUsize::new(0);
+    server.script(move |conn, request| {
+        if reads.fetch_add(1, Ordering::Relaxed) == 1 {
+            thread::sleep(Duration::from_secs(1));
+        }
+        conn.serve(request)
+    });
+    let link = front::connect(server, &export(512));
+    thread::sleep(Duration::from_millis(300));
+    assert_eq!(reconfigure(&link, largest_block()), Ok(()));
+    assert_eq!(
+        sysfs(0, "queue/logical_block_size"),
+        largest_block().to_string()
+    );
+    link.disconnect_and_wait();
 }
 
 fn while_a_partition_is_open(guest: &Guest) {

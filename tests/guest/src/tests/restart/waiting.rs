@@ -29,6 +29,10 @@ pub fn tests() -> Vec<Test> {
 }
 
 fn requests_wait_for_it(guest: &Guest) {
+    // With nbd.ko they wait for their timeout of 30 seconds.
+    if !can_be_restarted(guest) {
+        return;
+    }
     let plan = persistent(SIZE).connections(2);
     let mut rig = plan.attach();
     let direct = rig.direct();
@@ -40,10 +44,6 @@ fn requests_wait_for_it(guest: &Guest) {
             direct.sync_all()
         });
         assert_eq!(rig.client.wait(), lost(guest));
-        if !can_be_restarted(guest) {
-            assert_eq!(device::errno(writes.join().unwrap()), Err(Errno::IO));
-            return;
-        }
         thread::sleep(Duration::from_millis(300));
         assert!(!writes.is_finished());
         let server = Server::new();
