@@ -95,7 +95,9 @@ fn counter(name: &str) -> u64 {
     value.parse().expect("a number")
 }
 
-/// Each connection has two paths. One of them is lost, and the connection goes on.
+/// A connection has two paths. One of them is lost, and the connection goes on.
+///
+/// There is only one connection: where nothing is sent, no path is added.
 fn several_subflows(_: &Guest) {
     sh("ip address add 127.0.0.2/8 dev lo
         ip mptcp limits set subflows 2 add_addr_accepted 2
@@ -103,14 +105,10 @@ fn several_subflows(_: &Guest) {
     let joined = || counter("MPJoinAckRx");
     let before = joined();
     with_subflows_to_join(|| {
-        let link = setup().attach_over(&[Transport::Mptcp; 2]).settle();
+        let link = setup().attach_over(&[Transport::Mptcp]).settle();
         let news = Netlink::listen();
-        let have_joined = wait_until(SOON, || joined() >= before + 2);
-        assert!(
-            have_joined.is_ok(),
-            "{} subflows have joined",
-            joined() - before
-        );
+        let has_joined = wait_until(SOON, || joined() > before);
+        assert!(has_joined.is_ok(), "no subflow has joined");
         verify_device();
         // What was sent on that path is sent on the other.
         sh("ss -K src 127.0.0.2");
