@@ -74,8 +74,8 @@ impl Socket {
                 let used = unsafe { (&raw const (*sk).sk_wmem_alloc.refs.counter).read_volatile() };
                 used.saturating_mul(4) <= limit
             }
-            // Its transports call `sk_write_space` only if there is room, and cannot be asked without the
-            // socket's lock.
+            // Its transports cannot be asked without the socket's lock. They also call `sk_write_space` when
+            // a packet is freed, which may give no room.
             Kind::Vsock => true,
         }
     }

@@ -23,7 +23,10 @@ use super::{
         Kind, //
     },
 };
-use crate::kapi::bindings;
+use crate::kapi::{
+    bindings,
+    task, //
+};
 use core::{
     mem::MaybeUninit,
     ptr::NonNull, //
@@ -266,18 +269,21 @@ impl Socket {
     ///
     /// # Context
     ///
-    /// Process context. May sleep.
+    /// Process context. May sleep, but does not wait for I/O: MPTCP and vsock allocate memory here, and the
+    /// requests that reclaim would wait for may be those of this connection.
     pub(crate) fn end(&self, ending: Ending) {
-        if ending == Ending::Reset {
-            self.reset();
-        }
-        // SAFETY: By the type invariant, the socket is valid.
-        unsafe {
-            bindings::kernel_sock_shutdown(
-                self.socket.as_ptr(),
-                bindings::sock_shutdown_cmd_SHUT_RDWR,
-            );
-        }
+        task::memalloc_noio(|| {
+            if ending == Ending::Reset {
+                self.reset();
+            }
+            // SAFETY: By the type invariant, the socket is valid.
+            unsafe {
+                bindings::kernel_sock_shutdown(
+                    self.socket.as_ptr(),
+                    bindings::sock_shutdown_cmd_SHUT_RDWR,
+                );
+            }
+        });
     }
 
     /// Discards what was sent and has not left this machine, and tells the peer, if the protocol can do that.
