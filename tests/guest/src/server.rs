@@ -133,6 +133,14 @@ impl Server {
         self.try_connect(transport).expect("a connection")
     }
 
+    /// A connection that the server has ended already.
+    pub fn connect_and_end(&self) -> OwnedFd {
+        let (ours, theirs) = UnixStream::pair().expect("socketpair");
+        let _ = theirs.shutdown(std::net::Shutdown::Both);
+        self.state.sockets.lock().unwrap().push(theirs);
+        ours.into()
+    }
+
     /// As [`Self::connect`], where somebody may meddle with it.
     pub fn try_connect(&self, transport: Transport) -> io::Result<OwnedFd> {
         let (client, served) = match transport {

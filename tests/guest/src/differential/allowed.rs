@@ -4,6 +4,7 @@
 //! Each has its reason in `differences.toml`, under the name that is given here.
 
 use crate::netlink;
+use crate::proto::READ_ONLY;
 
 use super::operations::{Attribute, DEVICES, Dev, Manner, Op, Request, Socket};
 use super::stage::{Step, Transcript};
@@ -121,11 +122,11 @@ struct Past {
     /// A process in NBD_DO_IT has had a signal.
     signalled: bool,
     long_timeout: bool,
-    /// Devices whose server has ended connections.
+    /// Devices whose server has ended connections, or had ended one before it was passed.
     lost: [bool; 3],
     /// Devices that were disconnected, or whose sockets were dropped.
     asked_to_end: [bool; 3],
-    /// Devices that BLKROSET was used on.
+    /// Devices that were marked as read-only, by BLKROSET or by the flags of a session.
     marked: [bool; 3],
     manners: Vec<Manner>,
 }
@@ -169,13 +170,15 @@ impl Past {
             | Op::Reconfigure {
                 attributes, device, ..
             } => {
-                match device {
-                    Some(device) => self.started[*device as usize] = true,
-                    // One that nobody has opened.
-                    None => {
-                        for device in DEVICES {
-                            self.started[device as usize] |= !self.files.contains(&Some(device));
-                        }
+                let marks =
+                    |a: &Attribute| matches!(a, Attribute::ServerFlags(f) if is_read_only(*f));
+                let marks = attributes.iter().any(marks);
+                for other in DEVICES {
+                    // Netlink chooses one that nobody has opened.
+                    let chosen = || !self.files.contains(&Some(other));
+                    if device.map_or_else(chosen, |device| device == other) {
+                        self.started[other as usize] = true;
+                        self.marked[other as usize] |= marks;
                     }
                 }
                 let larger = |a: &Attribute| matches!(a, Attribute::BlockSize(b) if *b != 512);
@@ -218,7 +221,10 @@ impl Past {
                 | Request::SetFlags(_)
         );
         match request {
-            Request::SetSock(_) => self.added[device] = true,
+            Request::SetSock(socket) => {
+                self.added[device] = true;
+                self.lost[device] |= socket == Socket::Dead;
+            }
             Request::DoIt => {
                 self.started[device] = true;
                 self.asked_to_end[device] = false;
@@ -228,13 +234,20 @@ impl Past {
                 self.asked_to_end[device] = true;
                 self.forgot_sockets[device] |= self.added[device] && !self.started[device];
             }
-            Request::SetFlags(_) => self.flags_while_running |= self.started[device],
+            Request::SetFlags(flags) => {
+                self.flags_while_running |= self.started[device];
+                self.marked[device] |= is_read_only(flags);
+            }
             Request::SetBlksize(bytes) => self.larger_blocks |= bytes != 512,
             Request::SetReadOnly(value) => self.marked[device] |= value != 0,
             Request::SetTimeout(seconds) => self.long_timeout |= is_long(seconds),
             _ => {}
         }
     }
+}
+
+fn is_read_only(flags: u64) -> bool {
+    flags & READ_ONLY != 0
 }
 
 fn is_long(seconds: u64) -> bool {
@@ -299,7 +312,7 @@ fn is_errno(answer: &str, errno: i32) -> bool {
     answer.starts_with(&format!("Err(Os {{ code: {errno},"))
 }
 
-/// The device was marked as read-only by BLKROSET, and still is with nbd.ko, though it was closed.
+/// The device was marked as read-only, and still is with nbd.ko, though it was closed.
 fn decides_anew(past: &Past, difference: &Difference<'_>) -> bool {
     let (key, nbd, rnbd) = *difference;
     let file = match &past.op {

@@ -15,7 +15,7 @@ use std::fs::{self, File, OpenOptions};
 use std::net::{TcpListener, UdpSocket};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
-use std::os::unix::net::{UnixDatagram, UnixStream};
+use std::os::unix::net::UnixDatagram;
 use std::sync::Arc;
 use std::sync::mpsc::RecvTimeoutError;
 use std::time::{Duration, Instant};
@@ -258,7 +258,9 @@ impl Stage {
                 Err(RecvTimeoutError::Disconnected) => break Some("panicked".to_owned().into()),
                 Err(RecvTimeoutError::Timeout) => {
                     let took = began.elapsed();
-                    let runs = runs.is_some() && stacks::sleeps(actor.tid);
+                    // It comes back soon where all connections have ended before.
+                    let served = |device: Dev| !self.servers[device as usize].is_deserted();
+                    let runs = runs.is_some_and(served) && stacks::sleeps(actor.tid);
                     let held = self.stalled.contains(&true) && took > PATIENCE / 10;
                     let late = runs || held || took > PATIENCE;
                     if late && stacks::waits(actor.tid) {
@@ -441,7 +443,7 @@ impl Stage {
         Given::Open(match socket {
             Socket::Unix => server.connect(Transport::Unix),
             Socket::Tcp => server.connect(Transport::Tcp4),
-            Socket::Dead => UnixStream::pair().expect("socketpair").0.into(),
+            Socket::Dead => server.connect_and_end(),
             Socket::Unconnected => TcpListener::bind("127.0.0.1:0").expect("listen").into(),
             Socket::Udp => UdpSocket::bind("127.0.0.1:0").expect("a socket").into(),
             Socket::Datagram => UnixDatagram::unbound().expect("a socket").into(),
