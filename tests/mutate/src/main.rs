@@ -60,3 +60,19 @@ fn main() -> ExitCode {
 fn selected(mutation: &Mutation, pattern: &str) -> bool {
     pattern.is_empty() || pattern.split(',').any(|part| mutation.name.contains(part))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whoever changes the driver learns at once which entries have to change with it.
+    #[test]
+    fn mutations_apply() {
+        let tree = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."));
+        let all = list::all();
+        let does_not_apply = |mutation| Trial::prepare(&tree, mutation).err();
+        let mut mistakes = list::mistakes(&all);
+        mistakes.extend(all.iter().filter_map(does_not_apply));
+        assert!(mistakes.is_empty(), "{}", mistakes.join("\n"));
+    }
+}
