@@ -10,8 +10,9 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::thread;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
+use rustix::net::sockopt::{set_tcp_nodelay, tcp_nodelay};
 use rustix::net::{
     AddressFamily, SocketFlags, SocketType, accept_with, connect, connect_unspec, getsockname,
     listen, socket_with,
@@ -26,6 +27,7 @@ use crate::netlink::Netlink;
 use crate::programs::sh;
 use crate::proto::{self, Command};
 use crate::server::{MPTCP, Server, Transport, listen_on_vsock, new_socket, tcp_pair};
+use crate::stacks;
 use crate::sys::{
     Buffer, Mapping, SysResult, connect_vsock, ioctl_number, set_socket_option, socket_option,
 };
@@ -38,6 +40,7 @@ pub fn tests() -> Vec<Test> {
         test!(mptcp_that_listens_afterwards),
         test!(mptcp_that_listens_meanwhile),
         test!(requests_in_the_middle_of_a_send),
+        test!(mptcp_sends_at_once),
     ]
 }
 
@@ -115,11 +118,15 @@ fn they_are_given_back(guest: &Guest) {
             let unloaded = wait_until(SOON, || guest.driver.unload().is_ok());
             assert!(unloaded.is_ok(), "the module is in use");
             // What is called now is the kernel's own.
+            let heard = thread::spawn(move || {
+                let mut fds = [PollFd::new(&ours, PollFlags::RDHUP)];
+                poll(&mut fds, None)
+            });
+            wait_until(SOON, || stacks::others_wait()).expect("poll() waits");
             server.kill();
-            let mut fds = [PollFd::new(&ours, PollFlags::IN | PollFlags::RDHUP)];
-            let limit = Timespec::try_from(SOON).unwrap();
-            assert_eq!(poll(&mut fds, Some(&limit)), Ok(1), "nothing is heard");
-            drop(ours);
+            let ended = wait_until(SOON, || heard.is_finished());
+            assert!(ended.is_ok(), "nothing is heard");
+            assert_eq!(heard.join().unwrap(), Ok(1));
             drop(server);
             guest.driver.load("nbds_max=2").expect("to load the module");
         }
@@ -141,6 +148,7 @@ fn listen_with(ours: &OwnedFd) -> io::Result<()> {
         let data = vec![7; 100_000];
         for (from, to) in [(0, 1), (1, 0)] {
             let mut from = ends[from].try_clone().unwrap();
+            from.set_write_timeout(Some(patient(SOON)))?;
             ends[to].set_read_timeout(Some(patient(SOON)))?;
             thread::scope(|scope| {
                 let sent = scope.spawn(|| from.write_all(&data));
@@ -244,5 +252,24 @@ fn requests_in_the_middle_of_a_send(guest: &Guest) {
     }
     if guest.driver == Driver::Rnbd {
         over_each(try_over);
+    }
+}
+
+/// Whatever the program has set, as for TCP (`io::sending::programs_that_forget_tcp_nodelay`).
+fn mptcp_sends_at_once(_: &Guest) {
+    for kind in [Transport::Mptcp, Transport::MptcpFallback] {
+        let server = Server::new();
+        let ours = server.connect(kind);
+        set_tcp_nodelay(&ours, false).expect("TCP_NODELAY");
+        let client = plan(kind).start_over(vec![ours.try_clone().unwrap()]);
+        client.wait_ready(SIZE);
+        assert_eq!(tcp_nodelay(&ours), Ok(true), "{kind:?}");
+        let mut rig = device::Rig {
+            server,
+            client,
+            index: 0,
+        };
+        assert_eq!(rig.disconnect(), Ok(0));
+        assert_eq!(tcp_nodelay(&ours), Ok(true), "it stays");
     }
 }
