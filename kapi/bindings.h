@@ -8,6 +8,7 @@
 
 #include <linux/blkdev.h>
 #include <linux/blk-mq.h>
+#include <net/af_vsock.h>
 #include <net/sock.h>
 #include <net/tcp.h>
 #include <net/tls.h>
@@ -72,4 +73,5 @@ RNBD_OFFSET(struct inet_connection_sock, icsk_ulp_ops, ULP_OPS);
 RNBD_OFFSET(struct inet_connection_sock, icsk_ulp_data, ULP_DATA);
 RNBD_OFFSET(struct tcp_ulp_ops, name, ULP_NAME);
 RNBD_OFFSET(struct tls_context, tx_lock, TLS_TX_LOCK);
+RNBD_OFFSET(struct vsock_sock, peer_shutdown, PEER_SHUTDOWN);
 //bindgen: --allowlist-var RNBD_CONST_.*

@@ -55,7 +55,8 @@ use kernel::{
     time::msecs_to_jiffies, //
 };
 
-/// The number of `sendmsg()` calls after which a sender leaves the rest to the transmit work.
+/// The number of `sendmsg()` calls after which a sender leaves the rest to the transmit work, even if
+/// it had to release the lock of the outbox in between.
 const BUDGET: u32 = 32;
 /// The delay before sending is retried when the socket has room, but accepts nothing for lack of
 /// memory.
@@ -280,6 +281,7 @@ impl Connection {
             IfHeld::Wait => Some(outbox.lock()),
         };
         let mut refused = 0;
+        let mut budget = BUDGET;
         while let Some(mut outbox) = taken {
             // `mark_dead()` first changes the state and then takes this lock. So either it learns what
             // was sent here, or nothing is sent. The reaper gives back what is left.
@@ -287,7 +289,7 @@ impl Connection {
                 return;
             }
             self.clear_full();
-            let stopped = self.transmit_all(&mut outbox);
+            let stopped = self.transmit_all(&mut outbox, &mut budget);
             let unsent = !outbox.transmit.is_empty();
             self.sending.unsent.store(unsent, Relaxed);
             match stopped {
@@ -423,12 +425,20 @@ impl Connection {
     /// # Errors
     ///
     /// Those of the socket. The connection cannot be used any more.
-    fn transmit_all(self: ArcBorrow<'_, Self>, outbox: &mut Outbox) -> Result<StopReason> {
-        for _ in 0..BUDGET {
+    fn transmit_all(
+        self: ArcBorrow<'_, Self>,
+        outbox: &mut Outbox,
+        budget: &mut u32,
+    ) -> Result<StopReason> {
+        loop {
             let next = self.stage(outbox);
             if outbox.transmit.is_empty() {
                 return Ok(StopReason::Idle);
             }
+            let Some(left) = budget.checked_sub(1) else {
+                return Ok(StopReason::Budget);
+            };
+            *budget = left;
             let sent = match outbox.transmit.send(&self.socket, next) {
                 Ok(sent) => sent,
                 Err(e) if e == EAGAIN => return Ok(StopReason::Full { sent_some: false }),
@@ -440,7 +450,6 @@ impl Connection {
                 return Ok(StopReason::Full { sent_some: true });
             }
         }
-        Ok(StopReason::Budget)
     }
 
     /// Stages the disconnect and as many commands as there is room for. Returns whether any are

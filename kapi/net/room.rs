@@ -96,7 +96,7 @@ impl Socket {
             // What has to be checked is private to the protocol, and polling makes them report room, as well.
             Kind::Mptcp | Kind::Vsock => {
                 let room = bindings::EPOLLOUT | bindings::EPOLLHUP | bindings::EPOLLERR;
-                return self.poll() & room != 0;
+                return self.poll() & room != 0 || self.peer_has_stopped_reading();
             }
         }
         if self.has_room(RoomFor::Sending) {
@@ -112,5 +112,20 @@ impl Socket {
         // caller has stored, or this sees the room.
         smp_mb(Full);
         self.has_room(RoomFor::Sending)
+    }
+
+    /// Returns whether sending fails because the peer of a vsock socket has shut down its receiving side.
+    /// `vsock_poll()` leaves this out, and the socket reports it once, by `sk_state_change`.
+    fn peer_has_stopped_reading(&self) -> bool {
+        if self.kind() != Kind::Vsock {
+            return false;
+        }
+        // SAFETY: By the type invariant of `Socket`, this is a vsock socket and valid, so it is a `struct
+        // vsock_sock`, which has this field. `vsock_poll()` reads it without the socket's lock, too.
+        let shutdown = unsafe {
+            let field = self.sk().byte_add(bindings::OFFSET_PEER_SHUTDOWN);
+            field.cast::<u32>().read_volatile()
+        };
+        shutdown & bindings::RCV_SHUTDOWN != 0
     }
 }

@@ -254,7 +254,13 @@ impl Socket {
         unsafe {
             let shutdown = (&raw const (*sk).sk_shutdown).read_volatile();
             let err = (&raw const (*sk).sk_err).read_volatile();
-            has_data(sk) || u32::from(shutdown) & bindings::RCV_SHUTDOWN != 0 || err != 0
+            // The connection was undone, as by `connect()` with `AF_UNSPEC`, or MPTCP has given up its
+            // last subflow. Neither shuts the socket down.
+            let state = (&raw const (*sk).__sk_common.skc_state).read_volatile();
+            has_data(sk)
+                || u32::from(shutdown) & bindings::RCV_SHUTDOWN != 0
+                || err != 0
+                || state == bindings::TCP_CLOSE
         }
     }
 
