@@ -7,7 +7,7 @@ use crate::kapi::bindings;
 
 /// A kind of socket that a connection can use: a connected, reliable stream.
 ///
-/// A connected socket keeps its kind. Where kinds differ, the code names all four.
+/// A connected socket keeps its kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     /// TCP over IPv4 or IPv6, possibly with an upper layer protocol such as TLS (`sk_is_tcp()`).
