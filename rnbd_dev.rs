@@ -123,14 +123,24 @@ pub(crate) struct State {
     /// The request timeout in jiffies, 0 if none is set (`tag_set.timeout`). A request of one of
     /// several connections then times out after [`DEFAULT_TIMEOUT_SECONDS`].
     pub(crate) timeout_jiffies: u32,
-    /// The task that has the device open to read its partition table.
-    scanner: Option<TaskId>,
+    /// The work item that opens the device to read its partition table.
+    scanner: Option<Scanner>,
+    /// How many there were.
+    scanners: u32,
     /// A task is starting the device and has dropped the lock meanwhile.
     ///
     /// [`Device::lock()`] waits until this is cleared, so nobody else changes the configuration. The
     /// configuration cannot be freed either, because the task that starts the device holds a
     /// reference to it.
     starting: bool,
+}
+
+/// A work item that opens a device to read its partition table.
+#[derive(Clone, Copy, PartialEq, Eq)]
+struct Scanner {
+    task: TaskId,
+    /// Tells it from others that the same task runs.
+    number: u32,
 }
 
 /// What the registry and the netlink front end need to know to pick a device.
@@ -236,6 +246,7 @@ pub(crate) fn add(
         config: None,
         timeout_jiffies: 0,
         scanner: None,
+        scanners: 0,
         starting: false,
     };
     Disk::add(tags, limits, numbers, fmt!("nbd{index}"), |queue| {
@@ -276,6 +287,29 @@ impl State {
     /// `ENODEV`: the device has no configuration.
     pub(crate) fn config_mut(&mut self) -> Result<&mut Config> {
         Ok(self.config.as_mut().ok_or(ENODEV)?)
+    }
+
+    /// Returns the configuration, if it is that of `session`.
+    fn config_of(&mut self, session: &Arc<Session>) -> Option<&mut Config> {
+        let is_ours = |c: &&mut KBox<Config>| {
+            let ours = c.session.as_ref();
+            ours.is_some_and(|ours| Arc::ptr_eq(ours, session))
+        };
+        Some(self.config.as_mut().filter(is_ours)?)
+    }
+
+    /// Makes the current task the one that reads the partition table.
+    fn begin_scan(&mut self) {
+        self.scanners = self.scanners.wrapping_add(1);
+        self.scanner = Some(Scanner {
+            task: TaskId::current(),
+            number: self.scanners,
+        });
+    }
+
+    /// Returns whether the current task is the one that reads the partition table.
+    fn is_scanner(&self) -> bool {
+        self.scanner.is_some_and(|s| s.task == TaskId::current())
     }
 }
 

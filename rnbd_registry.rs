@@ -362,7 +362,7 @@ impl Registry {
     ///
     /// May sleep.
     fn remove(&self, index: u32, device: &Disk<Nbd>) {
-        device.wait_for_scanner();
+        device.wait_for_last_scanner();
         device.remove();
         let node = self.with(|devices| devices.remove(&index));
         drop(node);

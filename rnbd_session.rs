@@ -216,8 +216,9 @@ impl Session {
             }
         }
         self.table.wait_all_reaped();
-        // The block layer keeps the requests that wait, and would dispatch them 100 ms later: maybe to the
-        // next session.
+        // The block layer keeps the requests that wait, and would dispatch them up to 100 ms later. One
+        // that it is dispatching right now may be kept that long all the same: only those of the work item
+        // that reads the partition table can then meet the next session, and nobody uses what they read.
         disk.run_queues();
     }
 

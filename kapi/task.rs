@@ -182,6 +182,25 @@ pub(crate) fn memalloc_noio<R>(f: impl FnOnce() -> R) -> R {
     result
 }
 
+/// Runs `f` so that its memory allocations may use the memory reserves, and fail instead of starting
+/// reclaim.
+///
+/// Takes the place of `memalloc_noreclaim_save()` and `memalloc_noreclaim_restore()` around `f`.
+pub(crate) fn memalloc_noreclaim<R>(f: impl FnOnce() -> R) -> R {
+    let task = Task::current_raw();
+    // SAFETY: The current task is valid. Only the task itself changes its flags, and softirqs that
+    // interrupt it, which restore them.
+    let had = unsafe {
+        let had = (*task).flags & bindings::PF_MEMALLOC;
+        (*task).flags |= bindings::PF_MEMALLOC;
+        had
+    };
+    let result = f();
+    // SAFETY: As above, for the same task.
+    unsafe { (*task).flags = (*task).flags & !bindings::PF_MEMALLOC | had };
+    result
+}
+
 /// Keeps memory allocations of the current task from waiting for I/O (`memalloc_noio_save()`).
 ///
 /// Returns the state to be passed to [`memalloc_noio_restore()`].

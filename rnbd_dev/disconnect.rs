@@ -5,7 +5,8 @@
 
 use super::{
     config::Config,
-    Device, //
+    Device,
+    State, //
 };
 use crate::{
     kapi::{
@@ -73,8 +74,11 @@ impl Device {
     ///
     /// May sleep.
     pub(crate) fn disconnect_and_put(&self, target: Target<'_>) -> Result {
-        let put = self.disconnect_by_netlink(target)?;
-        self.wait_for_scanner();
+        let mut state = self.lock();
+        let scanner = state.scanner;
+        let put = self.disconnect_locked(&mut state, target)?;
+        drop(state);
+        self.wait_for_scanner(scanner);
         if put {
             // The session has ended, so nobody holds this lock for long.
             self.put_config(&self.disk.lock_open_mutex());
@@ -97,9 +101,12 @@ impl Device {
     ///
     /// Returns whether netlink's reference to the configuration is now the caller's to put.
     pub(super) fn disconnect_by_netlink(&self, target: Target<'_>) -> Result<bool> {
-        // This is one step under the lock, since a device that is configured later must not be
-        // disconnected.
-        let mut state = self.lock();
+        self.disconnect_locked(&mut self.lock(), target)
+    }
+
+    /// Disconnects the device under the configuration lock; see [`Self::disconnect_by_netlink()`]. This
+    /// is one step, since a device that is configured later must not be disconnected.
+    fn disconnect_locked(&self, state: &mut State, target: Target<'_>) -> Result<bool> {
         match target {
             Target::Any => {}
             Target::Backend(backend) if self.has_backend(backend) => {}
@@ -155,29 +162,28 @@ impl Device {
     ///
     /// May sleep.
     pub(crate) fn clear_sockets(&self) -> Result {
-        let put = self.with_config(|config| {
-            let restarting = config.is_being_restarted();
-            if restarting {
-                config.end_idle_sockets();
-            } else {
-                config.end_for_good(&self.disk);
-            }
-            config.sockets = KVec::new();
-            config.setup_by = None;
-            config.interrupted = None;
-            if restarting {
-                return Ok(None);
-            }
-            self.disk.force_media_change();
-            // This happens under the lock: a task that returns from `NBD_DO_IT` still has the
-            // device open, and is counted as an opener.
-            self.reset_size(config);
-            Ok(Some(core::mem::take(&mut config.held_by_netlink)))
-        })?;
-        let Some(put) = put else {
+        let mut state = self.lock();
+        let scanner = state.scanner;
+        let config = state.config_mut()?;
+        let restarting = config.is_being_restarted();
+        if restarting {
+            config.end_idle_sockets();
+        } else {
+            config.end_for_good(&self.disk);
+        }
+        config.sockets = KVec::new();
+        config.setup_by = None;
+        config.interrupted = None;
+        if restarting {
             return Ok(());
-        };
-        self.wait_for_scanner();
+        }
+        self.disk.force_media_change();
+        // This happens under the lock: a task that returns from `NBD_DO_IT` still has the device open,
+        // and is counted as an opener.
+        self.reset_size(config);
+        let put = core::mem::take(&mut config.held_by_netlink);
+        drop(state);
+        self.wait_for_scanner(scanner);
         if put {
             self.put_config(&self.disk.lock_open_mutex());
         }
@@ -194,8 +200,9 @@ impl Device {
     /// Returns whether at most one opener is left, apart from the work item that reads the partition
     /// table.
     pub(super) fn has_one_user(&self, config: &Config) -> bool {
-        // An opener has a reference before it is counted by the block layer, and for longer.
-        let references = config.references - u32::from(config.opened_by_scanner);
-        self.disk.openers() <= 1 || references <= 1
+        let others = u32::from(config.opened_by_scanner) + u32::from(config.held_by_netlink);
+        // The block layer counts the work item, too, but not who has begun to open or to close the
+        // device: those have a reference.
+        self.disk.openers() <= 1 || config.references - others <= 1
     }
 }

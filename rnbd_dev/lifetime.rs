@@ -18,10 +18,7 @@ use crate::kapi::{
             Purpose, //
         },
     },
-    task::{
-        self,
-        TaskId, //
-    }, //
+    task, //
 };
 use kernel::{
     prelude::*,
@@ -42,7 +39,7 @@ impl Device {
     pub(crate) fn open(&self, purpose: Purpose) -> Result {
         let mut state = self.state.lock();
         self.wait_for_first_block(&mut state);
-        let scanner = state.scanner == Some(TaskId::current());
+        let scanner = state.is_scanner();
         match &mut state.config {
             Some(config) => {
                 self.put_scan_off(config, purpose)?;
@@ -80,7 +77,7 @@ impl Device {
         // This does not wait for a start that is in progress: the caller holds the `open_mutex`, and
         // nobody is in `NBD_DO_IT` then.
         let mut state = self.state.lock();
-        let scanner = state.scanner == Some(TaskId::current());
+        let scanner = state.is_scanner();
         let Some(config) = &mut state.config else {
             return;
         };

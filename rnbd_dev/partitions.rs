@@ -13,15 +13,13 @@ use super::{
         Scan, //
     },
     Device,
+    Scanner,
     State, //
 };
 use crate::{
-    kapi::{
-        block::{
-            disk::Sectors,
-            gendisk::Purpose, //
-        },
-        task::TaskId, //
+    kapi::block::{
+        disk::Sectors,
+        gendisk::Purpose, //
     },
     pure::fate::Snapshot,
     rnbd_session::Session, //
@@ -52,6 +50,8 @@ impl Device {
     pub(super) fn want_scan(&self, config: &mut Config) {
         if self.scans_partitions {
             config.scan = Scan::Wanted;
+            // Not by an open, before the server has replied.
+            self.disk.cancel_partition_scan();
         }
     }
 
@@ -116,15 +116,16 @@ impl Device {
     fn scan_partitions_of(&self, session: &Arc<Session>, fate: Snapshot) {
         let read = self.disk.read_first_block();
         let mut state = self.lock();
-        let config = state.config.as_mut();
-        let ours = |c: &&mut KBox<Config>| {
-            let same = c.session.as_ref().is_some_and(|s| Arc::ptr_eq(s, session));
-            // If a connection has come back meanwhile, the job is queued again.
-            same && c.scan != Scan::Done && session.table().fate.snapshot() == fate
-        };
-        let Some(config) = config.filter(ours).filter(|_| session.is_served()) else {
+        // If a connection has come back meanwhile, the job is queued again.
+        let unchanged = || session.table().fate.snapshot() == fate && session.is_served();
+        let config = state.config_of(session).filter(|c| c.scan != Scan::Done);
+        let Some(config) = config.filter(|_| unchanged()) else {
             return;
         };
+        if read == Err(ENODATA) && self.disk.capacity() != Sectors(0) {
+            // The device has got its size meanwhile, and with it the job is queued again.
+            return;
+        }
         config.scan = Scan::Done;
         // If the first block cannot be read, somebody else may try.
         self.disk.need_partition_scan();
@@ -132,10 +133,20 @@ impl Device {
         if read.is_err() {
             return;
         }
-        state.scanner = Some(TaskId::current());
+        state.begin_scan();
         drop(state);
         self.disk.open_and_close();
-        self.lock().scanner = None;
+        let mut state = self.lock();
+        state.scanner = None;
+        // If the connections have died meanwhile, the table may not have been read, by this task or by
+        // another one whose open came first.
+        if let Some(config) = state.config_of(session).filter(|_| !unchanged()) {
+            self.want_scan(config);
+            if session.is_served() {
+                self.note_wanted_scan(config);
+            }
+        }
+        drop(state);
         self.scanning_wait.notify_all();
     }
 
@@ -175,17 +186,31 @@ impl Device {
         }
     }
 
-    /// Waits until no work item has the device open or is about to open it, by its number. The session
-    /// has ended, so that it cannot take long, and the device must be free then.
+    /// Waits until a work item that was reading the partition table has closed the device. Its session
+    /// has ended since, so that it cannot take long.
     ///
     /// # Context
     ///
     /// May sleep. The caller must not hold the `open_mutex`.
-    pub(crate) fn wait_for_scanner(&self) {
+    pub(super) fn wait_for_scanner(&self, scanner: Option<Scanner>) {
+        if scanner.is_none() {
+            return;
+        }
         let mut state = self.lock();
-        while state.scanner.is_some() {
+        while state.scanner == scanner {
             self.scanning_wait.wait(&mut state);
         }
+    }
+
+    /// Waits until no work item is about to open the device by its number. The device has no session, and
+    /// will get none.
+    ///
+    /// # Context
+    ///
+    /// May sleep. The caller must not hold the `open_mutex`.
+    pub(crate) fn wait_for_last_scanner(&self) {
+        let scanner = self.lock().scanner;
+        self.wait_for_scanner(scanner);
     }
 
     /// Keeps an open from reading the partition table of a device that has lost its connections. The
@@ -209,8 +234,12 @@ impl Device {
     }
 }
 
-/// Returns whether an open should wait for the first block.
+/// Returns whether an open should wait for the first block. Not while a work item opens the device, after
+/// which the next one can start: it may be waiting for the caller.
 fn is_scan_due(state: &State) -> bool {
+    if state.scanner.is_some() {
+        return false;
+    }
     let config = state.config.as_ref().filter(|c| c.scan == Scan::Wanted);
     let session = config.and_then(|c| c.session.as_ref());
     session.is_some_and(|s| s.is_served())

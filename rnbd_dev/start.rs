@@ -78,38 +78,51 @@ impl Device {
             .session
             .table()
             .wait_all_reaped_interruptible(wait.losses);
-        let result = self.with_config(|config| {
-            let table = wait.session.table();
-            let gone = table.losses() != wait.losses || table.unreaped_connections() == 0;
-            if interrupted && !gone && !task::is_killed() {
-                config.interrupted = Some(Interrupted::current(wait));
-                return Err(ERESTARTSYS);
-            }
-            if table.unreaped_connections() > 0 && gone {
-                // It was lost, and another task has started it again.
-                return Err(EPIPE);
-            }
-            if task::is_killed() {
-                config.end_for_good(&self.disk);
-            }
-            if config.is_lost() {
-                if self.has_one_user(config) {
-                    // What waits for a connection would wait for this process, whose close waits for
-                    // it. Nobody else uses the device.
-                    wait.session.end(&self.disk);
-                }
-                return Err(EPIPE);
-            }
-            self.reset_size(config);
-            if interrupted {
-                return Err(ERESTARTSYS);
-            }
-            Ok(())
-        });
-        if result != Err(EPIPE) && result != Err(ERESTARTSYS) {
-            self.wait_for_scanner();
+        let mut state = self.lock();
+        let scanner = state.scanner;
+        let (has_ended, result) = self.leave_session(state.config_mut()?, wait, interrupted);
+        drop(state);
+        if has_ended {
+            // The device is free once the caller has closed it.
+            self.wait_for_scanner(scanner);
         }
         result
+    }
+
+    /// Decides what becomes of the session at the end of a `wait` for it in `NBD_DO_IT`, and what that
+    /// call answers; see [`Self::run()`]. The caller holds the configuration lock.
+    ///
+    /// Returns whether the session has ended, for everybody.
+    fn leave_session(&self, config: &mut Config, wait: Wait, interrupted: bool) -> (bool, Result) {
+        let table = wait.session.table();
+        let gone = table.losses() != wait.losses || table.unreaped_connections() == 0;
+        let killed = task::is_killed();
+        if interrupted && !gone && !killed {
+            config.interrupted = Some(Interrupted::current(wait));
+            return (false, Err(ERESTARTSYS));
+        }
+        if table.unreaped_connections() > 0 && gone {
+            // It was lost, and another task has started it again.
+            return (false, Err(EPIPE));
+        }
+        if killed {
+            config.end_for_good(&self.disk);
+        }
+        if config.is_lost() {
+            let alone = self.has_one_user(config);
+            if alone {
+                // What waits for a connection would wait for this process, whose close waits for it.
+                // Nobody else uses the device.
+                wait.session.end(&self.disk);
+            }
+            return (alone, Err(EPIPE));
+        }
+        self.reset_size(config);
+        let result = match interrupted {
+            true => Err(ERESTARTSYS),
+            false => Ok(()),
+        };
+        (true, result)
     }
 
     /// Starts the device, or starts it again, or finds the session for which the current process was

@@ -7,7 +7,10 @@
 //! `__sock_xmit()` in `drivers/block/nbd.c`. nvme-tcp and sunrpc set `PF_MEMALLOC` for their sockets, too.
 
 use super::page_frag::PageFrag;
-use crate::kapi::bindings;
+use crate::kapi::{
+    bindings,
+    task, //
+};
 
 /// Runs `f` as if the current task did not run a BPF program (`has_current_bpf_ctx()`), which it may if the
 /// program has faulted in a page of user memory. `tcp_abort()` and others assume that such a task has
@@ -33,17 +36,13 @@ pub(super) fn outside_bpf<R>(f: impl FnOnce() -> R) -> R {
 /// the kernel instead of those of the task that happens to write. Protocols copy data to `frag`, never to the
 /// page fragment of the task.
 pub(super) fn in_io_context<R>(frag: &mut PageFrag, f: impl FnOnce() -> R) -> R {
-    // SAFETY: Only the current task changes its own flags and `cred`, and both are restored before this
-    // returns.
-    unsafe {
+    // SAFETY: Only the current task changes its own `cred`, which is restored before this returns.
+    task::memalloc_noreclaim(|| unsafe {
         let task = bindings::get_current();
-        let had_memalloc = (*task).flags & bindings::PF_MEMALLOC;
         let creds = (*task).cred;
-        (*task).flags |= bindings::PF_MEMALLOC;
         (*task).cred = bindings::init_task.cred;
         let result = frag.lend(f);
         (*task).cred = creds;
-        (*task).flags = (*task).flags & !bindings::PF_MEMALLOC | had_memalloc;
         result
-    }
+    })
 }

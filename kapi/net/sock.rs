@@ -275,10 +275,10 @@ impl Socket {
     ///
     /// # Context
     ///
-    /// Process context. May sleep, but does not wait for I/O: MPTCP and vsock allocate memory here, and the
-    /// requests that reclaim would wait for may be those of this connection.
+    /// Process context. May sleep to get the socket's lock. MPTCP and vsock allocate memory here. That does
+    /// not start reclaim, which would wait for requests that may be those of this connection.
     pub(crate) fn end(&self, ending: Ending) {
-        task::memalloc_noio(|| {
+        task::memalloc_noreclaim(|| {
             if ending == Ending::Reset {
                 self.reset();
             }

@@ -4,6 +4,7 @@
 
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::io::Errno;
 
@@ -147,6 +148,25 @@ pub fn partitioned_server() -> Server {
     let server = Server::new();
     server.poke(0, &rig.server.peek(0, 8 << 20));
     server
+}
+
+/// The same, but it closes the connection instead of serving the request after the first `count`.
+pub fn partitioned_server_of_few(count: usize) -> Server {
+    let server = partitioned_server();
+    server.forget_requests();
+    serve_few(&server, count);
+    server
+}
+
+/// Has `server` close the connection instead of serving the request after the first `count`.
+pub fn serve_few(server: &Server, count: usize) {
+    let served = AtomicUsize::new(0);
+    server.script(
+        move |conn, request| match served.fetch_add(1, Ordering::Relaxed) < count {
+            true => conn.serve(request),
+            false => conn.close(),
+        },
+    );
 }
 
 pub fn make_partitions() {

@@ -7,7 +7,7 @@ use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::geometry::{make_partitions, partitioned_server};
+use super::geometry::{make_partitions, partitioned_server, partitioned_server_of_few};
 use crate::device::{self, Plan, SOON, USUAL_FLAGS};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, wait_until};
@@ -27,6 +27,7 @@ pub fn tests() -> Vec<Test> {
         test!(a_silent_server_holds_up_nobody).limit_seconds(180),
         test!(a_server_that_cannot_read_them),
         test!(after_a_reconnect),
+        test!(of_a_size_that_comes_later),
         test!(one_task_waits_for_them),
         test!(are_not_looked_for).parameters("nbds_max=4 partition_scan=0"),
     ]
@@ -163,27 +164,55 @@ fn a_server_that_cannot_read_them(_: &Guest) {
     link.disconnect_and_wait();
 }
 
-/// If the connection dies before the partition table was read, it is read over the next connection.
+/// If the connection dies before the whole partition table was read, it is read over the next connection.
 fn after_a_reconnect(guest: &Guest) {
     if guest.expected("partitions-appear-by-themselves") == Driver::Nbd {
         return;
     }
-    let image = partitioned_server().peek(0, SIZE as usize);
-    let server = Server::new();
-    server.script(|conn, _| conn.close());
-    let setup = setup().flags(USUAL_FLAGS | CAN_MULTI_CONN).dead_timeout(1);
-    let link = setup.try_attach_to(server, &[Transport::Unix]);
-    let link = link.expect("to connect");
     let line = "nbd0: no connection left, I/O fails";
-    let given_up = wait_until(SOON, || guest.has_logged(line));
-    assert!(given_up.is_ok());
-    assert!(!partitions_exist());
+    let given_up = || guest.log().iter().filter(|l| l.contains(line)).count();
+    // The block layer reads the table with several requests.
+    for (before, count) in [0, 1, 2].into_iter().enumerate() {
+        let server = partitioned_server_of_few(count);
+        let image = server.peek(0, SIZE as usize);
+        let setup = setup().flags(USUAL_FLAGS | CAN_MULTI_CONN).dead_timeout(1);
+        let link = setup.try_attach_to(server, &[Transport::Unix]);
+        let link = link.expect("to connect");
+        assert!(wait_until(SOON, || given_up() > before).is_ok());
+        assert!(!partitions_exist());
+        let server = Server::new();
+        server.poke(0, &image);
+        let again = Setup::change(0).sockets([server.connect(Transport::Unix)]);
+        link.netlink.reconfigure(&again).unwrap();
+        assert!(partitions_appear(), "{count} requests were served");
+        link.disconnect_and_wait();
+    }
+}
+
+/// A device without a size has no partition table. When it gets one, and the server is silent, an open does
+/// not wait for that.
+fn of_a_size_that_comes_later(guest: &Guest) {
+    if guest.expected("partitions-appear-by-themselves") == Driver::Nbd {
+        return;
+    }
     let server = Server::new();
-    server.poke(0, &image);
-    let again = Setup::change(0).sockets([server.connect(Transport::Unix)]);
-    link.netlink.reconfigure(&again).unwrap();
-    assert!(partitions_appear());
-    link.disconnect_and_wait();
+    server.script(|_, _| Ok(()));
+    let link = Setup::new(0).index(0);
+    let link = link.try_attach_to(server, &[Transport::Unix]);
+    let link = link.expect("to connect");
+    // The work item finds that there is no size.
+    thread::sleep(Duration::from_millis(300));
+    link.netlink
+        .reconfigure(&Setup::change(0).size(SIZE))
+        .expect("to set the size");
+    link.server.wait_for_command(Command::Read);
+    thread::scope(|scope| {
+        let opening = scope.spawn(|| drop(File::open("/dev/nbd0").expect("the device")));
+        let opened = wait_until(SOON / 2, || opening.is_finished());
+        link.disconnect().expect("to disconnect");
+        assert!(opened.is_ok(), "the open waits for the server");
+    });
+    link.wait_free();
 }
 
 /// However often the size is set, only one task waits for a server that does not answer.

@@ -2,8 +2,8 @@
 
 //! Opening a device that has no server.
 
-use std::fs;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::fs::{self, File};
+use std::thread;
 use std::time::Instant;
 
 use rustix::io::Errno;
@@ -14,10 +14,11 @@ use super::{
 use crate::device::{self, SOON, assert_usable};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, wait_until};
-use crate::proto::{BLKRRPART, DISCONNECT, DO_IT, SET_SIZE};
+use crate::proto::{BLKRRPART, DISCONNECT, DO_IT, SET_BLKSIZE, SET_SIZE};
+use crate::server::Server;
 use crate::sys::ioctl_number;
 use crate::test;
-use crate::tests::geometry::partitioned_server;
+use crate::tests::geometry::{partitioned_server, partitioned_server_of_few, serve_few};
 
 pub fn tests() -> Vec<Test> {
     vec![
@@ -25,6 +26,8 @@ pub fn tests() -> Vec<Test> {
         test!(the_partition_table_is_read_later).parameters("nbds_max=4 dead_conn_timeout=60"),
         test!(reading_the_partition_table_holds_up_no_close)
             .parameters("nbds_max=4 dead_conn_timeout=60"),
+        test!(the_partition_table_is_read_again).parameters("nbds_max=4 dead_conn_timeout=60"),
+        test!(the_device_is_free_after_the_close).parameters("nbds_max=4 dead_conn_timeout=60"),
         test!(an_open_of_a_dead_device_reads_nothing),
     ]
 }
@@ -66,24 +69,69 @@ fn the_partition_table_is_read_later(guest: &Guest) {
     assert_usable(0);
 }
 
+/// Returns the open device, which nobody else has open.
+fn lost_while_the_partition_table_is_read(server: &Server) -> File {
+    let device = device::open(0, 0).expect("the device");
+    pass_socket(&device, server).expect("NBD_SET_SOCK");
+    assert_eq!(ioctl_number(&device, SET_BLKSIZE, 512), Ok(0));
+    assert_eq!(ioctl_number(&device, SET_SIZE, 8 << 20), Ok(0));
+    assert_eq!(ioctl_number(&device, DO_IT, 0), Err(Errno::PIPE));
+    device
+}
+
+/// The server is lost while the driver reads the partition table. The same program brings another one.
+fn the_partition_table_is_read_again(guest: &Guest) {
+    if !can_be_restarted(guest) {
+        return;
+    }
+    for another_has_it_open in [false, true] {
+        let server = partitioned_server_of_few(1);
+        let another = another_has_it_open.then(|| device::open(0, 0).expect("the device"));
+        let device = lost_while_the_partition_table_is_read(&server);
+        let next = Server::new();
+        next.poke(0, &server.peek(0, 8 << 20));
+        pass_socket(&device, &next).expect("NBD_SET_SOCK");
+        thread::scope(|scope| {
+            let runs = scope.spawn(|| ioctl_number(&device, DO_IT, 0));
+            let there = wait_until(SOON, || fs::exists("/sys/block/nbd0/nbd0p1").unwrap());
+            ioctl_number(&device, DISCONNECT, 0).expect("NBD_DISCONNECT");
+            assert_eq!(runs.join().unwrap(), Ok(0));
+            assert!(
+                there.is_ok(),
+                "no partitions; another: {another_has_it_open}"
+            );
+        });
+        drop((another, device));
+        assert_usable(0);
+    }
+}
+
+/// The server is lost while the driver reads the partition table. When the only program that has the device
+/// open has closed it, anybody can use it for another image.
+fn the_device_is_free_after_the_close(guest: &Guest) {
+    if !can_be_restarted(guest) {
+        return;
+    }
+    let image = partitioned_server().peek(0, 8 << 20);
+    for _ in 0..60 {
+        let server = Server::new();
+        server.poke(0, &image);
+        serve_few(&server, 1);
+        drop(lost_while_the_partition_table_is_read(&server));
+        let device = device::open(0, 0).expect("the device");
+        assert_eq!(device::sysfs(0, "size"), "0");
+        assert_eq!(pass_socket(&device, &Server::new()), Ok(0));
+    }
+    assert_usable(0);
+}
+
 /// The server is lost while the driver reads the partition table. The program that has connected the device
 /// and closes it does not wait for another server: nobody else uses the device.
 fn reading_the_partition_table_holds_up_no_close(guest: &Guest) {
     if !can_be_restarted(guest) {
         return;
     }
-    let server = partitioned_server();
-    let first = AtomicBool::new(true);
-    server.script(
-        move |conn, request| match first.swap(false, Ordering::Relaxed) {
-            true => conn.serve(request),
-            false => conn.close(),
-        },
-    );
-    let device = device::open(0, 0).expect("the device");
-    pass_socket(&device, &server).expect("NBD_SET_SOCK");
-    assert_eq!(ioctl_number(&device, SET_SIZE, 8 << 20), Ok(0));
-    assert_eq!(ioctl_number(&device, DO_IT, 0), Err(Errno::PIPE));
+    let device = lost_while_the_partition_table_is_read(&partitioned_server_of_few(1));
     let began = Instant::now();
     drop(device);
     let took = began.elapsed();

@@ -122,7 +122,7 @@ fn they_are_given_back(guest: &Guest) {
                 let mut fds = [PollFd::new(&ours, PollFlags::RDHUP)];
                 poll(&mut fds, None)
             });
-            wait_until(SOON, || stacks::others_wait()).expect("poll() waits");
+            wait_until(SOON, stacks::others_wait).expect("poll() waits");
             server.kill();
             let ended = wait_until(SOON, || heard.is_finished());
             assert!(ended.is_ok(), "nothing is heard");
