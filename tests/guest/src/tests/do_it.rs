@@ -138,6 +138,7 @@ fn goes_on_when_it_is_called_again_after_a_signal(guest: &Guest) {
     sys::handle_and_ignore(libc::SIGUSR1, false);
     let mut rig = Plan::new(1 << 20).hold().attach();
     sys::signal_thread(rig.client.tid, libc::SIGUSR1);
+    assert_eq!(rig.client.wait(), Err(Errno::INTR));
     let direct = rig.direct();
     let again = thread::spawn(|| ioctl_number(device::open(0, 0).unwrap(), DO_IT, 0));
     match guest.expected("signals-leave-the-session") {
