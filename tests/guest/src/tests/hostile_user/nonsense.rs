@@ -4,6 +4,7 @@
 
 use std::fs::File;
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
+use std::ops::Range;
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::sync::Mutex;
@@ -52,6 +53,15 @@ fn number(random: &mut Rng) -> u64 {
     }
 }
 
+/// The number of a descriptor that is none of a server's: whoever passes that to a device ends it.
+fn out_of_the_servers_reach(number: u64) -> u64 {
+    const SERVERS: Range<u32> = OUT_OF_REACH as u32..1 << 16;
+    match SERVERS.contains(&(number as u32)) {
+        true => u64::MAX,
+        false => number,
+    }
+}
+
 /// Descriptors of everything, some of which will do. Whoever holds it may let go of some.
 pub struct Pool {
     files: Mutex<Vec<OwnedFd>>,
@@ -91,7 +101,7 @@ impl Pool {
     fn descriptor(&self, random: &mut Rng) -> u64 {
         let mut files = self.files.lock().unwrap();
         match random.u8(..20) {
-            0 => number(random),
+            0 => out_of_the_servers_reach(number(random)),
             1 if files.len() > 4 => {
                 let at = random.usize(..files.len());
                 let closed = files.swap_remove(at);
