@@ -77,9 +77,7 @@ pub(crate) fn may_sleep() -> bool {
 /// Returns whether this is the handler of a hardware interrupt (`in_hardirq()`); false if that is
 /// unknown.
 pub(crate) fn in_hardirq() -> bool {
-    // `HARDIRQ_MASK`: four bits above the eight for preemption and the eight for softirqs.
-    const HARDIRQ_MASK: u32 = 0xf << 16;
-    preempt_count().is_some_and(|count| count & HARDIRQ_MASK != 0)
+    preempt_count().is_some_and(|count| count & bindings::HARDIRQ_MASK != 0)
 }
 
 /// Returns `preempt_count()`, which is not 0 where preemption is disabled, and in softirq,
