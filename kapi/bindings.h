@@ -64,6 +64,7 @@ RNBD_CONST(size_t, SK_USER_DATA_NOCOPY);
 RNBD_CONST(size_t, SK_USER_DATA_BPF);
 RNBD_CONST(size_t, SK_USER_DATA_PSOCK);
 RNBD_CONST(u32, HZ);
+RNBD_CONST(u32, SOFTIRQ_DISABLE_OFFSET);
 RNBD_CONST(u32, HARDIRQ_MASK);
 
 /* Offsets of fields of types that are not generated, as they depend on hundreds of other types. */

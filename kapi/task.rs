@@ -59,7 +59,7 @@ pub(crate) fn is_exiting() -> bool {
 }
 
 /// Returns how many times the current task has gone to sleep by itself, as opposed to being
-/// preempted (`nvcsw`).
+/// preempted (`nvcsw`). On PREEMPT_RT this includes waits for spin locks.
 pub(crate) fn voluntary_switches() -> usize {
     // SAFETY: The current task is valid, and nothing but the task itself writes this counter.
     unsafe { (*bindings::get_current()).nvcsw }

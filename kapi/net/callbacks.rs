@@ -22,6 +22,10 @@
 
 use super::{
     arrival::Arrival,
+    bh_lock::{
+        read_lock_bh,
+        read_unlock_bh, //
+    },
     kind::{
         has_upper_layer,
         Kind, //
@@ -42,11 +46,38 @@ use crate::kapi::{
     bindings,
     task, //
 };
+#[cfg(CONFIG_PREEMPT_RT)]
+use kernel::sync::rcu;
 use kernel::sync::Arc;
 
-/// Whether dropping [`Hooks`](super::hook::Hooks) waits for a task that sleeps or is preempted in a callback.
-/// Only then may a callback sleep.
-const CAN_WAIT_FOR_TASKS: bool = cfg!(any(CONFIG_TASKS_RCU, not(CONFIG_PREEMPTION)));
+/// Whether a callback may sleep, other than for a spin lock on PREEMPT_RT: if dropping
+/// [`Hooks`](super::hook::Hooks) waits for a task that is preempted after it has slept in a callback.
+///
+/// On PREEMPT_RT, it does not: such a task may be the last user of its owner, and may sleep to free that.
+const MAY_SLEEP: bool = cfg!(all(
+    not(CONFIG_PREEMPT_RT),
+    any(CONFIG_TASKS_RCU, not(CONFIG_PREEMPTION))
+));
+
+/// What a task holds during a callback, from its first to its last instructions.
+#[cfg(not(CONFIG_PREEMPT_RT))]
+struct InCallback;
+
+/// What a task holds during a callback, from its first to its last instructions. Wherever the callback waits
+/// for a spin lock, the task is an RCU reader, for which [`Hooks`](super::hook::Hooks) can wait.
+#[cfg(CONFIG_PREEMPT_RT)]
+struct InCallback {
+    _reader: rcu::Guard,
+}
+
+impl InCallback {
+    fn begin() -> Self {
+        InCallback {
+            #[cfg(CONFIG_PREEMPT_RT)]
+            _reader: rcu::read_lock(),
+        }
+    }
+}
 
 /// Returns the callbacks that a socket has while it is hooked.
 pub(super) fn hook_callbacks<T: Events>() -> Callbacks {
@@ -121,11 +152,11 @@ impl<'a, T: Events> Found<'a, T> {
 /// called with.
 unsafe fn with_hook<T: Events, R>(sk: *mut bindings::sock, f: impl FnOnce(Found<'_, T>) -> R) -> R {
     // SAFETY: `sk` is valid during its callback. No caller of a callback holds `sk_callback_lock`.
-    unsafe { bindings::_raw_read_lock_bh(&raw mut (*sk).sk_callback_lock) };
+    unsafe { read_lock_bh(&raw mut (*sk).sk_callback_lock) };
     // SAFETY: `sk` is valid, and the lock is held until `f` returns.
     let result = f(unsafe { Found::on(sk) });
     // SAFETY: The lock was taken above.
-    unsafe { bindings::_raw_read_unlock_bh(&raw mut (*sk).sk_callback_lock) };
+    unsafe { read_unlock_bh(&raw mut (*sk).sk_callback_lock) };
     result
 }
 
@@ -135,12 +166,13 @@ unsafe fn with_hook<T: Events, R>(sk: *mut bindings::sock, f: impl FnOnce(Found<
 ///
 /// Must be called as the callback of a socket that was hooked for a `T`.
 unsafe extern "C" fn data_ready<T: Events>(sk: *mut bindings::sock) {
+    let _in_callback = InCallback::begin();
     // Must be asked before `with_hook()` takes its lock. `sk_data_ready` of a UNIX socket is called by
     // the task that sends.
     // SAFETY: `sk` is valid during its callback.
     let is_unix = unsafe { Kind::of(sk) } == Some(Kind::Unix);
     // vsock calls it in a task, too, but with the socket locked.
-    let from_task = CAN_WAIT_FOR_TASKS && is_unix && task::may_sleep();
+    let from_task = MAY_SLEEP && is_unix && task::may_sleep();
     let in_hook = |found: Found<'_, T>| -> (Option<Arc<T>>, Callback) {
         let hook = match found.hook {
             Some(hook) if found.is_ours => hook,
@@ -180,6 +212,7 @@ unsafe extern "C" fn data_ready<T: Events>(sk: *mut bindings::sock) {
 ///
 /// As for [`data_ready()`].
 unsafe extern "C" fn write_space<T: Events>(sk: *mut bindings::sock) {
+    let _in_callback = InCallback::begin();
     let in_hook = |found: Found<'_, T>| {
         let Some(hook) = found.hook else {
             return found.had.write_space;
@@ -213,6 +246,7 @@ unsafe extern "C" fn write_space<T: Events>(sk: *mut bindings::sock) {
 ///
 /// As for [`data_ready()`].
 unsafe extern "C" fn state_change<T: Events>(sk: *mut bindings::sock) {
+    let _in_callback = InCallback::begin();
     let in_hook = |found: Found<'_, T>| {
         found.state_changed();
         found.had.state_change
@@ -229,6 +263,7 @@ unsafe extern "C" fn state_change<T: Events>(sk: *mut bindings::sock) {
 ///
 /// As for [`data_ready()`].
 unsafe extern "C" fn error_report<T: Events>(sk: *mut bindings::sock) {
+    let _in_callback = InCallback::begin();
     // Some network drivers report a transmit timestamp from their interrupt handler, where `sk_callback_lock`
     // must not be taken. It is no error, and of no interest to the owner.
     if task::in_hardirq() {

@@ -335,12 +335,23 @@ impl Hooks {
 }
 
 impl Drop for Hooks {
-    /// Waits until no task executes a callback any more. No task can sleep or hold a lock in one by now,
-    /// but a task may have been preempted in its last instructions. Sleeps for some tenths of a second.
+    /// Waits until no task executes a callback any more. No task can sleep in one by now, but a task may have
+    /// been preempted in its last instructions. Sleeps for some tenths of a second.
+    ///
+    /// On PREEMPT_RT, a task may also wait for a spin lock in a callback, which Tasks RCU takes for the end of
+    /// the callback. Such a task is an RCU reader. Therefore the first wait ends when each task that was in a
+    /// callback either has left it or is such a reader, or was; the second, when none is any more; and the
+    /// third, when those tasks have executed their last instructions, in which they do not sleep.
     #[cfg(CONFIG_TASKS_RCU)]
     fn drop(&mut self) {
         // SAFETY: This may sleep here, and has no other requirements.
         unsafe { bindings::synchronize_rcu_tasks() };
+        #[cfg(CONFIG_PREEMPT_RT)]
+        // SAFETY: These may sleep here, and have no other requirements.
+        unsafe {
+            bindings::synchronize_rcu();
+            bindings::synchronize_rcu_tasks();
+        };
     }
 
     /// Waits until no task executes a callback any more. This is exact where the kernel is not preemptible. A

@@ -8,6 +8,10 @@
 //! not called: it increments the static key for each socket, for which it takes a lock that has to wait while a
 //! CPU is being taken offline. Here the key is incremented once, when the module is loaded.
 
+use super::bh_lock::{
+    spin_lock_bh,
+    spin_unlock_bh, //
+};
 use crate::kapi::bindings;
 #[cfg(not(CONFIG_JUMP_LABEL))]
 use kernel::sync::atomic::{
@@ -135,14 +139,14 @@ impl Settings {
             // SAFETY: `sk` is valid, so the result is within it.
             let spin_lock = unsafe { sk.byte_add(bindings::OFFSET_SK_SLOCK) }.cast();
             // SAFETY: `sk` is valid, and a task that has locked a socket does not hold its spin lock.
-            unsafe { bindings::_raw_spin_lock_bh(spin_lock) };
+            unsafe { spin_lock_bh(spin_lock) };
             // SAFETY: `sk` is valid, and its spin lock, which protects the backlog, is held.
             if unsafe { (*sk).sk_backlog.tail.is_null() } {
                 // SAFETY: By this function's safety requirements, `sk` is valid and locked.
                 unsafe { flags.write_volatile(*flags & !MEMALLOC_FLAG) };
             }
             // SAFETY: The lock was taken above.
-            unsafe { bindings::_raw_spin_unlock_bh(spin_lock) };
+            unsafe { spin_unlock_bh(spin_lock) };
         }
         // SAFETY: By this function's safety requirements, `sk` is valid and locked, as in `change()`.
         unsafe {

@@ -3,6 +3,7 @@
 
 pub(crate) mod arrival;
 pub(crate) mod attr;
+mod bh_lock;
 mod callbacks;
 mod context;
 pub(crate) mod genl;

@@ -8,6 +8,10 @@
 //! The `kernel` crate (7.3) has no sockets.
 
 use super::{
+    bh_lock::{
+        write_lock_bh,
+        write_unlock_bh, //
+    },
     context::{
         in_io_context,
         outside_bpf, //
@@ -398,10 +402,11 @@ impl Socket {
     }
 
     /// Takes `sk_callback_lock` for writing and disables softirqs, until the guard is dropped. None of our
-    /// callbacks runs in the meantime. The caller must not sleep in the meantime.
+    /// callbacks runs in the meantime. The caller must not sleep in the meantime, other than for spin locks on
+    /// PREEMPT_RT.
     pub(super) fn lock_callbacks(&self) -> LockedCallbacks<'_> {
         // SAFETY: By the type invariant, `sk` is valid.
-        unsafe { bindings::_raw_write_lock_bh(&raw mut (*self.sk()).sk_callback_lock) };
+        unsafe { write_lock_bh(&raw mut (*self.sk()).sk_callback_lock) };
         LockedCallbacks(self)
     }
 
@@ -452,7 +457,7 @@ pub(super) struct LockedCallbacks<'a>(&'a Socket);
 impl Drop for LockedCallbacks<'_> {
     fn drop(&mut self) {
         // SAFETY: `Socket::lock_callbacks()` has taken the lock.
-        unsafe { bindings::_raw_write_unlock_bh(&raw mut (*self.0.sk()).sk_callback_lock) };
+        unsafe { write_unlock_bh(&raw mut (*self.0.sk()).sk_callback_lock) };
     }
 }
 

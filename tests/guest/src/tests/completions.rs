@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use std::thread;
 
 use crate::device::Plan;
-use crate::harness::{Guest, Test, run_on};
+use crate::harness::{Guest, Test, run_on, skip};
 use crate::programs::sh;
 use crate::server::Transport;
 use crate::sys::Buffer;
@@ -57,6 +57,9 @@ impl Drop for Ends {
 
 /// The server's task and, over TCP, what it sends are on another processor than the reader.
 fn follow_rq_affinity(_: &Guest) {
+    if fs::read_to_string("/proc/version").is_ok_and(|version| version.contains("PREEMPT_RT")) {
+        skip("where interrupts are threads, as on PREEMPT_RT, the block layer ignores rq_affinity");
+    }
     for transport in [Transport::Unix, Transport::Tcp4] {
         let rig = Plan::new(1 << 20).transport(transport).attach();
         rig.server.script(|conn, request| {
