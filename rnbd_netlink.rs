@@ -12,6 +12,7 @@ pub(crate) mod events;
 use crate::{
     kapi::{
         block::gendisk::Disk,
+        errno::EOPNOTSUPP,
         net::{
             attr::{
                 self,
@@ -89,7 +90,7 @@ impl Commands for Netlink {
             CMD_DISCONNECT => self.disconnect(info),
             CMD_RECONFIGURE => self.reconfigure(info),
             CMD_STATUS => self.status(info),
-            _ => Err(EOPNOTSUPP),
+            _ => Err(EOPNOTSUPP.into()),
         }
     }
 }

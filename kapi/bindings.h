@@ -8,10 +8,14 @@
 
 #include <linux/blkdev.h>
 #include <linux/blk-mq.h>
+#include <linux/in.h>
 #include <net/af_vsock.h>
 #include <net/sock.h>
 #include <net/tcp.h>
 #include <net/tls.h>
+#ifdef RNBD_LACKS_GENETLINK
+#include "bindings/genetlink.h"
+#endif
 
 /* struct sock with its fields. The types that it only points to are opaque (kapi/bindings.rs). */
 //bindgen: --allowlist-type sock
@@ -21,6 +25,8 @@
 //bindgen: --allowlist-type socket_lock_t
 //bindgen: --allowlist-type __addrpair
 //bindgen: --allowlist-type __portpair
+//bindgen: --allowlist-type possible_net_t
+//bindgen: --allowlist-type netns_tracker
 //bindgen: --allowlist-var memalloc_socks_key
 //bindgen: --allowlist-function tcp_abort
 //bindgen: --allowlist-function lock_sock_nested
@@ -63,6 +69,8 @@ RNBD_CONST(u8, TCP_CLOSE);
 RNBD_CONST(size_t, SK_USER_DATA_NOCOPY);
 RNBD_CONST(size_t, SK_USER_DATA_BPF);
 RNBD_CONST(size_t, SK_USER_DATA_PSOCK);
+RNBD_CONST(u32, IPPROTO_TCP);
+RNBD_CONST(u32, IPPROTO_MPTCP);
 RNBD_CONST(u32, HZ);
 RNBD_CONST(u32, SOFTIRQ_DISABLE_OFFSET);
 RNBD_CONST(u32, HARDIRQ_MASK);
@@ -73,6 +81,7 @@ RNBD_OFFSET(struct sock, sk_flags, SK_FLAGS);
 RNBD_OFFSET(struct sock, sk_lock.slock, SK_SLOCK);
 RNBD_OFFSET(struct inet_connection_sock, icsk_ulp_ops, ULP_OPS);
 RNBD_OFFSET(struct inet_connection_sock, icsk_ulp_data, ULP_DATA);
+RNBD_OFFSET(struct net, genl_sock, GENL_SOCK);
 RNBD_OFFSET(struct tcp_ulp_ops, name, ULP_NAME);
 RNBD_OFFSET(struct tls_context, tx_lock, TLS_TX_LOCK);
 RNBD_OFFSET(struct vsock_sock, peer_shutdown, PEER_SHUTDOWN);

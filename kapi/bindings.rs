@@ -33,6 +33,31 @@ macro_rules! opaque {
         pub struct $name { _unused: [u8; 0] }
     )* };
 }
-opaque!(numa_drop_counters, proto, sk_filter, sock_reuseport);
+opaque!(
+    inet_timewait_death_row,
+    numa_drop_counters,
+    proto,
+    sk_filter,
+    sock_reuseport
+);
 
 include!(env!("RNBD_BINDINGS"));
+
+#[cfg(rnbd_lacks_genetlink)]
+mod genetlink;
+#[cfg(rnbd_lacks_genetlink)]
+pub(crate) use genetlink::*;
+
+/// Returns the `genl_sock` of a network namespace, whose fields are not known in 7.2.
+///
+/// # Safety
+///
+/// `net` must be valid.
+pub(crate) unsafe fn genl_sock(net: *mut net) -> *mut kernel::bindings::sock {
+    // SAFETY: By this function's safety requirements, `net` is valid. It has such a pointer at this offset.
+    unsafe {
+        net.byte_add(OFFSET_GENL_SOCK)
+            .cast::<*mut kernel::bindings::sock>()
+            .read()
+    }
+}

@@ -8,8 +8,10 @@
 //! Names and shapes follow the `kernel` crate where that has something similar, so that a file can
 //! be deleted once the crate offers the same.
 
+pub(crate) mod barrier;
 mod bindings;
 pub(crate) mod block;
+pub(crate) mod errno;
 pub(crate) mod llist;
 pub(crate) mod net;
 pub(crate) mod param;

@@ -17,9 +17,12 @@ use super::{
     State, //
 };
 use crate::{
-    kapi::block::{
-        disk::Sectors,
-        gendisk::Purpose, //
+    kapi::{
+        block::{
+            disk::Sectors,
+            gendisk::Purpose, //
+        },
+        errno::ENODATA, //
     },
     pure::fate::Snapshot,
     rnbd_session::Session, //
@@ -122,7 +125,7 @@ impl Device {
         let Some(config) = config.filter(|_| unchanged()) else {
             return;
         };
-        if read == Err(ENODATA) && self.disk.capacity() != Sectors(0) {
+        if read.is_err_and(|e| e == ENODATA) && self.disk.capacity() != Sectors(0) {
             // The device has got its size meanwhile, and with it the job is queued again.
             return;
         }

@@ -27,6 +27,7 @@ use crate::{
                 Features, //
             },
         },
+        errno::ENOTCONN,
         net::sock::{
             BadSocket,
             Socket, //
@@ -207,7 +208,7 @@ impl Device {
             }
             BadSocket::NotConnected => {
                 pr_err!("nbd{}: unsupported socket: not connected\n", self.index);
-                ENOTCONN
+                ENOTCONN.into()
             }
         })
     }

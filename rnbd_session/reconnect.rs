@@ -10,6 +10,7 @@ use super::{
 use crate::{
     kapi::{
         block::disk::DiskRef,
+        errno::ENOTCONN,
         net::sock::Socket,
         task, //
     },
@@ -147,7 +148,7 @@ impl Session {
                 self.table.device,
                 connection.index()
             );
-            return Err(ENOTCONN);
+            return Err(ENOTCONN.into());
         }
         if connection.is_alive() {
             pr_warn!(

@@ -51,6 +51,7 @@ use crate::{
                 Unanswered, //
             },
         },
+        errno::EPROTO,
         net::arrival::{
             Arrival,
             Segment, //

@@ -13,6 +13,7 @@ use super::{
 };
 use crate::{
     kapi::{
+        barrier::smp_mb,
         block::{
             payload::Payload,
             request::{
@@ -47,7 +48,6 @@ use kernel::{
             Relaxed,
             Release, //
         },
-        barrier::smp_mb,
         Arc,
         ArcBorrow,
         Mutex, //

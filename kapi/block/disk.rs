@@ -6,7 +6,10 @@
 //!
 //! C header: [`include/linux/blkdev.h`](srctree/include/linux/blkdev.h)
 
-use crate::kapi::bindings;
+use crate::kapi::{
+    bindings,
+    errno::ENODATA, //
+};
 use core::ops::Deref;
 use kernel::{
     error::{
@@ -224,7 +227,7 @@ impl DiskRef {
     /// May sleep, for as long as the request takes. Memory is allocated in a way that may start I/O.
     pub(crate) fn read_first_block(&self) -> Result {
         if self.capacity() == Sectors(0) {
-            return Err(ENODATA);
+            return Err(ENODATA.into());
         }
         // SAFETY: By the type invariant, the queue is valid. A word is never read torn.
         let bytes = unsafe {

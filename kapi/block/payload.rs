@@ -61,7 +61,14 @@ impl Position {
         unsafe {
             let iter = (&raw const (*self.bio).bi_iter).read_unaligned();
             self.index = iter.bi_idx as usize;
-            self.done_bytes = iter.bi_offset;
+            #[cfg(not(rnbd_lacks_bi_offset))]
+            {
+                self.done_bytes = iter.bi_offset;
+            }
+            #[cfg(rnbd_lacks_bi_offset)]
+            {
+                self.done_bytes = iter.bi_bvec_done;
+            }
             self.bio_left_bytes = iter.bi_size;
         }
     }

@@ -452,7 +452,7 @@ impl<'a> Info<'a> {
         // Ownership of the message is passed on.
         let sent = unsafe {
             let flags = bindings::MSG_DONTWAIT as i32;
-            bindings::netlink_unicast((*net).genl_sock, skb, port, flags)
+            bindings::netlink_unicast(bindings::genl_sock(net), skb, port, flags)
         };
         // A positive result is the number of bytes sent.
         to_result(sent.min(0))

@@ -83,6 +83,7 @@ use super::{
 };
 use crate::kapi::{
     bindings,
+    errno::ENOTCONN,
     task::ModuleRef, //
 };
 use core::{
@@ -123,7 +124,7 @@ impl<T: Events> Hook<T> {
         // The socket is locked, so it cannot start to listen after this.
         // SAFETY: By this function's safety requirements, `sk` is valid and a file refers to it.
         if !unsafe { was_connected(sk) } {
-            return Err(ENOTCONN);
+            return Err(ENOTCONN.into());
         }
         // SAFETY: By this function's safety requirements, `sk` is valid and `sk_callback_lock` is held.
         self.had = unsafe { Callbacks::of(sk) };

@@ -11,13 +11,11 @@ use crate::kapi::bindings;
 #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
 use {
     super::kind::Kind,
+    crate::kapi::barrier::smp_mb,
     core::ptr::NonNull,
     kernel::{
         prelude::*,
-        sync::{
-            atomic::Full,
-            barrier::smp_mb, //
-        },
+        sync::atomic::Full, //
     },
 };
 

@@ -7,11 +7,11 @@ use super::{
     kind::Kind,
     sock::Socket, //
 };
-use crate::kapi::bindings;
-use kernel::sync::{
-    atomic::Full,
-    barrier::smp_mb, //
+use crate::kapi::{
+    barrier::smp_mb,
+    bindings, //
 };
+use kernel::sync::atomic::Full;
 
 /// The purpose for which room is needed. It corresponds to the argument `wake` of
 /// `__sk_stream_is_writeable()`.

@@ -29,6 +29,7 @@ use super::{
 };
 use crate::kapi::{
     bindings,
+    errno::ENOBUFS,
     task, //
 };
 use core::{
@@ -163,7 +164,7 @@ impl Socket {
         // If there is no memory, TCP and MPTCP return EAGAIN. A UNIX or vsock socket returns these errors, and
         // has accepted nothing.
         sent.map_err(|e| match e {
-            ENOBUFS | ENOMEM => EAGAIN,
+            e if e == ENOBUFS || e == ENOMEM => EAGAIN,
             e => e,
         })
     }

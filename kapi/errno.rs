@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Errors that `kernel::error::code` has in 7.3, but not in 7.2. They are converted to an
+//! [`Error`] with `into()` or `?`, and compared to one as those of the crate are.
+
+use super::bindings;
+use kernel::error::Error;
+
+/// An error number, without the sign that it has as an [`Error`].
+#[derive(Clone, Copy)]
+pub(crate) struct Errno(u32);
+
+impl From<Errno> for Error {
+    fn from(errno: Errno) -> Error {
+        Error::from_errno(-(errno.0 as i32))
+    }
+}
+
+impl PartialEq<Errno> for Error {
+    fn eq(&self, other: &Errno) -> bool {
+        *self == Error::from(*other)
+    }
+}
+
+/// No data available.
+pub(crate) const ENODATA: Errno = Errno(bindings::ENODATA);
+/// Protocol error.
+pub(crate) const EPROTO: Errno = Errno(bindings::EPROTO);
+/// Operation not supported on transport endpoint.
+pub(crate) const EOPNOTSUPP: Errno = Errno(bindings::EOPNOTSUPP);
+/// No buffer space available.
+pub(crate) const ENOBUFS: Errno = Errno(bindings::ENOBUFS);
+/// Transport endpoint is not connected.
+pub(crate) const ENOTCONN: Errno = Errno(bindings::ENOTCONN);
