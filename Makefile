@@ -23,6 +23,8 @@
 ##   make soak HOURS=h       everything at once for h hours, with random faults (h may be a fraction)
 ##   make shell              a shell in the virtual machine, the driver loaded
 ##   make stock              build/rnbd.ko for the stock kernel in the cache
+##   make kernels            the same for all kernels that KERNEL names, but debug; the first run takes
+##                           another 15 minutes and 2 GB
 ##   make bench              rnbd.ko and nbd.ko side by side: cost and speed (QUICK=1: minutes)
 ##   make htmldocs           the documentation as HTML, in build/htmldocs; the first run makes a small
 ##                           Debian root for it
@@ -34,7 +36,9 @@
 ## Variables
 ##   KDIR=dir                the kernel build tree for "make"
 ##   DRIVER=nbd              demo, check, check-debug, soak and shell: use the kernel's own driver instead
-##   KERNEL=debug            demo, check, soak and shell: use the kernel of check-debug
+##   KERNEL=name             stock, demo, check, soak and shell: use another kernel: debug, that of
+##                           check-debug; rt, with PREEMPT_RT; cloud; 7.2; arm64
+##   KERNELS=name,...        check: on each of these kernels; all: on all but debug
 ##   T=pattern,...           check, check-debug, misuse: only tests whose names contain one of them;
 ##                           mutate: only such faults; bench: only such cells
 ##   SEED=number             check, check-debug, soak: repeat the random tests of an earlier run
@@ -57,10 +61,13 @@ endif
 
 DRIVER ?= rnbd
 KERNEL ?= stock
+# Those that tools/env knows.
+stock_kernels := stock rt cloud 7.2 arm64
+comma := ,
 export DRIVER KERNEL T SEED HOURS V QUICK MODES ROUNDS
 
 builds := $(CURDIR)/build
-out := $(builds)$(if $(filter debug,$(KERNEL)),/debug)
+out := $(builds)$(if $(filter-out stock,$(KERNEL)),/$(KERNEL))
 workbench := tools/env exec --
 kbuild = $(MAKE) --no-print-directory -C $(KDIR) $(KARGS) M=$(CURDIR)
 
@@ -69,9 +76,17 @@ refuse = { echo "rnbd: KDIR=$(KDIR) $(strip $(1))." >&2; \
 	echo 'Set KDIR to a prepared tree, or run "make stock" or "make demo": they make all they need.' >&2; \
 	exit 1; }
 
+# Kernel series that the module was built for and run on. On another one it may do as well; if it does not
+# build there, the compiler's many errors are no help to who wants to use it.
+series := 7.2 7.3
+this_series = $(shell cut -d . -f 1,2 $(KDIR)/include/config/kernel.release)
+
 modules: check-kdir
 	@mkdir -p $(out)
-	+$(kbuild) MO=$(out)/module modules
+	+$(if $(filter $(series),$(this_series)),$(kbuild) MO=$(out)/module modules,\
+		@$(kbuild) MO=$(out)/module modules > $(out)/make.log 2>&1 || $(call refuse,is of the series \
+			$(this_series) and rnbd does not build for it; it does for $(series). $(out)/make.log \
+			has the errors. See Documentation/kernels.rst))
 	@cp $(out)/module/rnbd.ko $(out)/rnbd.ko
 	@echo "$(out:$(CURDIR)/%=%)/rnbd.ko is for $$(modinfo -F vermagic $(out)/rnbd.ko)"
 
@@ -92,6 +107,15 @@ check-kdir:
 	@test -e $(KDIR)/rust/libkernel.rmeta || $(call refuse,lacks the Rust metadata \
 		(rust/libkernel.rmeta); distributions' headers packages do)
 
+# each,KERNELS,TARGET: goes on where it fails, and says so at the end.
+each = @failed=; for kernel in $(1); do echo "=== kernel $$kernel"; \
+	$(MAKE) --no-print-directory $(2) KERNELS= KERNEL=$$kernel || failed="$$failed $$kernel"; done; \
+	test -z "$$failed" || { echo "Failed:$$failed"; exit 1; }
+
+kernels:
+	@tools/env ensure $(stock_kernels)
+	$(call each,$(stock_kernels),stock)
+
 stock:
 	$(workbench) make --no-print-directory modules
 
@@ -110,7 +134,11 @@ shell:
 	@$(vm) -m 4096 -t 86400 -i -w -a quiet -f tools/demo -- env DRIVER=$(DRIVER) /rnbd/demo shell
 
 check:
+ifeq ($(KERNELS),)
 	$(workbench) tools/check
+else
+	$(call each,$(if $(filter all,$(KERNELS)),$(stock_kernels),$(subst $(comma), ,$(KERNELS))),check)
+endif
 
 misuse: stock
 	$(workbench) tools/misuse '$(T)'
@@ -156,5 +184,5 @@ help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 .DEFAULT_GOAL := modules
-.PHONY: modules faults modules_install check-kdir stock demo shell check check-debug misuse mutate mutants fuzz soak \
+.PHONY: modules faults modules_install check-kdir kernels stock demo shell check check-debug misuse mutate mutants fuzz soak \
 	bench lint rustfmt rustfmtcheck clippy rustdoc shellcheck unsafecheck htmldocs clean distclean help
