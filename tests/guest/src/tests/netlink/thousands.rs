@@ -42,6 +42,9 @@ const LOST_KIB: i64 = 16 << 10;
 /// `struct cred` can share one, and so do its `struct kthread` and its `struct worker`.
 const OBJECTS_OF_A_WORKER: i64 = 2;
 
+/// How much memory a worker has: a stack of 16 KiB, and what describes it. On PREEMPT_RT there may be hundreds.
+const KIB_OF_A_WORKER: i64 = 28;
+
 /// What the machine has in use.
 struct Usage {
     /// Kernel threads and processes.
@@ -86,11 +89,11 @@ impl Usage {
     /// What there is more of than before `count` devices came and went.
     fn lost_since(&self, before: &Self, count: u32) -> Vec<String> {
         let mut lost = Vec::new();
+        let more_workers = self.workers.saturating_sub(before.workers) as i64;
         let kib = before.available_kib - self.available_kib;
-        if kib > LOST_KIB {
+        if kib - more_workers * KIB_OF_A_WORKER > LOST_KIB {
             lost.push(format!("{kib} KiB of memory"));
         }
-        let more_workers = self.workers.saturating_sub(before.workers) as i64;
         let [now, then] = [self, before].map(|usage| usage.tasks - usage.workers);
         if now > then + 8 {
             lost.push(format!("{now} tasks besides workers, {then} before"));
