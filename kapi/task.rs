@@ -122,7 +122,21 @@ fn interrupts_are_on() -> bool {
     flags & INTERRUPT_FLAG != 0
 }
 
-#[cfg(not(all(CONFIG_X86_64, not(CONFIG_UML), CONFIG_PREEMPT_COUNT)))]
+/// Returns `preempt_count()`, as on x86-64.
+#[cfg(all(CONFIG_ARM64, CONFIG_PREEMPT_COUNT))]
+fn preempt_count() -> Option<u32> {
+    // SAFETY: The current task is valid. Only the task itself and interrupts that interrupt it, which restore
+    // it, write its count.
+    Some(unsafe {
+        let info = &raw const (*bindings::get_current()).thread_info;
+        (&raw const (*info).__bindgen_anon_1.preempt.count).read_volatile()
+    })
+}
+
+#[cfg(not(all(
+    any(CONFIG_ARM64, all(CONFIG_X86_64, not(CONFIG_UML))),
+    CONFIG_PREEMPT_COUNT
+)))]
 fn preempt_count() -> Option<u32> {
     None
 }
