@@ -62,6 +62,12 @@ impl Plain for i32 {}
 impl Plain for u64 {}
 impl Plain for [u64; 2] {}
 
+/// A 64-bit process can make no 32-bit calls here: the same call, with the argument cut.
+#[cfg(not(target_arch = "x86_64"))]
+pub fn ioctl_compat(fd: impl AsFd, request: u32, argument: u32) -> SysResult {
+    ioctl_number(fd, request, argument.into())
+}
+
 /// The same call as a 32-bit process makes it: through `int 0x80`, with 32-bit arguments.
 #[cfg(target_arch = "x86_64")]
 pub fn ioctl_compat(fd: impl AsFd, request: u32, argument: u32) -> SysResult {

@@ -16,7 +16,7 @@ use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
 
 use crate::debug_kernel::patient;
 use crate::device::{self, Plan, Rig, USUAL_FLAGS, assert_usable, largest_block};
-use crate::harness::{Guest, Test};
+use crate::harness::{Guest, Test, skip};
 use crate::proto::{
     CAN_MULTI_CONN, CLEAR_QUE, CLEAR_SOCK, DISCONNECT, DO_IT, PRINT_DEBUG, SET_BLKSIZE, SET_FLAGS,
     SET_SIZE, SET_SIZE_BLOCKS, SET_SOCK, SET_TIMEOUT,
@@ -403,7 +403,15 @@ fn a_device_opened_read_only_can_be_set_up(_: &Guest) {
     assert_eq!(ioctl_number(&device, SET_SIZE_BLOCKS, 256), Ok(0));
 }
 
+/// Skips the test where 64-bit processes cannot make 32-bit calls.
+fn need_compat() {
+    if cfg!(not(target_arch = "x86_64")) {
+        skip("a 64-bit process can make 32-bit calls on x86-64 only");
+    }
+}
+
 fn compat_numbers_and_errnos(_: &Guest) {
+    need_compat();
     let device = device();
     assert_eq!(ioctl_compat(&device, SET_BLKSIZE, 4096), Ok(0));
     assert_eq!(ioctl_compat(&device, SET_BLKSIZE, 513), Err(Errno::INVAL));
@@ -422,6 +430,7 @@ fn compat_numbers_and_errnos(_: &Guest) {
 }
 
 fn compat_connection(_: &Guest) {
+    need_compat();
     let mut rig = Plan::new(1 << 20)
         .block_size(1024)
         .timeout(30)
