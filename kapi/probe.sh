@@ -4,8 +4,8 @@
 # kapi/probe.sh SRCTREE OBJTREE: prints what the kernel that lies there lacks of the features that kapi takes
 # from the newest kernel that it builds for. Kbuild runs this: each becomes a cfg, rnbd_lacks_NAME.
 #
-# The names of the crate are looked up in its metadata, which any tree has that a module can be built for;
-# that of other declarations, in the headers.
+# Names of the crate are looked up in its metadata, which each tree has that a module can be built for, and
+# names of other declarations in the headers.
 
 srctree=$1 objtree=$2
 
@@ -18,6 +18,7 @@ unknown() {
 	exit 1
 }
 
+[ -r "$objtree/rust/libbindings.rmeta" ] || unknown rust/libbindings.rmeta
 # Generic netlink is in the crate as a whole, or not at all.
 has_name genlmsg_new || echo genetlink
 if in_header linux/bvec.h bi_offset; then

@@ -190,7 +190,8 @@ fn says_goodbye_on_every_connection(_: &Guest) {
 fn leaves_the_device_empty(_: &Guest) {
     let mut rig = Plan::new(1 << 20).hold().attach();
     assert_eq!(rig.sysfs("size"), "2048");
-    // Who asks by NBD_DISCONNECT has the device open, too, and perhaps still when the client looks.
+    // A task that uses NBD_DISCONNECT has the device open, too, perhaps for longer than NBD_DO_IT takes to
+    // return, and the size then stays.
     assert_eq!(Netlink::open().disconnect(0), Ok(()));
     assert_eq!(rig.client.wait(), Ok(0));
     assert_eq!(

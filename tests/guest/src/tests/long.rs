@@ -24,10 +24,11 @@ pub fn tests() -> Vec<Test> {
 
 /// What is copied: the guest's own programs and libraries.
 fn trees() -> &'static [&'static str] {
-    enough(
-        &["/usr/bin", "/usr/lib/x86_64-linux-gnu", "/usr/sbin"],
-        &["/usr/sbin"],
-    )
+    #[cfg(target_arch = "x86_64")]
+    const LIBRARIES: &str = "/usr/lib/x86_64-linux-gnu";
+    #[cfg(target_arch = "aarch64")]
+    const LIBRARIES: &str = "/usr/lib/aarch64-linux-gnu";
+    enough(&["/usr/bin", LIBRARIES, "/usr/sbin"], &["/usr/sbin"])
 }
 
 fn least_bytes() -> u64 {

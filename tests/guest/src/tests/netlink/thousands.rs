@@ -35,14 +35,14 @@ fn count() -> u32 {
 
 /// What may be missing when all are gone. The kernel keeps 7 to 12 MiB the first time that it has so
 /// many devices, and no more the next time. One object that is left of each device would hide in
-/// that; [`Usage::slabs`] shows it.
+/// that; [`Usage::slabs`] shows it, unless there are hundreds of workers, as on PREEMPT_RT.
 const LOST_KIB: i64 = 16 << 10;
 
 /// How many objects of one cache a work queue's worker has at most: its `struct pid` and its
 /// `struct cred` can share one, and so do its `struct kthread` and its `struct worker`.
 const OBJECTS_OF_A_WORKER: i64 = 2;
 
-/// How much memory a worker has: a stack of 16 KiB, and what describes it. On PREEMPT_RT there may be hundreds.
+/// How much memory a worker has: a stack of 16 KiB, and what describes it.
 const KIB_OF_A_WORKER: i64 = 28;
 
 /// What the machine has in use.
