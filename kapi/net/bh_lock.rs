@@ -3,8 +3,8 @@
 //!
 //! The locks of the `kernel` crate (7.3) leave softirqs enabled.
 //!
-//! On PREEMPT_RT the functions of C are inline. A task that has to wait for one of these locks sleeps there,
-//! but as an RCU reader, because `local_bh_disable()` makes it one.
+//! On PREEMPT_RT the functions of C are inline, and a task that has to wait for one of these locks sleeps. In a
+//! callback it does so as an RCU reader, on which unloading relies (`Hooks`): see `InCallback`.
 //!
 //! C headers: [`include/linux/rwlock.h`](srctree/include/linux/rwlock.h),
 //! [`include/linux/rwlock_rt.h`](srctree/include/linux/rwlock_rt.h),
