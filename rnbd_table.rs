@@ -34,8 +34,11 @@ use kernel::{
     prelude::*,
     sync::{
         atomic::{
+            Acquire,
             Atomic,
-            Relaxed, //
+            Full,
+            Relaxed,
+            Release, //
         },
         Arc,
         CondVar,
@@ -66,6 +69,13 @@ struct Unreaped {
     losses: u32,
 }
 
+/// Nobody reads the partition table.
+const NOT_READING: u32 = 0;
+/// The partition table is being read.
+const READING: u32 = 1;
+/// The partition table is being read, and a request has failed for want of a connection since.
+const READING_FAILED: u32 = 2;
+
 /// The commands in flight of a session, and the session's fate.
 #[pin_data]
 pub(crate) struct Table {
@@ -78,6 +88,8 @@ pub(crate) struct Table {
     /// The request timeout in jiffies, 0 if none is set.
     timeout_jiffies: Atomic<u32>,
     pub(crate) fate: Fate,
+    /// Whether the partition table is being read.
+    table_read: Atomic<u32>,
     #[pin]
     unreaped: Mutex<Unreaped>,
     #[pin]
@@ -118,6 +130,7 @@ impl Table {
                 slots,
                 timeout_jiffies: Atomic::new(timeout_jiffies),
                 fate: Fate::new(),
+                table_read: Atomic::new(NOT_READING),
                 unreaped <- new_mutex!(Unreaped { count: 0, losses: 0 }),
                 all_reaped <- new_condvar!(),
             }),
@@ -183,10 +196,33 @@ impl Table {
     /// session was disconnected.
     pub(crate) fn lost_command_outcome(&self) -> Outcome {
         if self.fate.snapshot().is_disconnected() {
+            self.note_failure();
             Outcome::Complete(Status::IOERR)
         } else {
             Outcome::Requeue
         }
+    }
+
+    /// Notes that the block layer begins to read the partition table, for which it holds the
+    /// `open_mutex`. Meanwhile reads do not wait for a connection: who brings it has to open the device.
+    pub(crate) fn begin_table_read(&self) {
+        self.table_read.store(READING, Release);
+    }
+
+    /// Notes that the partition table was read. Returns whether a request has failed meanwhile for want
+    /// of a connection.
+    pub(crate) fn end_table_read(&self) -> bool {
+        self.table_read.xchg(NOT_READING, Full) == READING_FAILED
+    }
+
+    /// Returns whether the partition table is being read.
+    pub(crate) fn is_table_read(&self) -> bool {
+        self.table_read.load(Acquire) != NOT_READING
+    }
+
+    /// Notes that a request fails for want of a connection.
+    pub(crate) fn note_failure(&self) {
+        let _ = self.table_read.cmpxchg(READING, READING_FAILED, Full);
     }
 
     /// Returns the request timeout in jiffies, 0 if none is set.

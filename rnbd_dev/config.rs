@@ -90,6 +90,8 @@ pub(crate) struct Config {
     pub(super) opened_since_connect: bool,
     pub(super) has_backend_file: bool,
     pub(super) scan: Scan,
+    /// How often in a row connections were lost while the partition table was read.
+    pub(super) lost_scans: u32,
     /// One of the references is that of the open which reads the partition table.
     pub(super) opened_by_scanner: bool,
     /// The data that the debugfs files show, and the files.
@@ -232,6 +234,7 @@ impl Config {
             opened_since_connect: false,
             has_backend_file: false,
             scan: Scan::Done,
+            lost_scans: 0,
             opened_by_scanner: false,
             debugfs_data: None,
             debugfs_files: None,

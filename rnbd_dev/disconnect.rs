@@ -201,8 +201,8 @@ impl Device {
     /// table.
     pub(super) fn has_one_user(&self, config: &Config) -> bool {
         let others = u32::from(config.opened_by_scanner) + u32::from(config.held_by_netlink);
-        // The block layer counts the work item, too, but not who has begun to open or to close the
-        // device: those have a reference.
+        // The block layer counts the work item, too, and does not count a task any more that closes the
+        // device, which still has its reference. Neither counts one yet that has just begun to open it.
         self.disk.openers() <= 1 || config.references - others <= 1
     }
 }

@@ -40,6 +40,8 @@ use kernel::{
 /// How often, and for how long each time, an open waits until the first block was read.
 const OPEN_WAITS: u32 = 20;
 const OPEN_WAIT_MS: u32 = 50;
+/// How often in a row a server may be lost while the partition table is read. That may be what it dies of.
+const MAX_LOST_SCANS: u32 = 3;
 
 impl Device {
     /// Makes the next open read the partition table, if partitions are looked for.
@@ -60,6 +62,8 @@ impl Device {
 
     /// Queues the work item that reads the partition table, if that is wanted. Requests can be sent.
     pub(super) fn queue_wanted_scan(&self, config: &Config) {
+        // Whoever waits for the work item of an ended session does not wait for this one's server.
+        self.scanning_wait.notify_all();
         if self.note_wanted_scan(config) {
             self.jobs.clone().queue_jobs();
         }
@@ -120,9 +124,9 @@ impl Device {
         let read = self.disk.read_first_block();
         let mut state = self.lock();
         // If a connection has come back meanwhile, the job is queued again.
-        let unchanged = || session.table().fate.snapshot() == fate && session.is_served();
+        let unchanged = session.table().fate.snapshot() == fate && session.is_served();
         let config = state.config_of(session).filter(|c| c.scan != Scan::Done);
-        let Some(config) = config.filter(|_| unchanged()) else {
+        let Some(config) = config.filter(|_| unchanged) else {
             return;
         };
         if read.is_err_and(|e| e == ENODATA) && self.disk.capacity() != Sectors(0) {
@@ -137,20 +141,41 @@ impl Device {
             return;
         }
         state.begin_scan();
+        session.table().begin_table_read();
         drop(state);
+        // Another open may come first, and read the table. This one waits for it.
         self.disk.open_and_close();
         let mut state = self.lock();
         state.scanner = None;
-        // If the connections have died meanwhile, the table may not have been read, by this task or by
-        // another one whose open came first.
-        if let Some(config) = state.config_of(session).filter(|_| !unchanged()) {
-            self.want_scan(config);
-            if session.is_served() {
-                self.note_wanted_scan(config);
-            }
+        let lost = session.table().end_table_read();
+        if let Some(config) = state.config_of(session) {
+            self.end_scan(config, session, lost);
         }
         drop(state);
         self.scanning_wait.notify_all();
+    }
+
+    /// Decides whether the partition table is to be read again, because requests were `lost` together with
+    /// their connections while it was read. The caller holds the configuration lock.
+    fn end_scan(&self, config: &mut Config, session: &Session, lost: bool) {
+        if !lost {
+            config.lost_scans = 0;
+            return;
+        }
+        config.lost_scans += 1;
+        if config.lost_scans == MAX_LOST_SCANS {
+            pr_warn!(
+                "nbd{}: the server was lost {MAX_LOST_SCANS} times while the partition table was read, giving that up\n",
+                self.index
+            );
+        }
+        if config.lost_scans >= MAX_LOST_SCANS {
+            return;
+        }
+        self.want_scan(config);
+        if session.is_served() {
+            self.note_wanted_scan(config);
+        }
     }
 
     /// Returns the session whose partition table is to be read, and its fate.
@@ -190,7 +215,7 @@ impl Device {
     }
 
     /// Waits until a work item that was reading the partition table has closed the device. Its session
-    /// has ended since, so that it cannot take long.
+    /// has ended since, so that it cannot take long, unless it was started again.
     ///
     /// # Context
     ///
@@ -199,8 +224,12 @@ impl Device {
         if scanner.is_none() {
             return;
         }
+        let is_served = |state: &State| {
+            let session = state.config.as_ref().and_then(|c| c.session.as_ref());
+            session.is_some_and(|s| s.is_served())
+        };
         let mut state = self.lock();
-        while state.scanner == scanner {
+        while state.scanner == scanner && !is_served(&state) {
             self.scanning_wait.wait(&mut state);
         }
     }

@@ -78,7 +78,7 @@ impl Session {
             }
             return rq.refuse(Status::IOERR);
         }
-        let connection = match self.pick_or_refuse(cx) {
+        let connection = match self.pick_or_refuse(cx, extent.op) {
             Ok(connection) => connection,
             Err(status) => return rq.refuse(status),
         };
@@ -170,6 +170,7 @@ impl Session {
     fn pick_or_refuse<'a>(
         &'a self,
         cx: &'a Dispatch<'_>,
+        op: Op,
     ) -> Result<ArcBorrow<'a, Connection>, Status> {
         loop {
             // The snapshot is taken before the connections are examined, so that a connection which
@@ -178,7 +179,7 @@ impl Session {
             if let Some(connection) = self.pick(cx, fate) {
                 return Ok(connection);
             }
-            if let Some(status) = self.wait_or_fail(cx, fate) {
+            if let Some(status) = self.wait_or_fail(cx, op, fate) {
                 return Err(status);
             }
         }
@@ -207,8 +208,13 @@ impl Session {
     /// nbd.c waits in `queue_rq`. Here the block layer keeps the request and dispatches it again
     /// later. Returns `None` if the session's fate is no longer `fate`; the caller must then try
     /// again.
-    fn wait_or_fail(&self, cx: &Dispatch<'_>, fate: Snapshot) -> Option<Status> {
-        let waits = self.replacing.load(Acquire) || (!fate.is_disconnected() && self.may_wait());
+    fn wait_or_fail(&self, cx: &Dispatch<'_>, op: Op, fate: Snapshot) -> Option<Status> {
+        let replacing = self.replacing.load(Acquire);
+        if op == Op::Read && !replacing && self.table.is_table_read() {
+            self.table.note_failure();
+            return Some(Status::IOERR);
+        }
+        let waits = replacing || (!fate.is_disconnected() && self.may_wait());
         if waits {
             cx.run_again(RECHECK_MS);
             return Some(Status::DEV_RESOURCE);

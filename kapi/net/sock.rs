@@ -281,7 +281,8 @@ impl Socket {
     /// # Context
     ///
     /// Process context. May sleep to get the socket's lock. MPTCP and vsock allocate memory here. That does
-    /// not start reclaim, which would wait for requests that may be those of this connection.
+    /// not start reclaim, which would wait for requests that may be those of this connection. If even the
+    /// reserves are empty, a vsock server is not told of the end before the file is closed.
     pub(crate) fn end(&self, ending: Ending) {
         task::memalloc_noreclaim(|| {
             if ending == Ending::Reset {

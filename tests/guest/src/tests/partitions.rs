@@ -11,7 +11,7 @@ use super::geometry::{make_partitions, partitioned_server, partitioned_server_of
 use crate::device::{self, Plan, SOON, USUAL_FLAGS};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, wait_until};
-use crate::netlink::{Link, Setup};
+use crate::netlink::{Link, Netlink, Setup};
 use crate::programs::sh;
 use crate::proto::{BLKRRPART, CAN_MULTI_CONN, Command, SET_SIZE};
 use crate::server::{Server, Transport};
@@ -28,6 +28,7 @@ pub fn tests() -> Vec<Test> {
         test!(a_server_that_cannot_read_them),
         test!(after_a_reconnect),
         test!(of_a_size_that_comes_later),
+        test!(a_server_that_dies_of_them),
         test!(one_task_waits_for_them),
         test!(are_not_looked_for).parameters("nbds_max=4 partition_scan=0"),
     ]
@@ -169,16 +170,17 @@ fn after_a_reconnect(guest: &Guest) {
     if guest.expected("partitions-appear-by-themselves") == Driver::Nbd {
         return;
     }
-    let line = "nbd0: no connection left, I/O fails";
-    let given_up = || guest.log().iter().filter(|l| l.contains(line)).count();
     // The block layer reads the table with several requests.
-    for (before, count) in [0, 1, 2].into_iter().enumerate() {
+    for count in 0..3 {
         let server = partitioned_server_of_few(count);
         let image = server.peek(0, SIZE as usize);
+        let news = Netlink::listen();
         let setup = setup().flags(USUAL_FLAGS | CAN_MULTI_CONN).dead_timeout(1);
         let link = setup.try_attach_to(server, &[Transport::Unix]);
         let link = link.expect("to connect");
-        assert!(wait_until(SOON, || given_up() > before).is_ok());
+        assert_eq!(news.expect_dead_link(), 0);
+        // With or without the end of the wait.
+        thread::sleep(Duration::from_millis(if count == 0 { 1200 } else { 100 }));
         assert!(!partitions_exist());
         let server = Server::new();
         server.poke(0, &image);
@@ -187,6 +189,42 @@ fn after_a_reconnect(guest: &Guest) {
         assert!(partitions_appear(), "{count} requests were served");
         link.disconnect_and_wait();
     }
+}
+
+/// It is connected again and again, and the device stays in use without partitions.
+fn a_server_that_dies_of_them(guest: &Guest) {
+    if guest.expected("partitions-appear-by-themselves") == Driver::Nbd {
+        return;
+    }
+    // The table is read through the page cache, unlike the first block.
+    let deadly = || {
+        let server = Server::new();
+        server.script(|conn, request| match request.len < 4096 {
+            true => conn.serve(request),
+            false => conn.close(),
+        });
+        server
+    };
+    let news = Netlink::listen();
+    let setup = setup().flags(USUAL_FLAGS | CAN_MULTI_CONN).dead_timeout(5);
+    let link = setup.try_attach_to(deadly(), &[Transport::Unix]);
+    let link = link.expect("to connect");
+    let given_up = || guest.has_logged("giving that up");
+    for _ in 0..10 {
+        assert_eq!(news.expect_dead_link(), 0);
+        let last = wait_until(Duration::from_secs(1), given_up).is_ok();
+        let server = deadly();
+        let again = Setup::change(0).sockets([server.connect(Transport::Unix)]);
+        link.netlink.reconfigure(&again).unwrap();
+        if last {
+            thread::sleep(Duration::from_millis(500));
+            assert_eq!(server.requests(), []);
+            break;
+        }
+    }
+    assert!(given_up(), "the table is read for ever");
+    assert_eq!(news.dead_link(), None);
+    link.disconnect_and_wait();
 }
 
 /// A device without a size has no partition table. When it gets one, and the server is silent, an open does

@@ -19,6 +19,7 @@ use crate::server::Server;
 use crate::sys::ioctl_number;
 use crate::test;
 use crate::tests::geometry::{partitioned_server, partitioned_server_of_few, serve_few};
+use crate::uevents::Uevents;
 
 pub fn tests() -> Vec<Test> {
     vec![
@@ -87,9 +88,18 @@ fn the_partition_table_is_read_again(guest: &Guest) {
     for another_has_it_open in [false, true] {
         let server = partitioned_server_of_few(1);
         let another = another_has_it_open.then(|| device::open(0, 0).expect("the device"));
-        let device = lost_while_the_partition_table_is_read(&server);
+        let began = Instant::now();
+        let mut device = lost_while_the_partition_table_is_read(&server);
+        if another_has_it_open {
+            // As nbd-client -persist does.
+            drop(device);
+            device = device::open(0, 0).expect("the device");
+        }
+        let took = began.elapsed();
+        assert!(took < SOON, "{took:?}; another: {another_has_it_open}");
         let next = Server::new();
         next.poke(0, &server.peek(0, 8 << 20));
+        let mut uevents = Uevents::listen();
         pass_socket(&device, &next).expect("NBD_SET_SOCK");
         thread::scope(|scope| {
             let runs = scope.spawn(|| ioctl_number(&device, DO_IT, 0));
@@ -101,6 +111,9 @@ fn the_partition_table_is_read_again(guest: &Guest) {
                 "no partitions; another: {another_has_it_open}"
             );
         });
+        let heard = uevents.rest();
+        let added = |event: &&String| event.contains("ACTION=add") && event.contains("nbd0p1");
+        assert_eq!(heard.iter().filter(added).count(), 1, "{heard:?}");
         drop((another, device));
         assert_usable(0);
     }
@@ -131,9 +144,9 @@ fn reading_the_partition_table_holds_up_no_close(guest: &Guest) {
     if !can_be_restarted(guest) {
         return;
     }
-    let device = lost_while_the_partition_table_is_read(&partitioned_server_of_few(1));
+    let server = partitioned_server_of_few(1);
     let began = Instant::now();
-    drop(device);
+    drop(lost_while_the_partition_table_is_read(&server));
     let took = began.elapsed();
     assert!(took < SOON, "{took:?}");
     assert_usable(0);
