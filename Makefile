@@ -6,6 +6,9 @@
 ## Building for a kernel of your own
 ##   make                    build/rnbd.ko for KDIR, by default the running kernel's build tree
 ##   make modules_install    install it there
+##   make install            install the sources for DKMS, which then builds it for each kernel
+##                           (dkms install rnbd/VERSION), and what makes "modprobe nbd" load it
+##   make uninstall          remove these
 ##   make clean              remove build/
 ##
 ## With the workbench: a Debian root, a stock kernel and a virtual machine, made by tools/env
@@ -25,6 +28,7 @@
 ##   make stock              build/rnbd.ko for the stock kernel in the cache
 ##   make kernels            the same for each kernel that KERNEL can name, except debug; the first run
 ##                           takes another 15 minutes and 4.5 GB
+##   make deb                the Debian package, in build/; the first run makes a small Debian root for it
 ##   make bench              rnbd.ko and nbd.ko side by side: cost and speed (QUICK=1: minutes)
 ##   make htmldocs           the documentation as HTML, in build/htmldocs; the first run makes a small
 ##                           Debian root for it
@@ -99,6 +103,25 @@ faults: check-kdir
 
 modules_install: modules
 	+$(kbuild) MO=$(out)/module modules_install
+
+# For DKMS, and for the Debian package: what builds the module, and what makes "modprobe nbd" load it.
+dkms_source = $(DESTDIR)/usr/src/rnbd-$(VERSION)
+install:
+	install -d $(dkms_source)/packaging $(addprefix $(DESTDIR)/usr/,sbin lib/modprobe.d share/man/man8)
+	cp -r Makefile Kbuild $(wildcard *.rs rnbd_*/) kapi pure $(dkms_source)/
+	install packaging/kernel-tree packaging/dkms-build $(dkms_source)/packaging/
+	sed 's/#MODULE_VERSION#/$(VERSION)/' packaging/dkms.conf > $(dkms_source)/dkms.conf
+	install packaging/rnbd-driver $(DESTDIR)/usr/sbin/
+	install -m 644 packaging/rnbd-driver.8 $(DESTDIR)/usr/share/man/man8/
+	install -m 644 packaging/modprobe.conf $(DESTDIR)/usr/lib/modprobe.d/rnbd.conf
+
+uninstall:
+	rm -rf $(dkms_source)
+	rm -f $(DESTDIR)/usr/sbin/rnbd-driver $(DESTDIR)/usr/share/man/man8/rnbd-driver.8 \
+		$(DESTDIR)/usr/lib/modprobe.d/rnbd.conf
+
+deb:
+	@tools/env package -- tools/deb $(VERSION)
 
 # One message for each thing that such a tree can lack.
 check-kdir:
@@ -186,5 +209,5 @@ help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 .DEFAULT_GOAL := modules
-.PHONY: modules faults modules_install check-kdir kernels stock demo shell check check-debug misuse mutate mutants fuzz soak \
+.PHONY: modules faults modules_install install uninstall deb check-kdir kernels stock demo shell check check-debug misuse mutate mutants fuzz soak \
 	bench lint rustfmt rustfmtcheck clippy rustdoc shellcheck unsafecheck htmldocs clean distclean help
