@@ -84,6 +84,12 @@ macro_rules! module_parameters {
 // that.
 parameters!(module_parameters);
 
+/// The version, which `modinfo` and `/sys/module` show. The macro `module!` cannot set it.
+const VERSION: &str = concat!("version=", env!("RNBD_VERSION"), "\0");
+#[link_section = ".modinfo"]
+#[used(compiler)]
+static MODINFO_VERSION: [u8; VERSION.len()] = bytes(VERSION);
+
 /// Returns the bytes of `text`, which must have `N` of them.
 const fn bytes<const N: usize>(text: &'static str) -> [u8; N] {
     match text.as_bytes().first_chunk() {
