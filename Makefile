@@ -29,6 +29,8 @@
 ##   make kernels            the same for each kernel that KERNEL can name, except debug; the first run
 ##                           takes another 15 minutes and 4.5 GB
 ##   make deb                the Debian package, in build/; the first run makes a small Debian root for it
+##   make check-packages     install that package, make its builds fail, boot the result, purge it: in a new
+##                           Debian root, 10 to 15 minutes and 8 GB
 ##   make bench              rnbd.ko and nbd.ko side by side: cost and speed (QUICK=1: minutes)
 ##   make htmldocs           the documentation as HTML, in build/htmldocs; the first run makes a small
 ##                           Debian root for it
@@ -123,6 +125,9 @@ uninstall:
 deb:
 	@tools/env package -- tools/deb $(VERSION)
 
+check-packages:
+	@tools/check-packages
+
 # One message for each thing that such a tree can lack.
 check-kdir:
 	@test -e $(KDIR)/Makefile || $(call refuse,is no kernel build tree)
@@ -209,5 +214,5 @@ help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 .DEFAULT_GOAL := modules
-.PHONY: modules faults modules_install install uninstall deb check-kdir kernels stock demo shell check check-debug misuse mutate mutants fuzz soak \
+.PHONY: modules faults modules_install install uninstall deb check-packages check-kdir kernels stock demo shell check check-debug misuse mutate mutants fuzz soak \
 	bench lint rustfmt rustfmtcheck clippy rustdoc shellcheck unsafecheck htmldocs clean distclean help
