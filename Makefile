@@ -30,7 +30,7 @@
 ##                           takes another 15 minutes and 4.5 GB
 ##   make deb                the Debian package, in build/; the first run makes a small Debian root for it
 ##   make check-packages     install that package, make its builds fail, boot the result, purge it: in a new
-##                           Debian root, 10 to 15 minutes and 8 GB
+##                           Debian root, 15 minutes and 6 GB
 ##   make bench              rnbd.ko and nbd.ko side by side: cost and speed (QUICK=1: minutes)
 ##   make htmldocs           the documentation as HTML, in build/htmldocs; the first run makes a small
 ##                           Debian root for it
