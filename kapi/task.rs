@@ -208,7 +208,8 @@ pub(crate) fn memalloc_noreclaim<R>(f: impl FnOnce() -> R) -> R {
         had
     };
     let result = f();
-    // SAFETY: As above, for the same task.
+    // SAFETY: The current task is still valid and the same. Only it changes its flags, and softirqs that
+    // interrupt it, which restore them.
     unsafe { (*task).flags = (*task).flags & !bindings::PF_MEMALLOC | had };
     result
 }
