@@ -28,7 +28,6 @@ pub fn tests() -> Vec<Test> {
         test!(a_server_that_cannot_read_them),
         test!(after_a_reconnect),
         test!(of_a_size_that_comes_later),
-        test!(a_server_that_dies_of_them),
         test!(one_task_waits_for_them),
         test!(are_not_looked_for).parameters("nbds_max=4 partition_scan=0"),
     ]
@@ -189,42 +188,6 @@ fn after_a_reconnect(guest: &Guest) {
         assert!(partitions_appear(), "{count} requests were served");
         link.disconnect_and_wait();
     }
-}
-
-/// It is connected again and again, and the device stays in use without partitions.
-fn a_server_that_dies_of_them(guest: &Guest) {
-    if guest.expected("partitions-appear-by-themselves") == Driver::Nbd {
-        return;
-    }
-    // The table is read through the page cache, unlike the first block.
-    let deadly = || {
-        let server = Server::new();
-        server.script(|conn, request| match request.len < 4096 {
-            true => conn.serve(request),
-            false => conn.close(),
-        });
-        server
-    };
-    let news = Netlink::listen();
-    let setup = setup().flags(USUAL_FLAGS | CAN_MULTI_CONN).dead_timeout(5);
-    let link = setup.try_attach_to(deadly(), &[Transport::Unix]);
-    let link = link.expect("to connect");
-    let given_up = || guest.has_logged("giving that up");
-    for _ in 0..10 {
-        assert_eq!(news.expect_dead_link(), 0);
-        let last = wait_until(Duration::from_secs(1), given_up).is_ok();
-        let server = deadly();
-        let again = Setup::change(0).sockets([server.connect(Transport::Unix)]);
-        link.netlink.reconfigure(&again).unwrap();
-        if last {
-            thread::sleep(Duration::from_millis(500));
-            assert_eq!(server.requests(), []);
-            break;
-        }
-    }
-    assert!(given_up(), "the table is read for ever");
-    assert_eq!(news.dead_link(), None);
-    link.disconnect_and_wait();
 }
 
 /// A device without a size has no partition table. When it gets one, and the server is silent, an open does
