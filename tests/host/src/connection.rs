@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0
 //! A connection: what is queued on it, its sending, its death. For the models `sending` and `session`.
 //!
-//! The steps of `rnbd_sock.rs`, `rnbd_sock/sending.rs` and `rnbd_table.rs` are repeated here, in the same
+//! The steps of `rnbd_sock.rs`, `rnbd_sock/{sending,staging}.rs` and `rnbd_table.rs` are repeated here, in the same
 //! order and under the same names: keep them alike. `pure/cmd.rs`, `pure/fate.rs` and `kapi/llist.rs` are
 //! the module's own.
 

@@ -28,6 +28,7 @@ pub fn tests() -> Vec<Test> {
         test!(a_server_that_cannot_read_them),
         test!(after_a_reconnect),
         test!(of_a_size_that_comes_later),
+        test!(a_server_that_dies_of_them),
         test!(one_task_waits_for_them),
         test!(are_not_looked_for).parameters("nbds_max=4 partition_scan=0"),
     ]
@@ -188,6 +189,43 @@ fn after_a_reconnect(guest: &Guest) {
         assert!(partitions_appear(), "{count} requests were served");
         link.disconnect_and_wait();
     }
+}
+
+/// It is connected again and again, and the device stays in use without partitions.
+fn a_server_that_dies_of_them(guest: &Guest) {
+    if guest.expected("partitions-appear-by-themselves") == Driver::Nbd {
+        return;
+    }
+    // The table is read through the page cache, unlike the first block.
+    let deadly = || {
+        let server = Server::new();
+        server.script(|conn, request| match request.len < 4096 {
+            true => conn.serve(request),
+            false => conn.close(),
+        });
+        server
+    };
+    let news = Netlink::listen();
+    let setup = setup().flags(USUAL_FLAGS | CAN_MULTI_CONN).dead_timeout(5);
+    let link = setup.try_attach_to(deadly(), &[Transport::Unix]);
+    let link = link.expect("to connect");
+    let given_up = || guest.has_logged("giving that up");
+    // A server that is dropped closes its connections.
+    let mut servers = Vec::new();
+    while !given_up() {
+        assert!(servers.len() < 10, "the table is read for ever");
+        assert_eq!(news.expect_dead_link(), 0);
+        let _ = wait_until(Duration::from_secs(1), given_up);
+        let server = deadly();
+        let again = Setup::change(0).sockets([server.connect(Transport::Unix)]);
+        link.netlink.reconfigure(&again).unwrap();
+        servers.push(server);
+    }
+    thread::sleep(Duration::from_millis(500));
+    let last = servers.last().expect("one that was not lost");
+    assert_eq!(last.requests(), []);
+    assert_eq!(news.dead_link(), None);
+    link.disconnect_and_wait();
 }
 
 /// A device without a size has no partition table. When it gets one, and the server is silent, an open does
