@@ -17,6 +17,7 @@
 mod draining;
 mod receiving;
 mod sending;
+mod staging;
 mod stream;
 mod traffic;
 

@@ -22,7 +22,7 @@
 #![forbid(unsafe_code)]
 
 use super::{
-    sending::Outbox,
+    staging::Outbox,
     stream::Receive,
     Connection,
     ALIVE,

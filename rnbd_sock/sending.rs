@@ -8,34 +8,19 @@
 #![forbid(unsafe_code)]
 
 use super::{
-    stream::Transmit,
+    staging::{
+        Outbox,
+        StopReason, //
+    },
     Connection, //
 };
-use crate::{
-    kapi::{
-        barrier::smp_mb,
-        block::{
-            payload::Payload,
-            request::{
-                Outcome,
-                Side,
-                Status,
-                Unsent, //
-            },
-        },
-        llist::{
-            Batch,
-            List, //
-        },
-        net::sock::{
-            Ending,
-            Next, //
-        },
-        task,
-        wq, //
-    },
-    pure::proto,
-    rnbd_translate::wire_of, //
+use crate::kapi::{
+    barrier::smp_mb,
+    block::request::Unsent,
+    llist::List,
+    net::sock::Ending,
+    task,
+    wq, //
 };
 use kernel::{
     new_mutex,
@@ -61,17 +46,6 @@ const BUDGET: u32 = 32;
 /// The delay before sending is retried when the socket has room, but accepts nothing for lack of
 /// memory.
 const NO_MEMORY_DELAY_MS: u32 = 10;
-
-/// The commands that senders have taken from the backlog.
-pub(super) struct Outbox {
-    /// Commands that were not staged yet, for lack of room in `transmit`.
-    pub(super) waiting: Batch<Unsent>,
-    pub(super) transmit: Transmit,
-    /// A disconnect was staged. No other follows.
-    pub(super) said_goodbye: bool,
-    /// The connection drains, and no command is in flight on it.
-    pub(super) drained: bool,
-}
 
 /// The task that has submitted last, and how often it had slept by then.
 ///
@@ -116,18 +90,6 @@ pub(crate) enum Pace {
     Batched,
 }
 
-/// The reason why a sender has stopped.
-enum StopReason {
-    /// Everything was sent.
-    Idle,
-    /// A signal is pending, in which case TLS does not wait for its lock. Workers get no signals.
-    Signal,
-    /// The budget is used up. There may be more to send.
-    Budget,
-    /// The socket is full.
-    Full { sent_some: bool },
-}
-
 /// What a sender does if another one holds the lock of the outbox.
 enum IfHeld {
     /// It returns, and leaves everything to the other one.
@@ -153,7 +115,7 @@ pub(super) struct Sending {
     /// The commands that no sender has taken yet.
     pub(super) backlog: List<Unsent>,
     #[pin]
-    outbox: Mutex<Outbox>,
+    pub(super) outbox: Mutex<Outbox>,
 }
 
 impl Sending {
@@ -163,12 +125,7 @@ impl Sending {
     ///
     /// `ENOMEM`.
     pub(super) fn new() -> Result<impl PinInit<Self>> {
-        let outbox = Outbox {
-            waiting: Batch::empty(),
-            transmit: Transmit::new()?,
-            said_goodbye: false,
-            drained: false,
-        };
+        let outbox = Outbox::new()?;
         Ok(pin_init!(Sending {
             last_submitter: LastSubmitter::nobody(),
             full: Atomic::new(false),
@@ -418,107 +375,5 @@ impl Connection {
             );
         }
         self.mark_dead();
-    }
-
-    /// Sends until nothing is left, the budget is used up, or the socket takes no more.
-    ///
-    /// # Errors
-    ///
-    /// Those of the socket. The connection cannot be used any more.
-    fn transmit_all(
-        self: ArcBorrow<'_, Self>,
-        outbox: &mut Outbox,
-        budget: &mut u32,
-    ) -> Result<StopReason> {
-        loop {
-            let next = self.stage(outbox);
-            if outbox.transmit.is_empty() {
-                return Ok(StopReason::Idle);
-            }
-            let Some(left) = budget.checked_sub(1) else {
-                return Ok(StopReason::Budget);
-            };
-            *budget = left;
-            let sent = match outbox.transmit.send(&self.socket, next) {
-                Ok(sent) => sent,
-                Err(e) if e == EAGAIN => return Ok(StopReason::Full { sent_some: false }),
-                Err(e) if e == EINTR || e == ERESTARTSYS => return Ok(StopReason::Signal),
-                Err(e) => return Err(e),
-            };
-            self.traffic.sent(sent.bytes, sent.requests);
-            if !sent.all {
-                return Ok(StopReason::Full { sent_some: true });
-            }
-        }
-    }
-
-    /// Stages the disconnect and as many commands as there is room for. Returns whether any are
-    /// left.
-    fn stage(self: ArcBorrow<'_, Self>, outbox: &mut Outbox) -> Next {
-        if self.is_draining() {
-            if outbox.transmit.announced_more() {
-                self.stage_next(outbox);
-            }
-            self.stop_staging(outbox);
-        }
-        if outbox.transmit.can_stage()
-            && self.sending.send_disconnect.load(Acquire)
-            && self.sending.send_disconnect.xchg(false, Full)
-            && !core::mem::replace(&mut outbox.said_goodbye, true)
-        {
-            outbox
-                .transmit
-                .stage(&proto::RequestHeader::DISCONNECT, None);
-        }
-        while outbox.transmit.can_stage() {
-            if !self.stage_next(outbox) {
-                return Next::Nothing;
-            }
-        }
-        if outbox.waiting.is_empty() && self.sending.backlog.is_empty() {
-            Next::Nothing
-        } else {
-            Next::More
-        }
-    }
-
-    /// Stages a command, for which there must be room. Returns whether there was one.
-    fn stage_next(&self, outbox: &mut Outbox) -> bool {
-        if outbox.waiting.is_empty() {
-            outbox.waiting = self.sending.backlog.take();
-        }
-        let Some(request) = outbox.waiting.pop() else {
-            return false;
-        };
-        match self.wire_of(&request) {
-            Some(wire) => outbox.transmit.stage(&wire, Some(Payload::new(request))),
-            // This cannot happen: `queue_rq` fails requests that NBD has no command for, and each tag
-            // has a slot.
-            None => request.overrule(Outcome::Complete(Status::IOERR)),
-        }
-        true
-    }
-
-    /// Returns the header of a request, or `None` if NBD has no command for it.
-    fn wire_of(&self, request: &Unsent) -> Option<proto::RequestHeader> {
-        let (hw_queue, tag) = request.tag();
-        wire_of(&request.extent(), self.table.cookie(hw_queue, tag)?)
-    }
-
-    /// Gives back all commands that were not sent completely, and closes the backlog.
-    ///
-    /// This overrules a reply that has arrived: a server that answers a write before it has
-    /// received the data has not written it.
-    pub(super) fn give_back_unsent(&self) {
-        let outcome = self.table.lost_command_outcome();
-        let mut outbox = self.sending.outbox.lock();
-        outbox.transmit.give_back(outcome);
-        let waiting = core::mem::replace(&mut outbox.waiting, Batch::empty());
-        // The backlog is closed, so nothing is queued after this.
-        for mut batch in [waiting, self.sending.backlog.close()] {
-            while let Some(request) = batch.pop() {
-                request.overrule(outcome);
-            }
-        }
     }
 }
