@@ -95,6 +95,8 @@ pub(crate) struct Layout {
 pub(crate) enum Job {
     /// To remove it.
     Remove,
+    /// To create its files in debugfs ([`Device::add_debugfs()`]).
+    AddDebugfs,
     /// To read its partition table ([`Device::scan_partitions()`]).
     Scan,
     /// To release its last session ([`Device::release_session()`]).
@@ -159,6 +161,8 @@ pub(crate) struct Usage {
     dying: bool,
     /// A work item has begun to remove the device.
     removal_started: bool,
+    /// A work item is to create the files in debugfs.
+    debugfs_wanted: bool,
     /// A work item is to read the partition table.
     scan_wanted: bool,
     /// A work item is reading the partition table. Another one would wait for the same server.
@@ -368,6 +372,9 @@ impl Device {
         }
         if let Some(owner) = usage.released_owner.take() {
             return Some(Job::Disconnect(owner));
+        }
+        if core::mem::take(&mut usage.debugfs_wanted) {
+            return Some(Job::AddDebugfs);
         }
         if !usage.scanning && core::mem::take(&mut usage.scan_wanted) {
             usage.scanning = true;

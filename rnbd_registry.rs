@@ -176,6 +176,7 @@ impl WorkItem for DeviceWork {
         match &this.job {
             Job::Remove => this.registry.remove(this.index, &this.device),
             Job::Disconnect(owner) => this.device.disconnect_owned(owner),
+            Job::AddDebugfs => this.device.add_debugfs(),
             Job::Scan => this.device.scan_partitions(),
             Job::Release => this.device.release_session(),
         }
@@ -335,7 +336,9 @@ impl Registry {
     /// Queues a work item for a job of a device. For lack of memory, the job is done here.
     fn queue_job(self: &Arc<Self>, index: u32, device: &Arc<Disk<Nbd>>, job: Job) {
         let queue = match &job {
-            Job::Remove | Job::Disconnect(_) | Job::Release => self.shared.slow.clone(),
+            Job::Remove | Job::Disconnect(_) | Job::AddDebugfs | Job::Release => {
+                self.shared.slow.clone()
+            }
             Job::Scan => self.shared.scan.clone(),
         };
         // The job may be what ends a wait for memory that is being written to this device.
@@ -347,6 +350,7 @@ impl Registry {
             Err(_) => match job {
                 Job::Remove => self.remove(index, device),
                 Job::Disconnect(owner) => device.disconnect_owned(&owner),
+                Job::AddDebugfs => device.add_debugfs(),
                 Job::Scan => device.leave_scan_to_open(),
                 Job::Release => device.release_session(),
             },

@@ -94,7 +94,7 @@ pub(crate) struct Config {
     pub(super) lost_scans: u32,
     /// One of the references is that of the open which reads the partition table.
     pub(super) opened_by_scanner: bool,
-    /// The data that the debugfs files show, and the files.
+    /// The data that the debugfs files show, and the files, which a work item creates.
     pub(super) debugfs_data: Option<Arc<FileData>>,
     pub(super) debugfs_files: Option<Files>,
     pub(super) dead_timeout_jiffies: u64,
@@ -266,6 +266,7 @@ impl Config {
     /// Waits for tasks that are reading the files.
     pub(super) fn remove_debugfs(&mut self) {
         self.debugfs_files = None;
+        self.debugfs_data = None;
     }
 
     /// Returns the sockets that no session uses. It skips those that another device has hooked.

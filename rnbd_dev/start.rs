@@ -10,10 +10,7 @@ use super::{
         Interrupted,
         Wait, //
     },
-    debugfs::{
-        self,
-        FileData, //
-    },
+    debugfs::FileData,
     Device,
     State,
     QUEUE_DEPTH, //
@@ -341,10 +338,10 @@ impl Device {
             return Err(e);
         }
         session.start_receiving();
+        self.usage.lock().debugfs_wanted = true;
         // A program that opens the device does not wait for this ([`Self::wait_for_first_block()`]).
-        if self.note_wanted_scan(config) {
-            self.jobs.clone().queue_jobs_soon();
-        }
+        self.note_wanted_scan(config);
+        self.jobs.clone().queue_jobs_soon();
         Ok(session)
     }
 
@@ -375,8 +372,6 @@ impl Device {
             },
             GFP_KERNEL,
         )?;
-        // As in nbd.c, the device works even without these files.
-        config.debugfs_files = debugfs::add_files(&self.debugfs, self.index, data.clone()).ok();
         config.debugfs_data = Some(data);
         // The image gets a `diskseq` of its own.
         self.disk.force_media_change();

@@ -30,6 +30,8 @@ use crate::server;
 const CONNECTIONS: [usize; 3] = [1, 4, 16];
 /// Of each kind, in each round.
 const TIMES: usize = 15;
+/// How often a connect is tried again.
+const TRIES: usize = 5;
 /// Devices that are there from the beginning. One that is added comes after them.
 const DEVICES: u32 = 2;
 const SIZE: u64 = 64 << 20;
@@ -86,7 +88,8 @@ fn measure(client: Client) -> Outcome<()> {
     for connections in CONNECTIONS {
         for new in [false, true] {
             for time in 0..=TIMES {
-                let (connect_us, disconnect_us) = netlink.connect_once(connections, new)?;
+                let (connect_us, disconnect_us) =
+                    netlink.connect_until_it_works(connections, new)?;
                 let sample = Sample {
                     client,
                     connections,
@@ -127,6 +130,17 @@ impl Netlink {
             .find(|attr| *attr.nla_type().nla_type() == CTRL_FAMILY_ID);
         netlink.family = id.ok_or("no family")?.get_payload_as()?;
         Ok(netlink)
+    }
+
+    /// As [`Self::connect_once()`]. nbd.ko refuses a device that it has not quite removed, now and then.
+    fn connect_until_it_works(&self, connections: usize, new: bool) -> Outcome<(f64, f64)> {
+        for _ in 0..TRIES {
+            if let Ok(taken) = self.connect_once(connections, new) {
+                return Ok(taken);
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+        self.connect_once(connections, new)
     }
 
     /// Answers how many microseconds the connect and the disconnect take.

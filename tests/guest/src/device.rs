@@ -400,6 +400,15 @@ pub fn sysfs(index: u32, name: &str) -> String {
     text.trim().to_owned()
 }
 
+/// The directory of a connected device in debugfs. rnbd makes it soon after the start.
+pub fn debugfs(index: u32) -> String {
+    let directory = format!("/sys/kernel/debug/nbd/nbd{index}");
+    let last = format!("{directory}/flags");
+    let complete = wait_until(SOON, || fs::exists(&last).unwrap_or(false));
+    complete.unwrap_or_else(|()| panic!("{last} does not come"));
+    directory
+}
+
 /// What /sys/block/nbdN/pid says, if it is there.
 pub fn pid(index: u32) -> Option<i32> {
     let text = fs::read_to_string(format!("/sys/block/nbd{index}/pid")).ok()?;

@@ -7,7 +7,7 @@ use std::fs;
 use rustix::io::Errno;
 
 use super::{Stage, Step};
-use crate::device::errno;
+use crate::device::{self, errno};
 use crate::differential::operations::Dev;
 use crate::proto::{self, Command};
 
@@ -58,6 +58,9 @@ impl Stage {
             "queue/nr_requests",
         ];
         let debugfs = ["tasks", "size_bytes", "timeout", "blocksize_bits", "flags"];
+        if device::pid(self.index(device)).is_some() {
+            device::debugfs(self.index(device));
+        }
         let mut seen = Step::new();
         for name in sysfs {
             seen.push((format!("{device:?} {name}"), self.sysfs(device, name)));

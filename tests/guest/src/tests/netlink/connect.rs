@@ -178,7 +178,11 @@ fn debugfs_files(guest: &Guest) {
         .timeout(3)
         .flags(USUAL_FLAGS);
     let link = setup.attach();
-    let dir = format!("/sys/kernel/debug/nbd/nbd{}", link.index);
+    if guest.expected("debugfs-comes-soon") == Driver::Nbd {
+        let path = format!("/sys/kernel/debug/nbd/nbd{}/flags", link.index);
+        assert!(Path::new(&path).exists());
+    }
+    let dir = device::debugfs(link.index);
     let read = |name: &str| {
         let path = format!("{dir}/{name}");
         fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"))

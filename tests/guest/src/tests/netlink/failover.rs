@@ -15,7 +15,9 @@ use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socket_with};
 
 use super::{MIB, move_data, under_load};
-use crate::device::{Plan, SOON, USUAL_FLAGS, assert_pattern, pattern, read_page, store_pattern};
+use crate::device::{
+    self, Plan, SOON, USUAL_FLAGS, assert_pattern, pattern, read_page, store_pattern,
+};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, Until, run_on, say, wait_until};
 use crate::netlink::{Link, Netlink, Setup};
@@ -283,7 +285,7 @@ fn one_of_two_connections_comes_back(guest: &Guest) {
         assert_eq!(used, HashSet::from([other, new]));
     }
     if guest.expected("debugfs-shows-connections") == Driver::Rnbd {
-        let path = format!("/sys/kernel/debug/nbd/nbd{}/connections", link.index);
+        let path = format!("{}/connections", device::debugfs(link.index));
         let shown = fs::read_to_string(path).unwrap();
         let reconnects: Vec<&str> = shown
             .lines()

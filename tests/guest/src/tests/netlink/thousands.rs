@@ -13,7 +13,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::{MIB, move_data};
 use crate::debug_kernel::enough;
-use crate::device;
+use crate::device::{self, SOON};
 use crate::driver::{Driver, devices};
 use crate::harness::{Guest, Test, say, wait_until};
 use crate::netlink::{DESTROY_ON_DISCONNECT, Netlink, Setup};
@@ -235,7 +235,8 @@ fn a_thousand_devices(guest: &Guest) {
             Driver::Nbd => assert!(tasks >= count as usize, "{tasks}"),
             Driver::Rnbd => assert!(tasks < 50, "{tasks}"),
         }
-        assert_eq!(debugfs_entries(), count as usize);
+        let shown = wait_until(SOON, || debugfs_entries() == count as usize);
+        assert!(shown.is_ok(), "{} in debugfs", debugfs_entries());
     });
     let served = wait_until(Duration::from_secs(10), || crowd.server.living() == 0);
     assert!(served.is_ok(), "sockets are kept");

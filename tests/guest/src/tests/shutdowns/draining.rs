@@ -15,7 +15,7 @@ use super::{
     wait_for_goodbye, wait_for_three_requests, while_reading,
 };
 use crate::debug_kernel;
-use crate::device::{SOON, assert_pattern, errno, pattern, read_page};
+use crate::device::{self, SOON, assert_pattern, errno, pattern, read_page};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, complain, wait_until};
 use crate::netlink::{Netlink, Setup};
@@ -36,7 +36,7 @@ pub fn tests() -> Vec<Test> {
 
 /// The state of each connection, as debugfs shows it.
 fn connection_states(index: u32) -> Vec<String> {
-    let path = format!("/sys/kernel/debug/nbd/nbd{index}/connections");
+    let path = format!("{}/connections", device::debugfs(index));
     let shown = fs::read_to_string(path).unwrap();
     let states = shown.lines().filter_map(|line| line.split(' ').nth(1));
     states.map(str::to_owned).collect()

@@ -210,8 +210,7 @@ fn of_status_and_disconnect(guest: &Guest) {
 fn of_reading_debugfs(guest: &Guest) {
     let _allocations = of_driver(guest);
     let link = setup().index(0).attach().settle();
-    let directory = "/sys/kernel/debug/nbd/nbd0";
-    for entry in fs::read_dir(directory).expect(directory) {
+    for entry in fs::read_dir(device::debugfs(0)).expect("files") {
         let path = entry.expect("an entry").path();
         let swept = sweep(&path.display().to_string(), |nth| {
             let answer = nth.fail(|| errno(fs::read_to_string(&path)));
