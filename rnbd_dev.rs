@@ -11,6 +11,7 @@ mod debugfs;
 pub(crate) mod disconnect;
 mod lifetime;
 mod partitions;
+mod running;
 mod setup;
 mod start;
 
@@ -48,6 +49,7 @@ use crate::{
     rnbd_shared::Shared, //
 };
 use config::Config;
+use debugfs::Files;
 use kernel::{
     debugfs::Dir,
     new_condvar,
@@ -64,6 +66,7 @@ use kernel::{
         SpinLock, //
     }, //
 };
+use running::Running;
 
 /// The major number of the devices (`NBD_MAJOR`).
 pub(crate) const MAJOR: u32 = 43;
@@ -161,6 +164,8 @@ pub(crate) struct Usage {
     dying: bool,
     /// A work item has begun to remove the device.
     removal_started: bool,
+    /// What is told about the session, until the device is free again.
+    running: Option<Arc<Running>>,
     /// A work item is to create the files in debugfs.
     debugfs_wanted: bool,
     /// A work item is to read the partition table.
@@ -209,6 +214,9 @@ pub(crate) struct Nbd {
     /// cleared.
     #[pin]
     scanning_wait: CondVar,
+    /// The files in debugfs, while there are any. Nests inside `state`.
+    #[pin]
+    debugfs_files: Mutex<Option<Files>>,
     /// Nests inside `state`.
     #[pin]
     pub(crate) usage: SpinLock<Usage>,
@@ -268,6 +276,7 @@ pub(crate) fn add(
             state <- new_mutex!(state),
             starting_wait <- new_condvar!(),
             scanning_wait <- new_condvar!(),
+            debugfs_files <- new_mutex!(None),
             usage <- new_spinlock!(Usage::default()),
         })
     })
@@ -373,14 +382,14 @@ impl Device {
         if let Some(owner) = usage.released_owner.take() {
             return Some(Job::Disconnect(owner));
         }
-        if core::mem::take(&mut usage.debugfs_wanted) {
-            return Some(Job::AddDebugfs);
-        }
         if !usage.scanning && core::mem::take(&mut usage.scan_wanted) {
             usage.scanning = true;
             return Some(Job::Scan);
         }
-        core::mem::take(&mut usage.session_retracted).then_some(Job::Release)
+        if core::mem::take(&mut usage.session_retracted) {
+            return Some(Job::Release);
+        }
+        core::mem::take(&mut usage.debugfs_wanted).then_some(Job::AddDebugfs)
     }
 
     /// Records that a netlink socket was released. Returns whether it owned the device.

@@ -110,8 +110,10 @@ impl WorkItem for Registry {
         loop {
             let next = this.with(|devices| {
                 let mut devices = devices.iter();
-                devices
-                    .find_map(|(index, device)| Some((*index, device.clone(), device.take_job()?)))
+                devices.find_map(|(index, device)| {
+                    let job = device.take_job()?;
+                    Some((*index, device.clone(), job))
+                })
             });
             let Some((index, device, job)) = next else {
                 return;
@@ -350,7 +352,8 @@ impl Registry {
             Err(_) => match job {
                 Job::Remove => self.remove(index, device),
                 Job::Disconnect(owner) => device.disconnect_owned(&owner),
-                Job::AddDebugfs => device.add_debugfs(),
+                // The device works even without the files.
+                Job::AddDebugfs => {}
                 Job::Scan => device.leave_scan_to_open(),
                 Job::Release => device.release_session(),
             },

@@ -3,10 +3,7 @@
 
 #![forbid(unsafe_code)]
 
-use super::debugfs::{
-    FileData,
-    Files, //
-};
+use super::running::Running;
 use crate::{
     kapi::{
         block::disk::DiskRef,
@@ -94,9 +91,8 @@ pub(crate) struct Config {
     pub(super) lost_scans: u32,
     /// One of the references is that of the open which reads the partition table.
     pub(super) opened_by_scanner: bool,
-    /// The data that the debugfs files show, and the files, which a work item creates.
-    pub(super) debugfs_data: Option<Arc<FileData>>,
-    pub(super) debugfs_files: Option<Files>,
+    /// What is told about the session.
+    pub(super) running: Option<Arc<Running>>,
     pub(super) dead_timeout_jiffies: u64,
     module: ModuleRef,
 }
@@ -236,8 +232,7 @@ impl Config {
             scan: Scan::Done,
             lost_scans: 0,
             opened_by_scanner: false,
-            debugfs_data: None,
-            debugfs_files: None,
+            running: None,
             dead_timeout_jiffies: 0,
             module,
         }
@@ -257,16 +252,6 @@ impl Config {
     /// no session was started.
     pub(super) fn is_idle(&self) -> bool {
         !self.set_up_by_ioctl && !self.bound && !self.started
-    }
-
-    /// Removes the debugfs files (`nbd_dev_dbg_close()`).
-    ///
-    /// # Context
-    ///
-    /// Waits for tasks that are reading the files.
-    pub(super) fn remove_debugfs(&mut self) {
-        self.debugfs_files = None;
-        self.debugfs_data = None;
     }
 
     /// Returns the sockets that no session uses. It skips those that another device has hooked.

@@ -6,13 +6,13 @@
 
 #![forbid(unsafe_code)]
 
-use super::Device;
+use super::{
+    running::Running,
+    Device, //
+};
 use crate::{
     kapi::task,
-    pure::{
-        proto::flags, //
-    },
-    rnbd_session::Session, //
+    pure::proto::flags, //
 };
 use kernel::{
     debugfs::{
@@ -22,48 +22,44 @@ use kernel::{
     fmt,
     prelude::*,
     sync::{
-        atomic::{
-            Atomic,
-            Relaxed, //
-        },
+        atomic::Relaxed,
         Arc, //
     },
 };
 
-/// The data that the files show.
-///
-/// Reading a file takes no lock that the task which removes the files holds.
-pub(super) struct FileData {
-    pub(super) pid: Atomic<i32>,
-    pub(super) session: Arc<Session>,
-    pub(super) flags: u32,
-    pub(super) size_bytes: Atomic<u64>,
-    pub(super) block_bytes: Atomic<u32>,
-}
-
 /// The files of a session. Dropping it removes them, and waits for tasks that are reading them.
-pub(super) type Files = Pin<KBox<Scope<Arc<FileData>>>>;
+pub(super) type Files = Pin<KBox<Scope<Arc<Running>>>>;
 
 impl Device {
-    /// Creates the files of a session, unless it has them or is gone. A start leaves this to a work item:
-    /// it takes a quarter of the time of a start, and nothing else depends on it.
+    /// Creates the files of the session, if there is one without them. The start leaves that to a work item,
+    /// because it would take a quarter longer.
+    ///
+    /// This does not take the configuration lock: a task may sleep in debugfs's directory, which has a lock
+    /// of its own, for as long as its memory is on a device without a server.
     ///
     /// # Context
     ///
     /// May sleep.
     pub(crate) fn add_debugfs(&self) {
-        let mut state = self.lock();
-        let Some(config) = &mut state.config else {
+        let mut files = self.debugfs_files.lock();
+        if files.is_some() {
             return;
-        };
-        let missing = config.debugfs_files.is_none();
-        let Some(data) = config.debugfs_data.clone().filter(|_| missing) else {
-            return;
-        };
-        // An allocation must not wait for writeback, which may be waiting for this very device.
-        let files = task::memalloc_noio(|| add_files(&self.debugfs, self.index, data));
-        // As in nbd.c, the device works even without them.
-        config.debugfs_files = files.ok();
+        }
+        if let Some(running) = self.running() {
+            // An allocation must not wait for writeback, which may be waiting for this very device. As in
+            // nbd.c, the device works even without the files.
+            let added = task::memalloc_noio(|| add_files(&self.debugfs, self.index, running));
+            *files = added.ok();
+        }
+    }
+
+    /// Removes the files (`nbd_dev_dbg_close()`). The session must not be shown any more.
+    ///
+    /// # Context
+    ///
+    /// Waits for tasks that are reading the files.
+    pub(super) fn remove_debugfs(&self) {
+        *self.debugfs_files.lock() = None;
     }
 }
 
@@ -76,26 +72,27 @@ impl Device {
 /// # Context
 ///
 /// May sleep.
-fn add_files(root: &Dir, index: u32, data: Arc<FileData>) -> Result<Files> {
+fn add_files(root: &Dir, index: u32, data: Arc<Running>) -> Result<Files> {
     let name = kernel::str::CString::try_from_fmt(fmt!("nbd{index}"))?;
     KBox::pin_init(
-        root.scope(data, &name, |data: &Arc<FileData>, dir| {
-            dir.read_callback_file(c"connections", data, &|s: &Arc<FileData>, f| {
+        root.scope(data, &name, |data: &Arc<Running>, dir| {
+            dir.read_callback_file(c"connections", data, &|s: &Arc<Running>, f| {
                 s.session.describe_connections(f)
             });
-            dir.read_callback_file(c"tasks", data, &|s: &Arc<FileData>, f| {
+            dir.read_callback_file(c"tasks", data, &|s: &Arc<Running>, f| {
                 writeln!(f, "recv: {}", s.pid.load(Relaxed))
             });
-            dir.read_callback_file(c"size_bytes", data, &|s: &Arc<FileData>, f| {
+            dir.read_callback_file(c"size_bytes", data, &|s: &Arc<Running>, f| {
                 writeln!(f, "{}", s.size_bytes.load(Relaxed))
             });
-            dir.read_callback_file(c"timeout", data, &|s: &Arc<FileData>, f| {
+            dir.read_callback_file(c"timeout", data, &|s: &Arc<Running>, f| {
                 writeln!(f, "{}", s.session.table().timeout_jiffies())
             });
-            dir.read_callback_file(c"blocksize_bits", data, &|s: &Arc<FileData>, f| {
+            dir.read_callback_file(c"blocksize_bits", data, &|s: &Arc<Running>, f| {
                 writeln!(f, "{}", s.block_bytes.load(Relaxed).trailing_zeros())
             });
-            dir.read_callback_file(c"flags", data, &|s: &Arc<FileData>, f| {
+            // Who waits for all files waits for the last one.
+            dir.read_callback_file(c"flags", data, &|s: &Arc<Running>, f| {
                 write_flags(s.flags, f)
             });
         }),

@@ -187,13 +187,17 @@ impl Device {
     /// Undoes what was configured, as in `nbd_config_put()`, and removes the partitions if `held` is
     /// given. A device that has not got its size has none. The caller holds the configuration lock.
     fn tear_down(&self, held: Option<&OpenMutexHeld<'_>>, config: &mut Config) {
-        config.remove_debugfs();
+        self.show(None);
+        self.remove_debugfs();
         config.end(&self.disk);
         if config.session.is_some() {
             // Nothing is in flight, and requests that arrive from now on are failed. The session is
             // released by a work item, since that waits for a grace period of SRCU.
             self.session.retract(&self.disk);
-            self.usage.lock().session_retracted = true;
+            let mut usage = self.usage.lock();
+            usage.session_retracted = true;
+            usage.debugfs_wanted = false;
+            drop(usage);
             self.jobs.clone().queue_jobs();
         }
         self.disk.invalidate();

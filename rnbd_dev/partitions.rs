@@ -69,8 +69,8 @@ impl Device {
         }
     }
 
-    /// Makes the work item that reads the partition table a job of the device, if that is wanted. Returns
-    /// whether it is: the caller then queues the job.
+    /// Makes the work item that reads the partition table a job of the device, if that is wanted, and
+    /// returns whether it is. The caller queues the jobs.
     pub(super) fn note_wanted_scan(&self, config: &Config) -> bool {
         let wanted = config.scan != Scan::Done;
         if wanted {

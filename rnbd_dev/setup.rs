@@ -323,7 +323,7 @@ impl Device {
             config.sized_at = config.session.as_ref().map(|s| s.table().losses());
             return Ok(true);
         }
-        if let Some(data) = &config.debugfs_data {
+        if let Some(data) = &config.running {
             data.size_bytes.store(size_bytes, Relaxed);
             data.block_bytes.store(block_bytes, Relaxed);
         }

@@ -10,7 +10,7 @@ use super::{
         Interrupted,
         Wait, //
     },
-    debugfs::FileData,
+    running::Running,
     Device,
     State,
     QUEUE_DEPTH, //
@@ -237,7 +237,7 @@ impl Device {
         }
         self.reconnect_all(&session, &sockets)?;
         self.pid.store(task::current_pid(), Relaxed);
-        if let Some(data) = &config.debugfs_data {
+        if let Some(data) = &config.running {
             data.pid.store(task::current_pid(), Relaxed);
         }
         self.queue_wanted_scan(config);
@@ -339,8 +339,8 @@ impl Device {
         }
         session.start_receiving();
         self.usage.lock().debugfs_wanted = true;
-        // A program that opens the device does not wait for this ([`Self::wait_for_first_block()`]).
         self.note_wanted_scan(config);
+        // A program that opens the device does not wait for that ([`Self::wait_for_first_block()`]).
         self.jobs.clone().queue_jobs_soon();
         Ok(session)
     }
@@ -362,8 +362,8 @@ impl Device {
         if config.disconnect_requested {
             session.table().fate.request_disconnect();
         }
-        let data = Arc::new(
-            FileData {
+        let running = Arc::new(
+            Running {
                 pid: Atomic::new(task::current_pid()),
                 session: session.clone(),
                 flags: config.flags,
@@ -372,7 +372,8 @@ impl Device {
             },
             GFP_KERNEL,
         )?;
-        config.debugfs_data = Some(data);
+        config.running = Some(running.clone());
+        self.show(Some(running));
         // The image gets a `diskseq` of its own.
         self.disk.force_media_change();
         // A write to `queue/write_cache` since the last session must not keep this one from

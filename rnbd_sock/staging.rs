@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Stages commands and sends what is staged, with the lock of the outbox held (`nbd_send_cmd()`).
+//! The outbox of a connection: stages commands, and sends what is staged.
 
 #![forbid(unsafe_code)]
 

@@ -166,11 +166,14 @@ class Device:
 
     def dead_connections(self):
         """The number of dead connections, which only rnbd shows, in debugfs."""
-        try:
-            with open(f"/sys/kernel/debug/nbd/{self.name}/connections") as file:
-                return sum("state=dead" in line for line in file)
-        except OSError:
-            return 0
+        # The file comes soon after the device was connected.
+        for _ in range(20 if os.path.exists("/sys/module/rnbd") else 1):
+            try:
+                with open(f"/sys/kernel/debug/nbd/{self.name}/connections") as file:
+                    return sum("state=dead" in line for line in file)
+            except OSError:
+                time.sleep(0.05)
+        return 0
 
     def reconfigure(self, netlink, changes):
         payload = attribute(INDEX, struct.pack("=I", self.index)) + changes

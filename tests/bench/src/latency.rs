@@ -30,7 +30,7 @@ use crate::server;
 const CONNECTIONS: [usize; 3] = [1, 4, 16];
 /// Of each kind, in each round.
 const TIMES: usize = 15;
-/// How often a connect is tried again.
+/// How often a connect to nbd.ko is tried again.
 const TRIES: usize = 5;
 /// Devices that are there from the beginning. One that is added comes after them.
 const DEVICES: u32 = 2;
@@ -58,13 +58,27 @@ const FLAGS: u64 = 1 | (1 << 2) | (1 << 8);
 
 type Attr = Nlattr<u16, Buffer>;
 
+/// What is connected, and for how long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+enum Kind {
+    /// A device that exists, for no time.
+    Same,
+    /// As before, for [`LIFE`].
+    Lived,
+    /// A device that is added by the connect, for no time, and removed after the disconnect.
+    New,
+}
+
+/// How long a device is connected that is in use for some time: what a driver does soon after the connect
+/// is done by then.
+const LIFE: Duration = Duration::from_millis(40);
+
 /// One connect and disconnect.
 #[derive(Debug, Serialize, Deserialize)]
 pub struct Sample {
     client: Client,
     connections: usize,
-    /// The device is added by the connect, and removed after the disconnect.
-    new: bool,
+    kind: Kind,
     connect_us: f64,
     disconnect_us: f64,
 }
@@ -86,14 +100,14 @@ fn measure(client: Client) -> Outcome<()> {
     let _module = Module::load_with(client, DEVICES as usize)?;
     let netlink = Netlink::open()?;
     for connections in CONNECTIONS {
-        for new in [false, true] {
+        for kind in [Kind::Same, Kind::Lived, Kind::New] {
             for time in 0..=TIMES {
                 let (connect_us, disconnect_us) =
-                    netlink.connect_until_it_works(connections, new)?;
+                    netlink.connect_once(client, connections, kind)?;
                 let sample = Sample {
                     client,
                     connections,
-                    new,
+                    kind,
                     connect_us,
                     disconnect_us,
                 };
@@ -132,19 +146,9 @@ impl Netlink {
         Ok(netlink)
     }
 
-    /// As [`Self::connect_once()`]. nbd.ko refuses a device that it has not quite removed, now and then.
-    fn connect_until_it_works(&self, connections: usize, new: bool) -> Outcome<(f64, f64)> {
-        for _ in 0..TRIES {
-            if let Ok(taken) = self.connect_once(connections, new) {
-                return Ok(taken);
-            }
-            thread::sleep(Duration::from_millis(50));
-        }
-        self.connect_once(connections, new)
-    }
-
     /// Answers how many microseconds the connect and the disconnect take.
-    fn connect_once(&self, connections: usize, new: bool) -> Outcome<(f64, f64)> {
+    fn connect_once(&self, client: Client, connections: usize, kind: Kind) -> Outcome<(f64, f64)> {
+        let new = kind == Kind::New;
         let mut sockets = Vec::new();
         for _ in 0..connections {
             let (ours, theirs) = UnixStream::pair()?;
@@ -165,9 +169,19 @@ impl Netlink {
             attr(CLIENT_FLAGS, flags)?,
             list,
         ];
-        let connect_us = time(|| self.ask(CONNECT, attrs.clone()))?;
+        let mut tries = 0;
+        let connect_us = loop {
+            match time(|| self.ask(CONNECT, attrs.clone())) {
+                // It refuses a device that it has not quite removed, now and then.
+                Err(_) if new && client == Client::Nbd && tries < TRIES => tries += 1,
+                other => break other?,
+            }
+            thread::sleep(Duration::from_millis(50));
+        };
         drop(sockets);
-        // As a sandbox does that ends at once.
+        if kind == Kind::Lived {
+            thread::sleep(LIFE);
+        }
         let attrs = vec![attr(INDEX, index)?];
         let disconnect_us = time(|| self.ask(DISCONNECT, attrs))?;
         let path = format!("/sys/block/nbd{index}");
@@ -222,24 +236,28 @@ fn time<T>(f: impl FnOnce() -> Outcome<T>) -> Outcome<f64> {
 
 /// Prints the medians, in milliseconds.
 pub fn report(file: &Path) -> Outcome<()> {
-    let mut cells: BTreeMap<(usize, bool), BTreeMap<Client, Vec<Sample>>> = BTreeMap::new();
+    let mut cells: BTreeMap<(usize, Kind), BTreeMap<Client, Vec<Sample>>> = BTreeMap::new();
     for line in std::fs::read_to_string(file)?.lines() {
         let Ok(sample) = serde_json::from_str::<Sample>(line) else {
             continue;
         };
-        let cell = cells.entry((sample.connections, sample.new)).or_default();
+        let cell = cells.entry((sample.connections, sample.kind)).or_default();
         cell.entry(sample.client).or_default().push(sample);
     }
     println!(
         "Connecting and disconnecting, median in ms: nbd.ko, rnbd, and rnbd's part of nbd.ko's\n"
     );
     println!("connections device    connect              disconnect           both");
-    for ((connections, new), clients) in &cells {
+    for ((connections, kind), clients) in &cells {
         let (Some(nbd), Some(rnbd)) = (clients.get(&Client::Nbd), clients.get(&Client::Rnbd))
         else {
             continue;
         };
-        let device = if *new { "new" } else { "same" };
+        let device = match kind {
+            Kind::Same => "same",
+            Kind::Lived => "lived",
+            Kind::New => "new",
+        };
         print!("{connections:>11} {device:<6}");
         let both = |sample: &Sample| sample.connect_us + sample.disconnect_us;
         let kinds: [&dyn Fn(&Sample) -> f64; 3] = [

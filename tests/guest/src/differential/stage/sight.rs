@@ -3,12 +3,14 @@
 //! What can be seen of a device, in words that are the same for every run of a sequence.
 
 use std::fs;
+use std::time::Duration;
 
 use rustix::io::Errno;
 
 use super::{Stage, Step};
 use crate::device::{self, errno};
 use crate::differential::operations::Dev;
+use crate::harness::wait_until;
 use crate::proto::{self, Command};
 
 impl Stage {
@@ -58,9 +60,11 @@ impl Stage {
             "queue/nr_requests",
         ];
         let debugfs = ["tasks", "size_bytes", "timeout", "blocksize_bits", "flags"];
-        if device::pid(self.index(device)).is_some() {
-            device::debugfs(self.index(device));
-        }
+        // rnbd makes the files soon after the start.
+        let _ = wait_until(Duration::from_secs(1), || {
+            let started = device::pid(self.index(device)).is_some();
+            !started || self.debugfs(device, "flags") != "-"
+        });
         let mut seen = Step::new();
         for name in sysfs {
             seen.push((format!("{device:?} {name}"), self.sysfs(device, name)));
