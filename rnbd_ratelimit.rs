@@ -3,7 +3,10 @@
 
 #![forbid(unsafe_code)]
 
-use crate::kapi::task;
+use crate::{
+    kapi::task,
+    pure::time::elapsed, //
+};
 use kernel::sync::atomic::{
     Atomic,
     Relaxed, //
@@ -34,7 +37,7 @@ impl Ratelimit {
     pub(crate) fn allow(&self) -> bool {
         let now = task::jiffies();
         let interval = Self::INTERVAL_SECONDS * task::HZ as usize;
-        if now.wrapping_sub(self.begin.load(Relaxed)) > interval {
+        if elapsed(now, self.begin.load(Relaxed)) > interval {
             self.begin.store(now, Relaxed);
             self.printed.store(0, Relaxed);
         }

@@ -168,6 +168,11 @@ pub(crate) fn jiffies() -> usize {
     unsafe { (&raw const bindings::jiffies).read_volatile() }
 }
 
+/// Returns a number of jiffies in milliseconds.
+pub(crate) fn jiffies_to_ms(jiffies: usize) -> u64 {
+    (jiffies as u64).saturating_mul(1000) / u64::from(HZ)
+}
+
 /// A point in time at which a wait ends, in jiffies.
 pub(crate) struct Deadline(usize);
 

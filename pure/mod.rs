@@ -12,3 +12,4 @@ pub(crate) mod cmd;
 pub(crate) mod fate;
 pub(crate) mod proto;
 pub(crate) mod ring;
+pub(crate) mod time;

@@ -26,7 +26,8 @@ use crate::{
             Exhausted,
             Snapshot, //
         },
-        proto::flags, //
+        proto::flags,
+        time::elapsed, //
     },
     rnbd_sock::{
         Connection,
@@ -249,7 +250,7 @@ impl Session {
             }
             Err(since) => since,
         };
-        (now.wrapping_sub(since) as u64) < patience
+        (elapsed(now, since) as u64) < patience
     }
 }
 

@@ -4,7 +4,10 @@
 
 #![forbid(unsafe_code)]
 
-use crate::kapi::task;
+use crate::{
+    kapi::task,
+    pure::time::elapsed, //
+};
 use kernel::{
     fmt,
     sync::atomic::{
@@ -73,13 +76,13 @@ impl Traffic {
 
     /// Returns the time since the last receive, in jiffies.
     pub(crate) fn idle_jiffies(&self) -> usize {
-        task::jiffies().wrapping_sub(self.received_at.load(Relaxed))
+        elapsed(task::jiffies(), self.received_at.load(Relaxed))
     }
 
     /// Returns the time for which nothing was received, in jiffies, counted from the last send after
     /// which no reply was awaited.
     pub(super) fn silent_jiffies(&self) -> usize {
-        let awaiting = task::jiffies().wrapping_sub(self.awaiting_since.load(Relaxed));
+        let awaiting = elapsed(task::jiffies(), self.awaiting_since.load(Relaxed));
         awaiting.min(self.idle_jiffies())
     }
 
@@ -93,7 +96,7 @@ impl Traffic {
             self.bytes_sent.load(Relaxed),
             self.replies.load(Relaxed),
             self.bytes_received.load(Relaxed),
-            self.idle_jiffies() as u64 * 1000 / u64::from(task::HZ)
+            task::jiffies_to_ms(self.idle_jiffies())
         )
     }
 }

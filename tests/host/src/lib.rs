@@ -48,5 +48,6 @@ mod ring;
 mod sending;
 mod session;
 mod socket;
+mod time;
 mod waits;
 mod wire;
