@@ -42,6 +42,7 @@ use kernel::{
 };
 use rnbd_netlink::{
     events,
+    listing::Listing,
     Netlink, //
 };
 use rnbd_registry::{
@@ -52,9 +53,10 @@ use rnbd_shared::Shared;
 
 /// Everything that the module holds, in the order in which it is dropped.
 ///
-/// The netlink family is unregistered first, so that no new requests from user space arrive, and then
+/// The netlink families are unregistered first, so that no new requests from user space arrive, and then
 /// the notifier. Then the devices are removed, and then the resources that they use are released.
 struct Rnbd {
+    _listing: Registration<Listing>,
     _netlink: Registration<Netlink>,
     _owners: Notifier<Owners>,
     _devices: AllDevices,
@@ -113,7 +115,12 @@ impl kernel::Module for Rnbd {
         let netlink = Netlink {
             registry: registry.clone(),
         };
-        let netlink = Registration::new(netlink, group)?;
+        let netlink = Registration::new(netlink, Some(group))?;
+        let listing = Listing {
+            registry: registry.clone(),
+        };
+        // Nothing after this may fail: a user may have begun a list.
+        let listing = Registration::new(listing, None)?;
         for index in 0..count {
             // As in nbd.c, the module is loaded even if some of the devices could not be added. A
             // device may exist already, because user space can use the netlink family by now.
@@ -122,6 +129,7 @@ impl kernel::Module for Rnbd {
             }
         }
         Ok(Rnbd {
+            _listing: listing,
             _netlink: netlink,
             _owners: owners,
             _devices: devices,

@@ -11,7 +11,7 @@ mod debugfs;
 pub(crate) mod disconnect;
 mod lifetime;
 mod partitions;
-mod running;
+pub(crate) mod running;
 mod setup;
 mod start;
 

@@ -263,6 +263,14 @@ impl Registry {
         self.with(|devices| devices.get(&index).cloned())
     }
 
+    /// Returns the first device whose index is `from` or more.
+    pub(crate) fn next(&self, from: u32) -> Option<Arc<Disk<Nbd>>> {
+        self.with(|devices| {
+            let cursor = devices.cursor_lower_bound(&from)?;
+            Some(cursor.current().1.clone())
+        })
+    }
+
     /// Returns the device `wanted`, or the first unused one, and adds it if it does not exist
     /// (`nbd_dev_add()`).
     ///

@@ -224,8 +224,34 @@ impl Session {
 
     /// Returns the connection that has this index now.
     fn connection_at(&self, index: usize) -> Option<Arc<Connection>> {
+        Some(self.place(index)?.0)
+    }
+
+    /// Returns the connection that has this index now, and how often it was replaced.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub(crate) fn place(&self, index: usize) -> Option<(Arc<Connection>, u32)> {
         let connections = self.connections.lock();
-        connections.get(index).map(|place| place.connection.clone())
+        let place = connections.get(index)?;
+        Some((place.connection.clone(), place.reconnects))
+    }
+
+    /// Returns the number of connections, and how many of them are alive.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub(crate) fn count(&self) -> (usize, usize) {
+        let connections = self.connections.lock();
+        let alive = connections.iter().filter(|p| p.connection.is_alive());
+        (connections.len(), alive.count())
+    }
+
+    /// Returns the time in jiffies for which requests wait for a new connection.
+    pub(crate) fn dead_timeout_jiffies(&self) -> u64 {
+        self.dead_timeout_jiffies.load(Relaxed)
     }
 
     /// Writes a line for each connection: its index, and `name=value` pairs.

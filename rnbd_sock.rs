@@ -16,6 +16,7 @@
 
 mod draining;
 mod receiving;
+mod report;
 mod sending;
 mod staging;
 mod stream;
@@ -44,7 +45,6 @@ use crate::{
     rnbd_table::Table, //
 };
 use kernel::{
-    fmt,
     impl_has_delayed_work,
     impl_has_work,
     new_delayed_work,
@@ -70,10 +70,12 @@ use kernel::{
     }, //
 };
 use receiving::WORKER_CALLS;
+use report::Addresses;
 use sending::Sending;
 use stream::Receive;
 use traffic::Traffic;
 
+pub(crate) use report::Life;
 pub(crate) use sending::Pace;
 pub(crate) use stream::send_disconnect_on;
 
@@ -101,6 +103,7 @@ pub(crate) struct Connection {
     index: u16,
     table: Arc<Table>,
     socket: Socket,
+    addresses: Addresses,
     state: Atomic<u32>,
     traffic: Traffic,
     /// Completed when the connection was reaped.
@@ -262,6 +265,7 @@ impl Connection {
     /// May sleep.
     pub(crate) fn prepare(index: u16, table: Arc<Table>, socket: Socket) -> Result<Prepared> {
         let memory = HookMemory::new()?;
+        let addresses = Addresses::of(&socket);
         let sending = Sending::new()?;
         let receive = Receive::new()?;
         let connection = Arc::pin_init(
@@ -269,6 +273,7 @@ impl Connection {
                 index,
                 table,
                 socket,
+                addresses,
                 state: Atomic::new(ALIVE),
                 traffic: Traffic::new(),
                 reaped <- Completion::new(),
@@ -311,16 +316,6 @@ impl Connection {
     /// Returns the connection's counters.
     pub(crate) fn traffic(&self) -> &Traffic {
         &self.traffic
-    }
-
-    /// Writes the connection's state and counters as `name=value` pairs.
-    pub(crate) fn describe(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self.state.load(Acquire) {
-            ALIVE => "state=alive ",
-            DRAINING => "state=draining ",
-            _ => "state=dead ",
-        })?;
-        self.traffic.describe(f)
     }
 
     /// Waits until the connection was reaped. It must have been marked as dead.

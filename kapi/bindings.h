@@ -10,6 +10,7 @@
 #include <linux/blk-mq.h>
 #include <linux/in.h>
 #include <net/af_vsock.h>
+#include <net/genetlink.h>
 #include <net/sock.h>
 #include <net/tcp.h>
 #include <net/tls.h>
@@ -72,6 +73,7 @@ RNBD_CONST(size_t, SK_USER_DATA_PSOCK);
 RNBD_CONST(u32, IPPROTO_TCP);
 RNBD_CONST(u32, IPPROTO_MPTCP);
 RNBD_CONST(u32, HZ);
+RNBD_CONST(u8, GENL_ADMIN_PERM);
 RNBD_CONST(u32, SOFTIRQ_DISABLE_OFFSET);
 RNBD_CONST(u32, HARDIRQ_MASK);
 
@@ -82,6 +84,7 @@ RNBD_OFFSET(struct sock, sk_lock.slock, SK_SLOCK);
 RNBD_OFFSET(struct inet_connection_sock, icsk_ulp_ops, ULP_OPS);
 RNBD_OFFSET(struct inet_connection_sock, icsk_ulp_data, ULP_DATA);
 RNBD_OFFSET(struct net, genl_sock, GENL_SOCK);
+RNBD_OFFSET(struct genl_dumpit_info, info, DUMPIT_INFO);
 RNBD_OFFSET(struct tcp_ulp_ops, name, ULP_NAME);
 RNBD_OFFSET(struct tls_context, tx_lock, TLS_TX_LOCK);
 RNBD_OFFSET(struct vsock_sock, peer_shutdown, PEER_SHUTDOWN);

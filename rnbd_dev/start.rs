@@ -38,6 +38,7 @@ use crate::{
 };
 use kernel::{
     prelude::*,
+    str::CString,
     sync::{
         atomic::{
             Atomic,
@@ -362,11 +363,18 @@ impl Device {
         if config.disconnect_requested {
             session.table().fate.request_disconnect();
         }
+        let backend = self
+            .backend
+            .lock()
+            .as_ref()
+            .map(|b| CString::try_from(&**b));
         let running = Arc::new(
             Running {
                 pid: Atomic::new(task::current_pid()),
                 session: session.clone(),
                 flags: config.flags,
+                backend: backend.transpose()?,
+                by_netlink: config.bound,
                 size_bytes: Atomic::new(config.size_bytes),
                 block_bytes: Atomic::new(config.block_bytes),
             },

@@ -261,6 +261,7 @@ impl Connection {
         })?;
         self.traffic.replied();
         if let Some(error) = ServerError::from_wire(reply.error) {
+            self.traffic.failed();
             let outcome = if error == ServerError::Shutdown {
                 // The command may be sent again at once, but not here.
                 self.drain();

@@ -25,9 +25,25 @@ pub(crate) struct Traffic {
     /// The time of the last send while no reply was awaited, in jiffies.
     awaiting_since: Atomic<usize>,
     replies: Atomic<u64>,
+    /// Replies with an error.
+    errors: Atomic<u64>,
     bytes_received: Atomic<u64>,
     /// The time of the last receive, in jiffies.
     received_at: Atomic<usize>,
+}
+
+/// The counters of a connection at one time. They are not of the very same moment.
+pub(crate) struct Totals {
+    /// Requests that were sent and not answered.
+    pub(crate) in_flight: u64,
+    pub(crate) requests: u64,
+    pub(crate) replies: u64,
+    /// Replies with an error.
+    pub(crate) errors: u64,
+    pub(crate) bytes_sent: u64,
+    pub(crate) bytes_received: u64,
+    /// The time since anything was received, in milliseconds.
+    pub(crate) idle_ms: u64,
 }
 
 /// Adds to a counter that has only one writer at a time.
@@ -43,6 +59,7 @@ impl Traffic {
             bytes_sent: Atomic::new(0),
             awaiting_since: Atomic::new(task::jiffies()),
             replies: Atomic::new(0),
+            errors: Atomic::new(0),
             bytes_received: Atomic::new(0),
             received_at: Atomic::new(task::jiffies()),
         }
@@ -66,6 +83,24 @@ impl Traffic {
     /// Counts a reply.
     pub(crate) fn replied(&self) {
         add(&self.replies, 1);
+    }
+
+    /// Counts a reply with an error, which was counted as a reply.
+    pub(crate) fn failed(&self) {
+        add(&self.errors, 1);
+    }
+
+    /// Returns the counters as they are now.
+    pub(crate) fn totals(&self) -> Totals {
+        Totals {
+            in_flight: self.awaited(),
+            requests: self.requests_sent.load(Relaxed),
+            replies: self.replies.load(Relaxed),
+            errors: self.errors.load(Relaxed),
+            bytes_sent: self.bytes_sent.load(Relaxed),
+            bytes_received: self.bytes_received.load(Relaxed),
+            idle_ms: task::jiffies_to_ms(self.idle_jiffies()),
+        }
     }
 
     /// Returns the number of replies that are awaited.

@@ -18,6 +18,7 @@
 //bindgen: --allowlist-function genl_register_family
 //bindgen: --allowlist-function genl_unregister_family
 //bindgen: --allowlist-function genlmsg_put
+//bindgen: --allowlist-function nla_append
 //bindgen: --allowlist-function nla_put
 //bindgen: --allowlist-var NLA_.*
 //bindgen: --allowlist-var genl_validate_flags.*

@@ -111,3 +111,11 @@ pub(crate) fn put(to: &mut KVec<u8>, kind: u16, value: &[u8]) -> Result {
     }
     Ok(())
 }
+
+/// Appends a string, with the zero byte at its end. The errors and the context are those of [`put()`].
+pub(crate) fn put_string(to: &mut KVec<u8>, kind: u16, text: &[u8]) -> Result {
+    let mut terminated = KVec::with_capacity(text.len() + 1, GFP_KERNEL)?;
+    terminated.extend_from_slice(text, GFP_KERNEL)?;
+    terminated.push(0, GFP_KERNEL)?;
+    put(to, kind, &terminated)
+}

@@ -8,13 +8,20 @@
 
 use super::{
     attr::Attr,
+    dump::{
+        info_of,
+        Dump, //
+    },
     message::{
-        Address,
+        Destination,
         Message, //
     },
     port::Sender, //
 };
-use crate::kapi::bindings;
+use crate::kapi::{
+    bindings,
+    errno::EOPNOTSUPP, //
+};
 use core::{
     marker::PhantomData,
     ptr::NonNull, //
@@ -42,8 +49,14 @@ pub(crate) trait Commands: Sized + Send + Sync + 'static {
     const VERSION: u32;
     /// The policies of the attributes, indexed by attribute number. There must be at least numbers 0 and 1.
     const POLICY: &'static [Policy];
-    /// The numbers of the commands.
+    /// The numbers of the commands that [`Self::run()`] carries out.
     const COMMANDS: &'static [u8];
+    /// The commands that [`Self::dump()`] answers. Only a strict family may have any. The family must then not
+    /// be unregistered before the module is unloaded.
+    const DUMPS: &'static [List] = &[];
+    /// Whether netlink refuses a message with an attribute that is unknown or has another length than its
+    /// policy says.
+    const STRICT: bool = false;
 
     /// Carries out a command.
     ///
@@ -54,7 +67,30 @@ pub(crate) trait Commands: Sized + Send + Sync + 'static {
     /// # Context
     ///
     /// Process context. May sleep. Several commands may run at the same time.
-    fn run(&self, command: u8, info: &Info<'_>) -> Result;
+    fn run(&self, _command: u8, _info: &Info<'_>) -> Result {
+        Err(EOPNOTSUPP.into())
+    }
+
+    /// Adds messages to a part of the answer to a command, until all were added or [`Dump::add()`] fails.
+    ///
+    /// # Errors
+    ///
+    /// `EMSGSIZE` of [`Dump::add()`] ends the part, if it is not empty. Any other error ends the answer.
+    ///
+    /// # Context
+    ///
+    /// Process context. May sleep. Several commands may run at the same time.
+    fn dump(&self, _command: u8, _dump: &mut Dump<'_>) -> Result {
+        Err(EOPNOTSUPP.into())
+    }
+}
+
+/// A command that is answered with a list.
+pub(crate) struct List {
+    /// The number of the command.
+    pub(crate) command: u8,
+    /// Whether the sender must have `CAP_NET_ADMIN` in the initial user namespace.
+    pub(crate) privileged: bool,
 }
 
 /// The requirements for an attribute, against which netlink validates it (`struct nla_policy`).
@@ -140,7 +176,7 @@ impl Group {
         let Some(Registered(family)) = &*family else {
             return Ok(());
         };
-        let to = Address {
+        let to = Destination {
             port: 0,
             sequence: 0,
         };
@@ -192,11 +228,11 @@ impl Group {
 /// A family, together with what its `struct genl_family` points to.
 #[pin_data]
 struct Family<C: Commands> {
-    /// Points to `ops`, to `group` and to static data.
+    /// Points to `ops`, to `group`, if there is one, and to static data.
     #[pin]
     family: Opaque<bindings::genl_family>,
     ops: KVec<bindings::genl_small_ops>,
-    group: Arc<Group>,
+    group: Option<Arc<Group>>,
     commands: C,
 }
 
@@ -214,19 +250,24 @@ unsafe impl<C: Commands> Send for Registration<C> {}
 unsafe impl<C: Commands> Sync for Registration<C> {}
 
 impl<C: Commands> Registration<C> {
-    /// Registers the family of `commands` and gives it the group. A message that is sent to the group
+    /// Registers the family of `commands` and gives it the group, if there is one. A message that is sent to the group
     /// before this returns may be lost.
     ///
     /// # Errors
     ///
     /// - `EBUSY`: another family has the group.
+    /// - `EINVAL`: a family with dumps has a group.
     /// - `EEXIST`: a family of that name is registered already.
     /// - `ENOMEM`: there is no memory.
     ///
     /// # Context
     ///
     /// Process context. May sleep.
-    pub(crate) fn new(commands: C, group: Arc<Group>) -> Result<Self> {
+    pub(crate) fn new(commands: C, group: Option<Arc<Group>>) -> Result<Self> {
+        if group.is_some() && !C::DUMPS.is_empty() {
+            // To give it the group may fail, and then the family would be unregistered at once.
+            return Err(EINVAL);
+        }
         let family = Family::new(commands, group)?;
         let raw = family.family.get();
         // SAFETY: The family is pinned. Everything that it points to is static or is owned by it.
@@ -235,7 +276,9 @@ impl<C: Commands> Registration<C> {
         let this = Registration(family);
         // INVARIANT: The family is registered until `drop()`, which takes the group away before it
         // unregisters the family.
-        this.0.group.bind(Registered(this.raw()))?;
+        if let Some(group) = &this.0.group {
+            group.bind(Registered(this.raw()))?;
+        }
         Ok(this)
     }
 
@@ -247,7 +290,9 @@ impl<C: Commands> Registration<C> {
 impl<C: Commands> Drop for Registration<C> {
     fn drop(&mut self) {
         let raw = self.raw();
-        self.0.group.unbind(raw);
+        if let Some(group) = &self.0.group {
+            group.unbind(raw);
+        }
         // SAFETY: By the type invariant, the family is registered. It is not used after this.
         unsafe { bindings::genl_unregister_family(raw.as_ptr()) };
     }
@@ -262,10 +307,13 @@ impl<C: Commands> Family<C> {
         C::POLICY.len() as u16 - 1
     };
 
-    fn new(commands: C, group: Arc<Group>) -> Result<Pin<KBox<Self>>> {
-        let mut ops = KVec::with_capacity(C::COMMANDS.len(), GFP_KERNEL)?;
+    fn new(commands: C, group: Option<Arc<Group>>) -> Result<Pin<KBox<Self>>> {
+        let mut ops = KVec::with_capacity(C::COMMANDS.len() + C::DUMPS.len(), GFP_KERNEL)?;
         for command in C::COMMANDS {
             ops.push(Self::op(*command), GFP_KERNEL)?;
+        }
+        for list in C::DUMPS {
+            ops.push(Self::dump_op(list), GFP_KERNEL)?;
         }
         let mut family: bindings::genl_family = pin_init::zeroed();
         copy_name(&mut family.name, C::NAME);
@@ -275,13 +323,13 @@ impl<C: Commands> Family<C> {
         family.module = (&raw const bindings::__this_module).cast_mut();
         family.small_ops = ops.as_ptr();
         family.n_small_ops = u8::try_from(ops.len())?;
-        family.mcgrps = &raw const group.raw;
-        family.n_mcgrps = 1;
-        family.resv_start_op = C::COMMANDS
-            .iter()
-            .copied()
-            .max()
-            .map_or(0, |c| c.saturating_add(1));
+        if let Some(group) = &group {
+            family.mcgrps = &raw const group.raw;
+            family.n_mcgrps = 1;
+        }
+        // Commands below this number may have anything in the reserved field of the header.
+        let lax = C::COMMANDS.iter().copied().max().filter(|_| !C::STRICT);
+        family.resv_start_op = lax.map_or(0, |c| c.saturating_add(1));
         family.set_netnsok(1);
         // Otherwise a command of this family would block those of all other families for as long as it runs.
         family.set_parallel_ops(1);
@@ -299,9 +347,24 @@ impl<C: Commands> Family<C> {
     fn op(command: u8) -> bindings::genl_small_ops {
         let mut op: bindings::genl_small_ops = pin_init::zeroed();
         op.cmd = command;
-        op.validate = (bindings::genl_validate_flags_GENL_DONT_VALIDATE_STRICT
-            | bindings::genl_validate_flags_GENL_DONT_VALIDATE_DUMP) as u8;
+        if !C::STRICT {
+            op.validate = (bindings::genl_validate_flags_GENL_DONT_VALIDATE_STRICT
+                | bindings::genl_validate_flags_GENL_DONT_VALIDATE_DUMP)
+                as u8;
+        }
         op.doit = Some(Self::doit);
+        op
+    }
+
+    fn dump_op(list: &List) -> bindings::genl_small_ops {
+        // nbd.c has no such command, so there is no reason to be lax.
+        const { assert!(C::STRICT || C::DUMPS.is_empty()) };
+        let mut op: bindings::genl_small_ops = pin_init::zeroed();
+        op.cmd = list.command;
+        if list.privileged {
+            op.flags = bindings::GENL_ADMIN_PERM;
+        }
+        op.dumpit = Some(Self::dumpit);
         op
     }
 
@@ -332,6 +395,39 @@ impl<C: Commands> Family<C> {
             _call: PhantomData,
         };
         from_result(|| this.commands.run(command, &info).map(|()| 0))
+    }
+}
+
+impl<C: Commands> Family<C> {
+    /// `genl_small_ops.dumpit`: makes a part of the answer to a command.
+    ///
+    /// # Safety
+    ///
+    /// Must be called by generic netlink, for a family of this type.
+    unsafe extern "C" fn dumpit(
+        part: *mut bindings::sk_buff,
+        callback: *mut bindings::netlink_callback,
+    ) -> ffi::c_int {
+        // SAFETY: Generic netlink has passed this callback.
+        let family = unsafe { (*info_of(callback)).family };
+        let family: *const Opaque<bindings::genl_family> = family.cast();
+        // SAFETY: Each `struct genl_family` that has this function as an operation is the field of a `Self`.
+        let this = unsafe { kernel::container_of!(family, Self, family) };
+        // SAFETY: A dump holds a reference to the module, and a family with dumps is not unregistered before
+        // the module is unloaded.
+        let this = unsafe { &*this };
+        // SAFETY: Netlink has passed both for this call. `part` was allocated for it, and nobody else has it.
+        // Generic netlink has parsed the message into `maxattr + 1` attributes.
+        let mut dump = unsafe { Dump::new(part, callback, Self::MAX_ATTR) };
+        let command = dump.command();
+        from_result(|| {
+            let result = this.commands.dump(command, &mut dump);
+            match dump.len() {
+                0 => result.map(|()| 0),
+                // An error other than for lack of room will come again in the next part.
+                len => Ok(ffi::c_int::try_from(len)?),
+            }
+        })
     }
 }
 
@@ -437,7 +533,7 @@ impl<'a> Info<'a> {
         // SAFETY: By the type invariant, `raw` is valid.
         let (family, to, net) = unsafe {
             let raw = &*self.raw;
-            let to = Address {
+            let to = Destination {
                 port: raw.snd_portid,
                 sequence: raw.snd_seq,
             };

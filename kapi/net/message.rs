@@ -12,7 +12,7 @@ use kernel::{
 };
 
 /// The port that a message is sent to, and the sequence number of the message that it replies to.
-pub(super) struct Address {
+pub(super) struct Destination {
     pub(super) port: u32,
     pub(super) sequence: u32,
 }
@@ -40,7 +40,7 @@ impl Message {
     /// `family` must point to a registered family.
     pub(super) unsafe fn new(
         family: *const bindings::genl_family,
-        to: Address,
+        to: Destination,
         command: u8,
         len: usize,
         flags: u32,

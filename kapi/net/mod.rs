@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Networking: sockets, and generic netlink.
 
+pub(crate) mod address;
 pub(crate) mod arrival;
 pub(crate) mod attr;
 mod bh_lock;
 mod callbacks;
 mod context;
+pub(crate) mod dump;
 pub(crate) mod genl;
 pub(crate) mod hook;
 pub(crate) mod iov;

@@ -269,6 +269,15 @@ impl Socket {
         }
     }
 
+    /// Returns the number of the protocol (`IPPROTO_*`), 0 for a UNIX or vsock socket.
+    pub(crate) fn protocol(&self) -> u32 {
+        match self.kind {
+            Kind::Tcp => bindings::IPPROTO_TCP,
+            Kind::Mptcp => bindings::IPPROTO_MPTCP,
+            Kind::Unix | Kind::Vsock => 0,
+        }
+    }
+
     /// Whether there is an upper layer protocol on top of TCP, such as TLS. One can be added at any time, and
     /// stays until the socket is closed.
     pub(crate) fn has_upper_layer(&self) -> bool {

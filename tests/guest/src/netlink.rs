@@ -57,8 +57,11 @@ pub const DISCONNECT_ON_CLOSE: u64 = 1 << 1;
 /// Disconnects the device when the socket that sent the command is closed. nbd.ko does not have it.
 pub const DISCONNECT_ON_RELEASE: u64 = 1 << 32;
 
-/// What the kernel says yes and no with (linux/netlink.h).
+/// What the kernel says yes and no with, and ends a list with (linux/netlink.h).
 const NLMSG_ERROR: u16 = 2;
+const NLMSG_DONE: u16 = 3;
+/// The bytes of struct nlmsghdr.
+const HEADER_LEN: usize = 16;
 
 /// The family of families (linux/genetlink.h).
 const CTRL: u16 = 0x10;
@@ -95,18 +98,18 @@ pub fn nested(kind: u16, items: &[Attr]) -> Attr {
 }
 
 /// The number that the first attribute of this kind has.
-fn number<T: FromBytes>(attrs: &[Attr], kind: u16) -> Option<T> {
+pub fn number<T: FromBytes>(attrs: &[Attr], kind: u16) -> Option<T> {
     let attr = find(attrs, kind)?;
     Some(attr.get_payload_as().expect("a number"))
 }
 
-fn find(attrs: &[Attr], kind: u16) -> Option<&Attr> {
+pub fn find(attrs: &[Attr], kind: u16) -> Option<&Attr> {
     attrs
         .iter()
         .find(|attr| *attr.nla_type().nla_type() == kind)
 }
 
-fn text(attrs: &[Attr], kind: u16) -> Option<String> {
+pub fn text(attrs: &[Attr], kind: u16) -> Option<String> {
     let text = find(attrs, kind)?.payload().as_ref();
     let text = text.strip_suffix(&[0]).expect("a terminated string");
     Some(String::from_utf8(text.to_vec()).expect("text"))
@@ -144,6 +147,11 @@ impl Netlink {
 
     /// As [`Self::open`], where the driver may not be loaded.
     pub fn try_open() -> SysResult<Self> {
+        Self::try_open_family("nbd")
+    }
+
+    /// Opens a socket to talk to a family.
+    pub fn try_open_family(name: &str) -> SysResult<Self> {
         let socket = NlSocket::connect(NlFamily::Generic, None, Groups::empty());
         let mut netlink = Self {
             socket: socket.expect("a netlink socket"),
@@ -158,7 +166,7 @@ impl Netlink {
             sequence: Cell::new(0),
             words: RefCell::default(),
         };
-        netlink.family = netlink.resolve("nbd")?;
+        netlink.family = netlink.resolve(name)?;
         Ok(netlink)
     }
 
@@ -199,26 +207,7 @@ impl Netlink {
 
     /// Sends a command and answers what the kernel said to it, if it said more than yes or no.
     pub fn ask(&self, command: u8, attrs: Vec<Attr>) -> SysResult<Option<Message>> {
-        let sequence = self.sequence.get() + 1;
-        self.sequence.set(sequence);
-        let message: Message = GenlmsghdrBuilder::default()
-            .cmd(command)
-            .version(self.family.version as u8)
-            .attrs(attrs.into_iter().collect::<GenlBuffer<u16, Buffer>>())
-            .build()
-            .expect("a message");
-        let message = NlmsghdrBuilder::default()
-            .nl_type(self.family.id)
-            .nl_flags(NlmF::REQUEST | NlmF::ACK)
-            .nl_seq(sequence)
-            .nl_payload(NlPayload::Payload(message))
-            .build()
-            .expect("a message");
-        let mut bytes = Cursor::new(Vec::new());
-        message.to_bytes(&mut bytes).expect("a message");
-        // When this returns the kernel has carried it out.
-        let sent = self.socket.send(bytes.into_inner(), Msg::empty());
-        sent.expect("to send to the kernel");
+        let sequence = self.send(command, attrs, NlmF::ACK);
         let mut answer = None;
         loop {
             let received = self.receive().expect("an answer of the kernel");
@@ -239,6 +228,68 @@ impl Netlink {
                 other => panic!("the kernel said {other:?}"),
             }
         }
+    }
+
+    /// Sends a command. The kernel has carried it out when this returns.
+    fn send(&self, command: u8, attrs: Vec<Attr>, flags: NlmF) -> u32 {
+        let sequence = self.sequence.get() + 1;
+        self.sequence.set(sequence);
+        let message: Message = GenlmsghdrBuilder::default()
+            .cmd(command)
+            .version(self.family.version as u8)
+            .attrs(attrs.into_iter().collect::<GenlBuffer<u16, Buffer>>())
+            .build()
+            .expect("a message");
+        let message = NlmsghdrBuilder::default()
+            .nl_type(self.family.id)
+            .nl_flags(NlmF::REQUEST | flags)
+            .nl_seq(sequence)
+            .nl_payload(NlPayload::Payload(message))
+            .build()
+            .expect("a message");
+        let mut bytes = Cursor::new(Vec::new());
+        message.to_bytes(&mut bytes).expect("a message");
+        let sent = self.socket.send(bytes.into_inner(), Msg::empty());
+        sent.expect("to send to the kernel");
+        sequence
+    }
+
+    /// Has the kernel list something: the attributes of each entry.
+    pub fn list(&self, command: u8, attrs: Vec<Attr>) -> SysResult<Vec<Vec<Attr>>> {
+        self.begin_list(command, attrs);
+        let mut entries = Vec::new();
+        while !self.receive_part(&mut entries)? {}
+        Ok(entries)
+    }
+
+    /// Asks for a list. The kernel then makes its first part.
+    pub fn begin_list(&self, command: u8, attrs: Vec<Attr>) {
+        self.send(command, attrs, NlmF::DUMP);
+    }
+
+    /// Receives a part of a list. Answers whether it was the last one.
+    pub fn receive_part(&self, entries: &mut Vec<Vec<Attr>>) -> SysResult<bool> {
+        let mut bytes = vec![0; 32 << 10];
+        let (len, _) = self.socket.recv(&mut bytes, Msg::empty()).expect("a part");
+        let mut rest = &bytes[..len];
+        while let Some((header, _)) = rest.split_first_chunk::<HEADER_LEN>() {
+            let len = u32::from_ne_bytes(header[..4].try_into().unwrap()) as usize;
+            let kind = u16::from_ne_bytes(header[4..6].try_into().unwrap());
+            let message = &rest[..len];
+            if [NLMSG_ERROR, NLMSG_DONE].contains(&kind) {
+                let errno = i32::from_ne_bytes(message[HEADER_LEN..][..4].try_into().unwrap());
+                return match errno {
+                    0 => Ok(true),
+                    errno => Err(Errno::from_raw_os_error(-errno)),
+                };
+            }
+            let message: Nlmsghdr<u16, Message> =
+                Nlmsghdr::from_bytes(&mut Cursor::new(message.to_vec())).expect("a message");
+            let payload = message.get_payload().expect("an entry");
+            entries.push(payload.attrs().as_ref().to_vec());
+            rest = &rest[len.next_multiple_of(4)..];
+        }
+        Ok(false)
     }
 
     /// Sends whatever bytes, and answers with the errnos that the kernel has said to them; 0 is yes. It

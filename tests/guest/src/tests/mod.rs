@@ -20,6 +20,7 @@ mod journals;
 mod late_writes;
 mod leftovers;
 mod limits;
+mod listing;
 mod long;
 mod module;
 mod multi;
@@ -66,6 +67,7 @@ pub fn all() -> Vec<Test> {
         transports::tests(),
         shared_sockets::tests(),
         netlink::tests(),
+        listing::tests(),
         shutdowns::tests(),
         races::tests(),
         faults::tests(),

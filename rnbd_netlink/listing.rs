@@ -1,0 +1,305 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The generic netlink family "rnbd": lists devices and connections.
+//!
+//! `Documentation/netlink/rnbd.yaml` describes it for programs.
+
+#![forbid(unsafe_code)]
+
+use crate::{
+    kapi::{
+        errno::EOPNOTSUPP,
+        net::{
+            attr,
+            dump::Dump,
+            genl::{
+                Commands,
+                List,
+                Policy, //
+            },
+        },
+        task, //
+    },
+    rnbd_dev::{
+        running::Running,
+        Device, //
+    },
+    rnbd_registry::Registry,
+    rnbd_session::Session,
+    rnbd_sock::{
+        Connection,
+        Life, //
+    }, //
+};
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
+
+const CMD_DEVICE_GET: u8 = 1;
+const CMD_CONNECTION_GET: u8 = 2;
+
+/// The index of a device, in each message and answer.
+const INDEX: u16 = 1;
+
+/// The other attributes of a device.
+mod device {
+    pub(super) const STATE: u16 = 2;
+    pub(super) const INTERFACE: u16 = 3;
+    pub(super) const PID: u16 = 4;
+    pub(super) const BACKEND: u16 = 5;
+    pub(super) const SIZE: u16 = 6;
+    pub(super) const BLOCK_SIZE: u16 = 7;
+    pub(super) const FLAGS: u16 = 8;
+    pub(super) const CONNECTIONS: u16 = 9;
+    pub(super) const ALIVE: u16 = 10;
+    pub(super) const TIMEOUT: u16 = 11;
+    pub(super) const DEAD_CONN_TIMEOUT: u16 = 12;
+}
+
+/// The other attributes of a connection.
+mod connection {
+    pub(super) const INDEX: u16 = 2;
+    pub(super) const STATE: u16 = 3;
+    pub(super) const PEER: u16 = 4;
+    pub(super) const LOCAL: u16 = 5;
+    pub(super) const PROTOCOL: u16 = 6;
+    pub(super) const ULP: u16 = 7;
+    pub(super) const IN_FLIGHT: u16 = 8;
+    pub(super) const REQUESTS: u16 = 9;
+    pub(super) const REPLIES: u16 = 10;
+    pub(super) const ERRORS: u16 = 11;
+    pub(super) const BYTES_SENT: u16 = 12;
+    pub(super) const BYTES_RECEIVED: u16 = 13;
+    pub(super) const RECONNECTS: u16 = 14;
+    pub(super) const IDLE: u16 = 15;
+    pub(super) const SILENT: u16 = 16;
+}
+
+/// How much is told of a backend's identifier, in bytes: what is told of a device has to fit into a message.
+const BACKEND_BYTES: usize = 2048;
+
+/// The state of a device.
+#[derive(Clone, Copy)]
+enum State {
+    Unused = 0,
+    Connected = 1,
+    Lost = 2,
+    Ended = 3,
+}
+
+/// The commands of the family.
+pub(crate) struct Listing {
+    pub(crate) registry: Arc<Registry>,
+}
+
+impl Commands for Listing {
+    const NAME: &'static CStr = c"rnbd";
+    const VERSION: u32 = 1;
+    const POLICY: &'static [Policy] = &[Policy::ANY, Policy::U32];
+    const COMMANDS: &'static [u8] = &[];
+    const DUMPS: &'static [List] = &[
+        List {
+            command: CMD_DEVICE_GET,
+            privileged: false,
+        },
+        // debugfs shows connections to root only.
+        List {
+            command: CMD_CONNECTION_GET,
+            privileged: true,
+        },
+    ];
+    const STRICT: bool = true;
+
+    /// Lists devices or connections, of one device if the message names it.
+    ///
+    /// # Errors
+    ///
+    /// - `ENODEV`: there is no device that has the index in the message.
+    /// - `ENOMEM`, and `EMSGSIZE` if this part of the answer is full.
+    fn dump(&self, command: u8, dump: &mut Dump<'_>) -> Result {
+        // An allocation must not wait for writeback, which may be waiting for the device that is listed.
+        task::memalloc_noio(|| match command {
+            CMD_DEVICE_GET => self.list(dump, add_device),
+            CMD_CONNECTION_GET => self.list(dump, add_connections),
+            _ => Err(EOPNOTSUPP.into()),
+        })
+    }
+}
+
+impl Listing {
+    /// Calls `add` for the devices that are left to be listed. Where the last part of the answer has ended in
+    /// the middle of a device's connections, `add` learns how many of them were listed.
+    fn list(
+        &self,
+        dump: &mut Dump<'_>,
+        add: fn(&mut Dump<'_>, &Device, usize) -> Result,
+    ) -> Result {
+        let only = dump.attr(INDEX).and_then(|a| a.u32());
+        let [from, listed] = dump.position();
+        let mut next = u32::try_from(from)?.max(only.unwrap_or(0));
+        while only.is_none_or(|only| next == only) {
+            let Some(device) = self.registry.next(next) else {
+                break;
+            };
+            if only.is_some_and(|only| device.index != only) {
+                break;
+            }
+            let listed = if device.index as usize == from {
+                listed
+            } else {
+                0
+            };
+            add(dump, &device, listed)?;
+            next = device.index + 1;
+            dump.set_position([next as usize, 0]);
+        }
+        match only {
+            Some(only) if next == only => Err(ENODEV),
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Adds a device to a list.
+///
+/// # Errors
+///
+/// `ENOMEM`, and `EMSGSIZE` if this part of the answer is full.
+fn add_device(dump: &mut Dump<'_>, device: &Device, _: usize) -> Result {
+    dump.add(&device_attributes(device)?)
+}
+
+/// Adds the connections of a device to a list, of which so many were added before.
+///
+/// # Errors
+///
+/// `ENOMEM`, and `EMSGSIZE` if this part of the answer is full.
+fn add_connections(dump: &mut Dump<'_>, device: &Device, listed: usize) -> Result {
+    let Some(running) = device.running() else {
+        return Ok(());
+    };
+    let mut index = listed;
+    while let Some((connection, reconnects)) = running.session.place(index) {
+        let mut list = connection_attributes(&connection)?;
+        put_u32(&mut list, INDEX, device.index)?;
+        put_u32(&mut list, connection::RECONNECTS, reconnects)?;
+        dump.add(&list)?;
+        index += 1;
+        dump.set_position([device.index as usize, index]);
+    }
+    Ok(())
+}
+
+/// Returns what is told of a device.
+///
+/// # Errors
+///
+/// `ENOMEM`.
+fn device_attributes(device: &Device) -> Result<KVec<u8>> {
+    let mut list = KVec::new();
+    put_u32(&mut list, INDEX, device.index)?;
+    let Some(running) = device.running() else {
+        put_u32(&mut list, device::STATE, State::Unused as u32)?;
+        return Ok(list);
+    };
+    put_session(&mut list, &running)?;
+    if let Some(backend) = &running.backend {
+        let all = backend.to_bytes();
+        let bytes = all.get(..BACKEND_BYTES).unwrap_or(all);
+        attr::put_string(&mut list, device::BACKEND, bytes)?;
+    }
+    Ok(list)
+}
+
+/// Appends what is told of a session.
+///
+/// # Errors
+///
+/// `ENOMEM`.
+fn put_session(list: &mut KVec<u8>, running: &Running) -> Result {
+    let session = &running.session;
+    let (connections, alive) = session.count();
+    put_u32(list, device::STATE, state_of(session, alive) as u32)?;
+    put_u32(list, device::INTERFACE, u32::from(running.by_netlink))?;
+    put_u32(list, device::PID, running.pid() as u32)?;
+    put_u64(list, device::SIZE, running.size_bytes())?;
+    put_u32(list, device::BLOCK_SIZE, running.block_bytes())?;
+    put_u64(list, device::FLAGS, u64::from(running.flags))?;
+    put_u32(list, device::CONNECTIONS, connections as u32)?;
+    put_u32(list, device::ALIVE, alive as u32)?;
+    put_u64(list, device::TIMEOUT, running.timeout_ms())?;
+    let dead_timeout = usize::try_from(session.dead_timeout_jiffies())?;
+    put_u64(
+        list,
+        device::DEAD_CONN_TIMEOUT,
+        task::jiffies_to_ms(dead_timeout),
+    )
+}
+
+/// Returns the state of a device with this session, of whose connections `alive` are alive.
+fn state_of(session: &Session, alive: usize) -> State {
+    if alive > 0 {
+        State::Connected
+    } else if session.table().fate.snapshot().is_end_wanted() {
+        State::Ended
+    } else {
+        State::Lost
+    }
+}
+
+/// Returns what a connection tells about itself.
+///
+/// # Errors
+///
+/// `ENOMEM`.
+fn connection_attributes(connection: &Connection) -> Result<KVec<u8>> {
+    let mut list = KVec::new();
+    let totals = connection.totals();
+    let life = connection.life();
+    let state = match life {
+        Life::Alive => 0,
+        Life::Draining => 1,
+        Life::Dead => 2,
+    };
+    // What is in flight on a dead connection is sent again elsewhere, or has failed.
+    let (in_flight, silent_ms) = match life {
+        Life::Dead => (0, 0),
+        Life::Alive | Life::Draining => (totals.in_flight, connection.silent_ms()),
+    };
+    put_u32(&mut list, connection::INDEX, u32::from(connection.index()))?;
+    put_u32(&mut list, connection::STATE, state)?;
+    put_u32(&mut list, connection::PROTOCOL, connection.protocol())?;
+    if connection.has_upper_layer() {
+        attr::put(&mut list, connection::ULP, &[])?;
+    }
+    for (kind, number) in [
+        (connection::IN_FLIGHT, in_flight),
+        (connection::REQUESTS, totals.requests),
+        (connection::REPLIES, totals.replies),
+        (connection::ERRORS, totals.errors),
+        (connection::BYTES_SENT, totals.bytes_sent),
+        (connection::BYTES_RECEIVED, totals.bytes_received),
+        (connection::IDLE, totals.idle_ms),
+        (connection::SILENT, silent_ms),
+    ] {
+        put_u64(&mut list, kind, number)?;
+    }
+    let addresses = connection.addresses();
+    for (kind, address) in [
+        (connection::PEER, &addresses.peer),
+        (connection::LOCAL, &addresses.local),
+    ] {
+        if let Some(address) = address {
+            attr::put(&mut list, kind, address.bytes())?;
+        }
+    }
+    Ok(list)
+}
+
+fn put_u32(list: &mut KVec<u8>, kind: u16, value: u32) -> Result {
+    attr::put(list, kind, &value.to_ne_bytes())
+}
+
+fn put_u64(list: &mut KVec<u8>, kind: u16, value: u64) -> Result {
+    attr::put(list, kind, &value.to_ne_bytes())
+}
