@@ -26,6 +26,7 @@
 ##   make soak HOURS=h       everything at once for h hours, with random faults (h may be a fraction)
 ##   make shell              a shell in the virtual machine, the driver loaded
 ##   make stock              build/rnbd.ko for the stock kernel in the cache
+##   make rnbdctl            build/rnbdctl, the operators' tool (Documentation/rnbdctl.rst)
 ##   make kernels            the same for each kernel that KERNEL can name, except debug; the first run
 ##                           takes another 15 minutes and 4.5 GB
 ##   make deb                the Debian package, in build/; the first run makes a small Debian root for it
@@ -149,6 +150,11 @@ kernels:
 stock:
 	$(workbench) make --no-print-directory modules
 
+rnbdctl:
+	$(workbench) cargo build --release --manifest-path tools/rnbdctl/Cargo.toml --target-dir build/cargo
+	@cp build/cargo/release/rnbdctl build/rnbdctl
+	@echo build/rnbdctl
+
 ifeq ($(DRIVER),rnbd)
 demo shell: stock
 vm := tools/vm -f $(out:$(CURDIR)/%=%)/rnbd.ko
@@ -214,5 +220,5 @@ help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 .DEFAULT_GOAL := modules
-.PHONY: modules faults modules_install install uninstall deb check-packages check-kdir kernels stock demo shell check check-debug misuse mutate mutants fuzz soak \
+.PHONY: modules faults modules_install install uninstall deb check-packages check-kdir kernels stock rnbdctl demo shell check check-debug misuse mutate mutants fuzz soak \
 	bench lint rustfmt rustfmtcheck clippy rustdoc shellcheck unsafecheck htmldocs clean distclean help

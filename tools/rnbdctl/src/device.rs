@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What is known of a device and of its connections. What is not known is `None`, and null in JSON.
+
+use serde::Serialize;
+
+/// Whether a device has a session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum State {
+    /// There is no session.
+    Unused,
+    /// At least one connection is alive. nbd.ko tells only that there is a session.
+    Connected,
+    /// No connection is alive, but new ones can be brought.
+    Lost,
+    /// A user has ended the session, but the device is still open.
+    Ended,
+    /// The tool is older than the driver.
+    Unknown,
+}
+
+impl State {
+    /// The states of a device that has a session.
+    pub const IN_SESSION: [Self; 3] = [Self::Connected, Self::Lost, Self::Ended];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Unused => "unused",
+            Self::Connected => "connected",
+            Self::Lost => "lost",
+            Self::Ended => "ended",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+/// By which interface a session was started.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Interface {
+    Ioctl,
+    Netlink,
+}
+
+impl Interface {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Ioctl => "ioctl",
+            Self::Netlink => "netlink",
+        }
+    }
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct Device {
+    pub index: u32,
+    /// The path of its node.
+    pub device: String,
+    pub state: State,
+    pub interface: Option<Interface>,
+    pub pid: Option<u32>,
+    pub backend: Option<String>,
+    /// In bytes.
+    pub size: u64,
+    /// In bytes.
+    pub block_size: Option<u32>,
+    pub read_only: Option<bool>,
+    /// The names of the server's transmission flags.
+    pub flags: Option<Vec<String>>,
+    pub connections: Option<u32>,
+    pub alive: Option<u32>,
+    pub timeout_ms: Option<u64>,
+    pub dead_conn_timeout_ms: Option<u64>,
+}
+
+impl Device {
+    /// A device without a session.
+    pub fn unused(index: u32) -> Self {
+        Self {
+            index,
+            device: format!("/dev/nbd{index}"),
+            state: State::Unused,
+            interface: None,
+            pid: None,
+            backend: None,
+            size: 0,
+            block_size: None,
+            read_only: None,
+            flags: None,
+            connections: None,
+            alive: None,
+            timeout_ms: None,
+            dead_conn_timeout_ms: None,
+        }
+    }
+
+    pub fn name(&self) -> String {
+        format!("nbd{}", self.index)
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ConnectionState {
+    Alive,
+    Draining,
+    Dead,
+    Unknown,
+}
+
+impl ConnectionState {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Alive => "alive",
+            Self::Draining => "draining",
+            Self::Dead => "dead",
+            Self::Unknown => "unknown",
+        }
+    }
+}
+
+#[derive(Clone, Debug, Serialize)]
+pub struct Connection {
+    pub index: u32,
+    pub state: ConnectionState,
+    pub peer: Option<String>,
+    pub local: Option<String>,
+    pub protocol: Option<&'static str>,
+    /// Whether an upper layer protocol, such as TLS, is on top of the socket.
+    pub ulp: bool,
+    pub in_flight: Option<u64>,
+    pub requests: Option<u64>,
+    pub replies: Option<u64>,
+    pub errors: Option<u64>,
+    pub bytes_sent: Option<u64>,
+    pub bytes_received: Option<u64>,
+    pub reconnects: Option<u32>,
+    /// The time since anything was received.
+    pub idle_ms: Option<u64>,
+    /// For how long the server has owed replies and been silent.
+    pub silent_ms: Option<u64>,
+}

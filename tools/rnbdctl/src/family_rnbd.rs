@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The family "rnbd" (Documentation/netlink/rnbd.yaml), which only that driver has.
+
+use crate::device::{Connection, ConnectionState, Device, Interface, State};
+use crate::netlink::{Answer, Attrs, Family, NetlinkError};
+use crate::sockaddr;
+use crate::wire;
+
+const DEVICE_GET: u8 = 1;
+const CONNECTION_GET: u8 = 2;
+
+/// Attributes of a device.
+mod of_device {
+    pub const INDEX: u16 = 1;
+    pub const STATE: u16 = 2;
+    pub const INTERFACE: u16 = 3;
+    pub const PID: u16 = 4;
+    pub const BACKEND: u16 = 5;
+    pub const SIZE: u16 = 6;
+    pub const BLOCK_SIZE: u16 = 7;
+    pub const FLAGS: u16 = 8;
+    pub const CONNECTIONS: u16 = 9;
+    pub const ALIVE: u16 = 10;
+    pub const TIMEOUT: u16 = 11;
+    pub const DEAD_CONN_TIMEOUT: u16 = 12;
+}
+
+/// Attributes of a connection.
+mod of_connection {
+    pub const DEVICE: u16 = 1;
+    pub const INDEX: u16 = 2;
+    pub const STATE: u16 = 3;
+    pub const PEER: u16 = 4;
+    pub const LOCAL: u16 = 5;
+    pub const PROTOCOL: u16 = 6;
+    pub const ULP: u16 = 7;
+    pub const IN_FLIGHT: u16 = 8;
+    pub const REQUESTS: u16 = 9;
+    pub const REPLIES: u16 = 10;
+    pub const ERRORS: u16 = 11;
+    pub const BYTES_SENT: u16 = 12;
+    pub const BYTES_RECEIVED: u16 = 13;
+    pub const RECONNECTS: u16 = 14;
+    pub const IDLE: u16 = 15;
+    pub const SILENT: u16 = 16;
+}
+
+const IPPROTO_TCP: u32 = 6;
+const IPPROTO_MPTCP: u32 = 262;
+
+/// The family, as far as the tool uses it.
+pub struct Rnbd(Family);
+
+impl Rnbd {
+    /// `None`: the driver that is loaded, if any, does not have it.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Family::open`].
+    pub fn open() -> Result<Option<Self>, NetlinkError> {
+        Ok(Family::open("rnbd")?.map(Self))
+    }
+
+    /// All devices, unused ones among them.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Family::dump`].
+    pub fn devices(&self) -> Result<Vec<Device>, NetlinkError> {
+        let answers = self.0.dump(DEVICE_GET, Attrs::default())?;
+        Ok(answers.iter().filter_map(device).collect())
+    }
+
+    /// The connections of one device, or of all, each with its device's index.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Family::dump`].
+    pub fn connections(&self, index: Option<u32>) -> Result<Vec<(u32, Connection)>, NetlinkError> {
+        let attrs = Attrs::default().with_some(of_connection::DEVICE, index)?;
+        let answers = self.0.dump(CONNECTION_GET, attrs)?;
+        Ok(answers.iter().filter_map(connection).collect())
+    }
+}
+
+fn device(answer: &Answer) -> Option<Device> {
+    use of_device::*;
+    let mut device = Device::unused(answer.number(INDEX)?);
+    device.state = match answer.number::<u32>(STATE)? {
+        0 => State::Unused,
+        1 => State::Connected,
+        2 => State::Lost,
+        3 => State::Ended,
+        _ => State::Unknown,
+    };
+    device.interface = answer
+        .number(INTERFACE)
+        .and_then(|number: u32| match number {
+            0 => Some(Interface::Ioctl),
+            1 => Some(Interface::Netlink),
+            _ => None,
+        });
+    device.pid = answer.number(PID);
+    device.backend = answer.text(BACKEND);
+    device.size = answer.number(SIZE).unwrap_or(0);
+    device.block_size = answer.number(BLOCK_SIZE);
+    let flags = answer.number(FLAGS).map(|flags: u64| flags as u16);
+    device.flags = flags.map(wire::flag_names);
+    device.connections = answer.number(CONNECTIONS);
+    device.alive = answer.number(ALIVE);
+    device.timeout_ms = answer.number(TIMEOUT);
+    device.dead_conn_timeout_ms = answer.number(DEAD_CONN_TIMEOUT);
+    Some(device)
+}
+
+fn connection(answer: &Answer) -> Option<(u32, Connection)> {
+    use of_connection::*;
+    let protocol = answer
+        .number(PROTOCOL)
+        .and_then(|number: u32| match number {
+            IPPROTO_TCP => Some("tcp"),
+            IPPROTO_MPTCP => Some("mptcp"),
+            _ => None,
+        });
+    let connection = Connection {
+        index: answer.number(INDEX)?,
+        state: match answer.number::<u32>(STATE)? {
+            0 => ConnectionState::Alive,
+            1 => ConnectionState::Draining,
+            2 => ConnectionState::Dead,
+            _ => ConnectionState::Unknown,
+        },
+        peer: answer.bytes(PEER).map(sockaddr::show),
+        local: answer.bytes(LOCAL).map(sockaddr::show),
+        protocol,
+        ulp: answer.has(ULP),
+        in_flight: answer.number(IN_FLIGHT),
+        requests: answer.number(REQUESTS),
+        replies: answer.number(REPLIES),
+        errors: answer.number(ERRORS),
+        bytes_sent: answer.number(BYTES_SENT),
+        bytes_received: answer.number(BYTES_RECEIVED),
+        reconnects: answer.number(RECONNECTS),
+        idle_ms: answer.number(IDLE),
+        silent_ms: answer.number(SILENT),
+    };
+    Some((answer.number(DEVICE)?, connection))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::NetlinkError;
+
+    #[test]
+    fn a_device() {
+        let attrs = || -> Result<Attrs, NetlinkError> {
+            Attrs::default()
+                .with(of_device::INDEX, 3_u32)?
+                .with(of_device::STATE, 2_u32)?
+                .with(of_device::INTERFACE, 1_u32)?
+                .with(of_device::PID, 77_u32)?
+                .with(of_device::BACKEND, "image")?
+                .with(of_device::SIZE, 1_u64 << 30)?
+                .with(of_device::BLOCK_SIZE, 4096_u32)?
+                .with(of_device::FLAGS, 0x105_u64)?
+                .with(of_device::CONNECTIONS, 2_u32)?
+                .with(of_device::ALIVE, 0_u32)?
+                .with(of_device::TIMEOUT, 0_u64)?
+                .with(of_device::DEAD_CONN_TIMEOUT, 20_000_u64)
+        };
+        let device = device(&attrs().unwrap().into()).unwrap();
+        assert_eq!((device.index, device.state), (3, State::Lost));
+        assert_eq!(device.interface, Some(Interface::Netlink));
+        assert_eq!((device.pid, device.size), (Some(77), 1 << 30));
+        assert_eq!(device.backend.as_deref(), Some("image"));
+        assert_eq!(device.block_size, Some(4096));
+        let flags = device.flags.unwrap();
+        assert_eq!(flags, ["flush", "multi-conn"]);
+        assert_eq!((device.connections, device.alive), (Some(2), Some(0)));
+        assert_eq!(device.timeout_ms, Some(0));
+        assert_eq!(device.dead_conn_timeout_ms, Some(20_000));
+    }
+
+    #[test]
+    fn an_unused_device_has_no_more() {
+        let attrs = Attrs::default()
+            .with(of_device::INDEX, 3_u32)
+            .and_then(|attrs| attrs.with(of_device::STATE, 0_u32));
+        let device = device(&attrs.unwrap().into()).unwrap();
+        assert_eq!((device.state, device.size), (State::Unused, 0));
+        assert_eq!((device.flags, device.connections), (None, None));
+    }
+
+    #[test]
+    fn a_connection() {
+        let peer = [2, 0, 0x2a, 0x39, 127, 0, 0, 1];
+        let attrs = || -> Result<Attrs, NetlinkError> {
+            Attrs::default()
+                .with(of_connection::DEVICE, 3_u32)?
+                .with(of_connection::INDEX, 1_u32)?
+                .with(of_connection::STATE, 1_u32)?
+                .with(of_connection::PEER, &peer[..])?
+                .with(of_connection::PROTOCOL, 6_u32)?
+                .with(of_connection::ULP, ())?
+                .with(of_connection::REQUESTS, 9_u64)?
+                .with(of_connection::RECONNECTS, 4_u32)?
+                .with(of_connection::SILENT, 1500_u64)
+        };
+        let (device, connection) = connection(&attrs().unwrap().into()).unwrap();
+        assert_eq!((device, connection.index), (3, 1));
+        assert_eq!(connection.state, ConnectionState::Draining);
+        assert_eq!(connection.peer.as_deref(), Some("127.0.0.1:10809"));
+        assert_eq!(connection.local, None);
+        assert_eq!((connection.protocol, connection.ulp), (Some("tcp"), true));
+        assert_eq!((connection.requests, connection.replies), (Some(9), None));
+        assert_eq!(connection.reconnects, Some(4));
+        assert_eq!(connection.silent_ms, Some(1500));
+    }
+
+    #[test]
+    fn what_has_no_index_is_nothing() {
+        assert!(device(&Answer::default()).is_none());
+        assert!(connection(&Answer::default()).is_none());
+    }
+}

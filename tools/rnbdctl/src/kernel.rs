@@ -1,0 +1,104 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The devices as the kernel tells of them: by rnbd's own family where there is one, else by sysfs.
+
+use rustix::io::Errno;
+
+use crate::connect::no_driver;
+use crate::device::{Connection, Device};
+use crate::failure::{Exit, Failure};
+use crate::family_rnbd::Rnbd;
+use crate::netlink::NetlinkError;
+use crate::sysfs::{Driver, Sysfs};
+
+const ASKING: &str = "asking the kernel for the family rnbd";
+
+pub struct Kernel {
+    pub sysfs: Sysfs,
+    pub driver: Driver,
+    family: Option<Rnbd>,
+}
+
+impl Kernel {
+    /// # Errors
+    ///
+    /// `NoDevice`: no driver is loaded. Or the kernel's answer cannot be understood.
+    pub fn look() -> Result<Self, Failure> {
+        let sysfs = Sysfs::new();
+        let driver = sysfs.driver().ok_or_else(no_driver)?;
+        // Asked for a family that it lacks, the kernel runs modprobe.
+        let family = match driver {
+            Driver::Rnbd => Rnbd::open().map_err(|error| error.during(ASKING))?,
+            Driver::Nbd => None,
+        };
+        Ok(Self {
+            sysfs,
+            driver,
+            family,
+        })
+    }
+
+    /// What the driver does not tell, in one line.
+    pub fn not_known(&self) -> Option<&'static str> {
+        match (&self.family, self.driver) {
+            (Some(_), _) => None,
+            (None, Driver::Nbd) => Some(
+                "nbd.ko does not tell flags, timeouts and connections, and whether these are alive",
+            ),
+            (None, Driver::Rnbd) => Some(
+                "this rnbd has no family \"rnbd\", and so does not tell flags, timeouts and connections",
+            ),
+        }
+    }
+
+    /// All devices, unused ones among them.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's reason.
+    pub fn devices(&self) -> Result<Vec<Device>, Failure> {
+        let Some(family) = &self.family else {
+            let indices = self.sysfs.indices().into_iter();
+            return Ok(indices.map(|index| self.sysfs.device(index)).collect());
+        };
+        let mut devices = family.devices().map_err(|error| error.during(ASKING))?;
+        devices.sort_unstable_by_key(|device| device.index);
+        for device in &mut devices {
+            device.read_only = self.sysfs.read_only(device.index);
+        }
+        Ok(devices)
+    }
+
+    /// # Errors
+    ///
+    /// `NoDevice`, or the kernel's reason.
+    pub fn device(&self, index: u32) -> Result<Device, Failure> {
+        let found = self.devices()?.into_iter().find(|d| d.index == index);
+        found.ok_or_else(|| {
+            let name = format!("/dev/nbd{index}");
+            Failure::new(Exit::NoDevice, name, "there is no such device")
+                .advise("\"rnbdctl list --all\" shows which there are.")
+        })
+    }
+
+    /// The connections of one device, or of all, each with its device's index; `None` if they are not
+    /// known, or are not told to this user.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's reason.
+    pub fn connections(
+        &self,
+        index: Option<u32>,
+    ) -> Result<Option<Vec<(u32, Connection)>>, Failure> {
+        let Some(family) = &self.family else {
+            return Ok(None);
+        };
+        match family.connections(index) {
+            Ok(found) => Ok(Some(found)),
+            // Connections are told to root only.
+            Err(NetlinkError::Refused { errno, .. }) if errno == Errno::PERM => Ok(None),
+            Err(error) => Err(error.during(ASKING)),
+        }
+    }
+}

@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! rnbdctl connects, lists and watches network block devices, with rnbd and with nbd.ko.
+//!
+//! - `cli` has the command line, `pages` makes the manual page and the completion of it
+//! - `failure` says why a command has failed, and has the exit statuses
+//! - `uri`, `dial`, `stream`, `wire` and `negotiate` are the way to a server: its name, its addresses, a
+//!   socket with time limits, the protocol's numbers, and the handshake; `server` walks it
+//! - `connect`, `exports`, `control`, `show`, `stats` and `watch` are the commands
+//! - `kernel` knows the devices: from `family_rnbd` where the driver has that family, else from `sysfs`;
+//!   `device` is what is known of one; `family_nbd` changes them; `netlink` carries both families
+//! - `text` makes tables
+
+#![forbid(unsafe_code)]
+
+mod cli;
+mod connect;
+mod control;
+mod device;
+mod dial;
+mod exports;
+mod failure;
+mod family_nbd;
+mod family_rnbd;
+mod kernel;
+mod negotiate;
+mod netlink;
+mod pages;
+mod server;
+mod show;
+mod sockaddr;
+mod stats;
+mod stream;
+mod sysfs;
+mod text;
+mod uri;
+mod watch;
+mod wire;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::cli::{Cli, Command};
+use crate::failure::Failure;
+
+fn main() -> ExitCode {
+    match run(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            failure.report();
+            ExitCode::from(failure.exit as u8)
+        }
+    }
+}
+
+fn run(command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Connect(args) => connect::run(&args),
+        Command::Exports(args) => exports::run(&args),
+        Command::List(args) => show::list(&args),
+        Command::Show(args) => show::show(&args),
+        Command::Disconnect(args) => control::disconnect(&args),
+        Command::Resize(args) => control::resize(&args),
+        Command::Stats => stats::run(),
+        Command::Watch(args) => watch::run(&args),
+        Command::Completion { shell } => pages::completion(shell),
+        Command::Man { command } => pages::man(command.as_deref()),
+    }
+}
