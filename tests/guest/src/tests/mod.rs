@@ -31,6 +31,7 @@ mod partitions;
 mod races;
 mod replies;
 mod restart;
+mod rnbdctl;
 mod shared_sockets;
 mod shutdowns;
 mod signals;
@@ -73,6 +74,7 @@ pub fn all() -> Vec<Test> {
         faults::tests(),
         udev::tests(),
         user_space::tests(),
+        rnbdctl::tests(),
         differential::tests(),
         fsx::tests(),
         outages::tests(),

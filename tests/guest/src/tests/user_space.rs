@@ -116,7 +116,7 @@ impl Client {
 }
 
 /// Writes and reads a little through the page cache and around it.
-fn use_device() {
+pub fn use_device() {
     sh("dd if=/dev/urandom of=/tmp/data bs=1M count=4 status=none
         dd if=/tmp/data of=/dev/nbd0 bs=64k oflag=direct status=none
         dd if=/tmp/data of=/dev/nbd0 bs=1M seek=8 conv=fsync status=none
