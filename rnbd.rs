@@ -27,10 +27,8 @@ mod rnbd_translate;
 use kapi::{
     block::major::Major,
     net::{
-        genl::{
-            Group,
-            Registration, //
-        },
+        genl::Registration,
+        group::Group,
         hook::Hooks,
         port::Notifier, //
     },

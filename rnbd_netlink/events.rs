@@ -5,7 +5,7 @@
 
 use super::ATTR_INDEX;
 use crate::{
-    kapi::net::genl::Group,
+    kapi::net::group::Group,
     rnbd_shared::Events, //
 };
 use kernel::{

@@ -9,6 +9,7 @@ mod callbacks;
 mod context;
 pub(crate) mod dump;
 pub(crate) mod genl;
+pub(crate) mod group;
 pub(crate) mod hook;
 pub(crate) mod iov;
 mod kind;
