@@ -2,12 +2,12 @@
 //! A multicast group has a family that is registered.
 
 use crate::{
-    kapi::net::genl::{Group, Registration},
+    kapi::net::{genl::Registration, group::Group},
     rnbd_netlink::Netlink,
 };
 use kernel::{prelude::*, sync::Arc};
 
 fn bind(netlink: Netlink, group: Arc<Group>) -> Result {
     group.bind(todo!()) //~ E0624
-    //fix: Registration::new(netlink, group).map(drop)
+    //fix: Registration::new(netlink, Some(group)).map(drop)
 }
