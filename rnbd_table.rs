@@ -204,7 +204,8 @@ impl Table {
     }
 
     /// Notes that the block layer begins to read the partition table, for which it holds the
-    /// `open_mutex`. Meanwhile reads do not wait for a connection: who brings it has to open the device.
+    /// `open_mutex`. Meanwhile reads into the page cache do not wait for a connection: whoever brings one
+    /// may have to open the device.
     pub(crate) fn begin_table_read(&self) {
         self.table_read.store(READING, Release);
     }

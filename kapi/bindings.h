@@ -49,6 +49,7 @@ RNBD_CONST(u32, BLK_FEAT_FUA);
 RNBD_CONST(u32, BLK_FLAG_WRITE_CACHE_DISABLED);
 RNBD_CONST(u32, BLK_OPEN_READ);
 RNBD_CONST(u32, BLK_OPEN_STRICT_SCAN);
+RNBD_CONST(u32, RQF_DONTPREP);
 RNBD_CONST(u32, GFP_NOIO);
 RNBD_CONST(u32, __GFP_MEMALLOC);
 RNBD_CONST(u32, EPOLLIN);
@@ -79,6 +80,7 @@ RNBD_CONST(u32, HARDIRQ_MASK);
 
 /* Offsets of fields of types that are not generated, as they depend on hundreds of other types. */
 #define RNBD_OFFSET(type, field, name) const size_t RNBD_CONST_OFFSET_##name = offsetof(type, field)
+RNBD_OFFSET(struct page, mapping, PAGE_MAPPING);
 RNBD_OFFSET(struct sock, sk_flags, SK_FLAGS);
 RNBD_OFFSET(struct sock, sk_lock.slock, SK_SLOCK);
 RNBD_OFFSET(struct inet_connection_sock, icsk_ulp_ops, ULP_OPS);

@@ -51,9 +51,22 @@ use kernel::{
 /// connection runs the queues immediately.
 const RECHECK_MS: u32 = 100;
 
+/// The same while the partition table is read.
+const RECHECK_TABLE_MS: u32 = 10;
+
 /// Reads of this size or more are sent immediately: the cost of sending one alone is small compared
 /// with that of its data, and smaller than that of waking up a worker.
 const LONG_READ_BYTES: u32 = 64 << 10;
+
+/// What becomes of a request for which there is no connection.
+enum Unserved {
+    /// It fails.
+    Fail,
+    /// It waits, and the others of its hardware queue behind it.
+    Wait,
+    /// It waits, and is not in the way of others meanwhile.
+    StepAside,
+}
 
 /// The hardware queue and the tag of a command.
 #[derive(Clone, Copy)]
@@ -79,9 +92,14 @@ impl Session {
             }
             return rq.refuse(Status::IOERR);
         }
-        let connection = match self.pick_or_refuse(cx, extent.op) {
+        let connection = match self.pick_or_refuse(cx, &rq, extent.op) {
             Ok(connection) => connection,
-            Err(status) => return rq.refuse(status),
+            Err(Unserved::Fail) => return rq.refuse(Status::IOERR),
+            Err(Unserved::Wait) => {
+                cx.run_again(RECHECK_MS);
+                return rq.refuse(Status::DEV_RESOURCE);
+            }
+            Err(Unserved::StepAside) => return rq.requeue_later(RECHECK_TABLE_MS),
         };
         let tag = TagId {
             hw_queue: cx.hw_queue(),
@@ -166,13 +184,14 @@ impl Session {
         self.slots.get(index)?.get(cx)
     }
 
-    /// Returns the connection for a request (`nbd_handle_cmd()`), or the status of a request for
-    /// which there is none.
+    /// Returns the connection for a request (`nbd_handle_cmd()`), or what becomes of the request if
+    /// there is none.
     fn pick_or_refuse<'a>(
         &'a self,
         cx: &'a Dispatch<'_>,
+        rq: &NewRequest,
         op: Op,
-    ) -> Result<ArcBorrow<'a, Connection>, Status> {
+    ) -> Result<ArcBorrow<'a, Connection>, Unserved> {
         loop {
             // The snapshot is taken before the connections are examined, so that a connection which
             // comes back meanwhile is noticed.
@@ -180,8 +199,8 @@ impl Session {
             if let Some(connection) = self.pick(cx, fate) {
                 return Ok(connection);
             }
-            if let Some(status) = self.wait_or_fail(cx, op, fate) {
-                return Err(status);
+            if let Some(unserved) = self.wait_or_fail(rq, op, fate) {
+                return Err(unserved);
             }
         }
     }
@@ -204,21 +223,25 @@ impl Session {
         })
     }
 
-    /// Returns the status of a request when no connection is alive (`wait_for_reconnect()`).
+    /// Returns what becomes of a request when no connection is alive (`wait_for_reconnect()`).
     ///
     /// nbd.c waits in `queue_rq`. Here the block layer keeps the request and dispatches it again
     /// later. Returns `None` if the session's fate is no longer `fate`; the caller must then try
     /// again.
-    fn wait_or_fail(&self, cx: &Dispatch<'_>, op: Op, fate: Snapshot) -> Option<Status> {
+    fn wait_or_fail(&self, rq: &NewRequest, op: Op, fate: Snapshot) -> Option<Unserved> {
         let replacing = self.replacing.load(Acquire);
-        if op == Op::Read && !replacing && self.table.is_table_read() {
+        let table_read = !replacing && self.table.is_table_read();
+        // Other buffered reads, too: the reader of the table may be waiting for the same page.
+        if table_read && op == Op::Read && rq.is_for_page_cache() {
             self.table.note_failure();
-            return Some(Status::IOERR);
+            return Some(Unserved::Fail);
         }
-        let waits = replacing || (!fate.is_disconnected() && self.may_wait());
-        if waits {
-            cx.run_again(RECHECK_MS);
-            return Some(Status::DEV_RESOURCE);
+        if replacing || (!fate.is_disconnected() && self.may_wait()) {
+            return Some(match table_read {
+                // A read of the table may be behind it.
+                true => Unserved::StepAside,
+                false => Unserved::Wait,
+            });
         }
         match self.table.fate.exhaust(fate) {
             Exhausted::Changed => return None,
@@ -228,7 +251,7 @@ impl Session {
             ),
             Exhausted::Now | Exhausted::Before => {}
         }
-        Some(Status::IOERR)
+        Some(Unserved::Fail)
     }
 
     /// Returns whether requests may still wait for a connection. The first request that does starts

@@ -6,6 +6,7 @@
 //! C header: [`include/linux/bvec.h`](srctree/include/linux/bvec.h)
 
 use super::request::{
+    NewRequest,
     Side,
     Unanswered, //
 };
@@ -33,8 +34,8 @@ impl Position {
     ///
     /// # Safety
     ///
-    /// `bio` must be the first bio of a request, which must be in flight as long as the position is
-    /// used.
+    /// `bio` must be a bio of a request, from which at least `left_bytes` are left. The driver must own the
+    /// request as long as the position is used.
     unsafe fn start(bio: *mut bindings::bio, left_bytes: usize) -> Self {
         let mut position = Position {
             bio,
@@ -221,5 +222,51 @@ impl Payload<Unanswered> {
             done += step;
         }
         Ok(done)
+    }
+}
+
+impl NewRequest {
+    /// Returns whether the memory of the request is in the page cache of its disk, and it is no file
+    /// system's metadata (`REQ_META`). That is so for a read of the device file that is not direct, and when
+    /// the block layer reads the partition table.
+    ///
+    /// Only the first page of each bio is looked at. If that is not the first page of its folio, it is not
+    /// recognised; so it may be when a large folio is read block by block.
+    pub(crate) fn is_for_page_cache(&self) -> bool {
+        let rq = self.rq.as_ptr();
+        // SAFETY: By the type invariant, the driver owns the request.
+        if unsafe { (*rq).cmd_flags } & (1 << bindings::req_flag_bits___REQ_META) != 0 {
+            return false;
+        }
+        // SAFETY: By the type invariant, the driver owns the request, so its queue and disk exist, and with
+        // the disk its first block device.
+        let cache = unsafe { (*(*(*(*rq).q).disk).part0).bd_mapping };
+        // SAFETY: By the type invariant, the driver owns the request, and with it its bios.
+        let mut bio = unsafe { (*rq).bio };
+        while !bio.is_null() {
+            // SAFETY: The driver owns the request, and so this bio, as long as the position is used.
+            let position = unsafe { Position::start(bio, 1) };
+            if position
+                .piece()
+                .is_some_and(|piece| mapping_of(&piece) == cache)
+            {
+                return true;
+            }
+            // SAFETY: `bio` is one of the request's bios.
+            bio = unsafe { (*bio).bi_next };
+        }
+        false
+    }
+}
+
+/// Returns the page cache that the first page of a piece of memory belongs to. It is only to be compared.
+fn mapping_of(piece: &bindings::bio_vec) -> *mut bindings::address_space {
+    // SAFETY: The page of a piece of a request's memory is valid. If it is not in a page cache, or not the
+    // first of its folio, the field holds another value. A word is never read torn.
+    unsafe {
+        let mapping = piece.bv_page.byte_add(bindings::OFFSET_PAGE_MAPPING);
+        mapping
+            .cast::<*mut bindings::address_space>()
+            .read_volatile()
     }
 }

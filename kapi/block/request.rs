@@ -260,6 +260,28 @@ impl NewRequest {
         QueueStatus::new(status)
     }
 
+    /// Gives the request back to the block layer, which dispatches it again after `delay_ms`, and others before
+    /// that. In contrast, nothing is dispatched before a request that was [refused](Self::refuse) with
+    /// [`Status::DEV_RESOURCE`].
+    ///
+    /// The request keeps its tag. If others are given back meanwhile, the delay begins again.
+    pub(crate) fn requeue_later(self, delay_ms: u32) -> QueueStatus {
+        let rq = self.rq.as_ptr();
+        // SAFETY: By the type invariant, the driver owns the request, which belongs to a queue and was not
+        // started.
+        let queue = unsafe {
+            bindings::blk_mq_start_request(rq);
+            // Keeps others from being merged with it when it is inserted again.
+            (*rq).rq_flags |= bindings::RQF_DONTPREP;
+            (*rq).q
+        };
+        // SAFETY: The request was started above and has no handles, so nothing else ends it.
+        unsafe { bindings::blk_mq_requeue_request(rq, false) };
+        // SAFETY: The queue exists as long as `queue_rq` runs, which by the type invariant has not returned.
+        unsafe { bindings::blk_mq_delay_kick_requeue_list(queue, delay_ms as usize) };
+        QueueStatus::new(Status::OK)
+    }
+
     /// Starts the request and its timer (`blk_mq_start_request()`), and returns its two handles.
     pub(crate) fn start(self) -> (Unsent, Unanswered, QueueStatus) {
         // SAFETY: By the type invariant, the driver owns the request. It belongs to a `TagSet`.

@@ -7,8 +7,6 @@ use std::fs::File;
 use std::io::{self, Cursor};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
-use std::thread;
-use std::time::Duration;
 
 use neli::attr::Attribute;
 use neli::consts::nl::{NlmF, NlmsgerrAttr};
@@ -21,7 +19,6 @@ use neli::utils::Groups;
 use neli::{FromBytes, Size, ToBytes};
 use rustix::io::Errno;
 
-use crate::debug_kernel::patient;
 use crate::device::{SOON, USUAL_FLAGS, open};
 use crate::harness::wait_until;
 use crate::proto;
@@ -551,9 +548,6 @@ impl Link {
     /// Has the partitions looked for, which the first to open a device does.
     pub fn settle(self) -> Self {
         drop(File::open(format!("/dev/nbd{}", self.index)).expect("the device"));
-        // The work item that looks for them may still be about to close the device. Until it has, reads do
-        // not wait for a lost server.
-        thread::sleep(patient(Duration::from_millis(20)));
         self.server.forget_requests();
         self
     }

@@ -3,7 +3,10 @@
 //! When the partition table of a newly connected device is read, and by which task.
 
 use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering::Relaxed};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,7 +18,7 @@ use crate::netlink::{Link, Netlink, Setup};
 use crate::programs::sh;
 use crate::proto::{BLKRRPART, CAN_MULTI_CONN, Command, SET_SIZE};
 use crate::server::{Server, Transport};
-use crate::sys::ioctl_number;
+use crate::sys::{self, ioctl_number};
 use crate::test;
 use crate::uevents::{Uevents, added_once};
 
@@ -30,6 +33,7 @@ pub fn tests() -> Vec<Test> {
         test!(of_a_size_that_comes_later),
         test!(a_server_that_dies_of_them),
         test!(one_task_waits_for_them),
+        test!(other_reads_wait_for_a_connection),
         test!(are_not_looked_for).parameters("nbds_max=4 partition_scan=0"),
     ]
 }
@@ -212,14 +216,17 @@ fn a_server_that_dies_of_them(guest: &Guest) {
     let given_up = || guest.has_logged("giving that up");
     // A server that is dropped closes its connections.
     let mut servers = Vec::new();
-    while !given_up() {
+    loop {
         assert!(servers.len() < 10, "the table is read for ever");
         assert_eq!(news.expect_dead_link(), 0);
-        let _ = wait_until(Duration::from_secs(1), given_up);
+        let over = wait_until(Duration::from_secs(1), given_up).is_ok();
         let server = deadly();
         let again = Setup::change(0).sockets([server.connect(Transport::Unix)]);
         link.netlink.reconfigure(&again).unwrap();
         servers.push(server);
+        if over {
+            break;
+        }
     }
     thread::sleep(Duration::from_millis(500));
     let last = servers.last().expect("one that was not lost");
@@ -274,6 +281,55 @@ fn one_task_waits_for_them(guest: &Guest) {
     client.wait_lost();
     drop(device);
     device::assert_usable(0);
+}
+
+/// If the server is lost while the table is read, only that read fails.
+fn other_reads_wait_for_a_connection(guest: &Guest) {
+    if guest.expected("partitions-appear-by-themselves") == Driver::Nbd {
+        return;
+    }
+    let server = partitioned_server();
+    let image = server.peek(0, SIZE as usize);
+    // The first block is read, and then the first page.
+    let may_answer = Arc::new(AtomicBool::new(false));
+    let answers = may_answer.clone();
+    server.script(move |conn, request| match request.len {
+        512 => {
+            let _ = wait_until(SOON, || answers.load(Relaxed));
+            conn.serve(request)
+        }
+        _ => Ok(()),
+    });
+    let setup = setup().flags(USUAL_FLAGS | CAN_MULTI_CONN).dead_timeout(30);
+    let link = setup.try_attach_to(server, &[Transport::Unix]);
+    let link = link.expect("to connect");
+    let device = link.direct();
+    link.server.forget_requests();
+    may_answer.store(true, Relaxed);
+    link.server
+        .wait_for("a read of the table", |r| r.iter().any(|r| r.len == 4096));
+    thread::scope(|scope| {
+        let reading = scope.spawn(|| {
+            let mut data = sys::Buffer::new(8192);
+            device.read_exact_at(&mut data, 1 << 20).map(|()| data)
+        });
+        link.server
+            .wait_for("the direct read", |r| r.iter().any(|r| r.len == 8192));
+        link.kill_server();
+        let failed = || guest.has_logged("unable to read partition table");
+        wait_until(SOON, failed).expect("the reading of the table to fail");
+        thread::sleep(Duration::from_millis(300));
+        assert!(!reading.is_finished());
+        let server = Server::new();
+        server.poke(0, &image);
+        let again = Setup::change(0).sockets([server.connect(Transport::Unix)]);
+        link.netlink.reconfigure(&again).unwrap();
+        let read = reading.join().unwrap().expect("the direct read");
+        assert!(*read == image[1 << 20..][..8192]);
+        assert!(partitions_appear());
+    });
+    drop(device);
+    link.disconnect_and_wait();
 }
 
 fn are_not_looked_for(guest: &Guest) {
