@@ -21,6 +21,7 @@ mod sending;
 mod staging;
 mod stream;
 mod traffic;
+mod trimming;
 
 use crate::{
     kapi::{
@@ -122,6 +123,8 @@ pub(crate) struct Connection {
     link_dead_work: Work<Connection, 3>,
     #[pin]
     retry_work: DelayedWork<Connection, 4>,
+    #[pin]
+    trim_work: DelayedWork<Connection, 5>,
 }
 
 impl_has_work! {
@@ -135,6 +138,9 @@ impl_has_work! {
 }
 impl_has_delayed_work! {
     impl HasDelayedWork<Self, 4> for Connection { self.retry_work }
+}
+impl_has_delayed_work! {
+    impl HasDelayedWork<Self, 5> for Connection { self.trim_work }
 }
 
 impl HasQueue for Connection {
@@ -174,6 +180,14 @@ impl WorkItem<4> for Connection {
 
     fn run(this: Arc<Connection>) {
         this.as_arc_borrow().transmit_work();
+    }
+}
+
+impl WorkItem<5> for Connection {
+    type Pointer = Arc<Connection>;
+
+    fn run(this: Arc<Connection>) {
+        this.as_arc_borrow().trim_work();
     }
 }
 
@@ -284,6 +298,7 @@ impl Connection {
                 transmit_work <- new_work!("rnbd::transmit"),
                 link_dead_work <- new_work!("rnbd::link_dead"),
                 retry_work <- new_delayed_work!("rnbd::retry"),
+                trim_work <- new_delayed_work!("rnbd::trim"),
             }),
             GFP_KERNEL,
         )?;
@@ -461,7 +476,7 @@ impl Connection {
     }
 
     /// Removes the callbacks, gives back all commands, and releases the socket. Runs once.
-    fn reap(&self, receive: &mut Receive) {
+    fn reap(self: ArcBorrow<'_, Self>, receive: &mut Receive) {
         let mut hooked = self.hooked.lock().take();
         if let Some(hooked) = &mut hooked {
             hooked.stop();
@@ -472,6 +487,7 @@ impl Connection {
                 .finish(self.table.lost_command_outcome());
         }
         self.give_back_unsent();
+        self.end_trimming();
         // Nothing is sent any more, so the socket can be released to other users.
         drop(hooked);
         self.table.reclaim(self.index);

@@ -52,6 +52,9 @@ RNBD_CONST(u32, BLK_OPEN_STRICT_SCAN);
 RNBD_CONST(u32, RQF_DONTPREP);
 RNBD_CONST(u32, GFP_NOIO);
 RNBD_CONST(u32, __GFP_MEMALLOC);
+/* For pages that are not needed: nothing is freed for them, and no task is woken up that does. */
+#define GFP_FRAG (__GFP_COMP | __GFP_NOWARN | __GFP_NORETRY | __GFP_NOMEMALLOC)
+RNBD_CONST(u32, GFP_FRAG);
 RNBD_CONST(u32, EPOLLIN);
 RNBD_CONST(u32, EPOLLOUT);
 RNBD_CONST(u32, EPOLLERR);
@@ -80,6 +83,7 @@ RNBD_CONST(u32, HARDIRQ_MASK);
 
 /* Offsets of fields of types that are not generated, as they depend on hundreds of other types. */
 #define RNBD_OFFSET(type, field, name) const size_t RNBD_CONST_OFFSET_##name = offsetof(type, field)
+RNBD_OFFSET(struct page, _refcount, PAGE_REFCOUNT);
 RNBD_OFFSET(struct page, mapping, PAGE_MAPPING);
 RNBD_OFFSET(struct sock, sk_flags, SK_FLAGS);
 RNBD_OFFSET(struct sock, sk_lock.slock, SK_SLOCK);

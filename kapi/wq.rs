@@ -19,6 +19,7 @@ use kernel::{
     workqueue::{
         HasDelayedWork,
         RawWorkItem,
+        Work,
         WorkItem, //
     },
 };
@@ -91,6 +92,29 @@ where
     // `Queue`, the workqueue is not destroyed before that.
     let queue = unsafe { kernel::workqueue::Queue::from_raw(queue) };
     queue.enqueue_delayed(work, delay)
+}
+
+/// Cancels delayed work of an object, if its time has not come (`cancel_delayed_work()`). Does not wait for it
+/// if it runs already.
+pub(crate) fn cancel_delayed<T, const ID: u64>(object: Arc<T>)
+where
+    T: HasDelayedWork<T, ID> + WorkItem<ID, Pointer = Arc<T>>,
+{
+    let object = Arc::into_raw(object);
+    // SAFETY: The pointer is valid, since the reference is given back only below.
+    let work = unsafe { Work::raw_get(T::raw_get_work(object.cast_mut())) };
+    // SAFETY: By the safety requirements of `HasDelayedWork`, this is the field `work` of a `struct
+    // delayed_work` of the object.
+    let cancelled = unsafe {
+        bindings::cancel_delayed_work(kernel::container_of!(work, bindings::delayed_work, work))
+    };
+    // SAFETY: `Arc::into_raw()` has returned the pointer.
+    drop(unsafe { Arc::from_raw(object) });
+    if cancelled {
+        // SAFETY: Whoever queues the work gives it an `Arc` of its object, because that is its `Pointer`. The
+        // work would have taken it back, and does not run.
+        drop(unsafe { Arc::from_raw(object) });
+    }
 }
 
 /// The owner of a workqueue, which is destroyed when its owner is dropped.

@@ -95,6 +95,7 @@ impl Connection {
             Life::Draining => "state=draining ",
             Life::Dead => "state=dead ",
         })?;
-        self.traffic.describe(f)
+        self.traffic.describe(f)?;
+        write!(f, " send_pages_kib={}", self.pages_kib())
     }
 }

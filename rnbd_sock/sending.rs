@@ -112,6 +112,10 @@ pub(super) struct Sending {
     pub(super) stopped: Atomic<bool>,
     /// The receive side has found the connection to be drained, which is to be recorded in the outbox.
     pub(super) newly_drained: Atomic<bool>,
+    /// The next sender is to trim the pages.
+    pub(super) trim_due: Atomic<bool>,
+    /// See [`Connection::pages_kib()`].
+    pub(super) pages_kib: Atomic<usize>,
     /// The commands that no sender has taken yet.
     pub(super) backlog: List<Unsent>,
     #[pin]
@@ -133,6 +137,8 @@ impl Sending {
             send_disconnect: Atomic::new(false),
             stopped: Atomic::new(false),
             newly_drained: Atomic::new(false),
+            trim_due: Atomic::new(false),
+            pages_kib: Atomic::new(0),
             backlog: List::new(),
             outbox <- new_mutex!(outbox),
         }))
@@ -226,7 +232,7 @@ impl Connection {
     }
 
     /// Sends until the backlog is empty. The holder of the lock sends for all.
-    fn transmit_backlog(self: ArcBorrow<'_, Self>) {
+    pub(super) fn transmit_backlog(self: ArcBorrow<'_, Self>) {
         self.transmit(IfHeld::Return);
     }
 
@@ -247,6 +253,8 @@ impl Connection {
             }
             self.clear_full();
             let stopped = self.transmit_all(&mut outbox, &mut budget);
+            self.trim_if_due(&mut outbox);
+            self.trim_later(&mut outbox);
             let unsent = !outbox.transmit.is_empty();
             self.sending.unsent.store(unsent, Relaxed);
             match stopped {
@@ -277,7 +285,8 @@ impl Connection {
                         return;
                     };
                     drop(kept);
-                    if !self.look_for_room(refused) && !self.drain_wants_sender() {
+                    let has_room = self.look_for_room(refused);
+                    if !has_room && !self.drain_wants_sender() && !self.is_trim_due() {
                         return;
                     }
                 }
@@ -340,6 +349,7 @@ impl Connection {
     fn has_backlog(&self) -> bool {
         !self.sending.backlog.is_empty()
             || self.sending.send_disconnect.load(Acquire)
+            || self.is_trim_due()
             || self.drain_wants_sender()
     }
 

@@ -19,7 +19,7 @@ use crate::{
             },
         },
         llist::Batch,
-        net::sock::Next, //
+        net::transfer::Next, //
     },
     pure::proto,
     rnbd_translate::wire_of, //
@@ -44,6 +44,10 @@ pub(super) struct Outbox {
     pub(super) said_goodbye: bool,
     /// The connection drains, and no command is in flight on it.
     pub(super) drained: bool,
+    /// The trim work is queued, or has run and nothing was trimmed since.
+    pub(super) trim_queued: bool,
+    /// The number of bytes that had been sent when the pages were trimmed last.
+    pub(super) sent_before: u64,
 }
 
 impl Outbox {
@@ -58,6 +62,8 @@ impl Outbox {
             transmit: Transmit::new()?,
             said_goodbye: false,
             drained: false,
+            trim_queued: false,
+            sent_before: 0,
         })
     }
 }

@@ -22,10 +22,9 @@ use crate::{
                 RecvIov,
                 SendIov, //
             },
-            sock::{
-                Next,
-                Socket, //
-            },
+            page_frag::FragPool,
+            sock::Socket,
+            transfer::Next, //
         },
     },
     pure::{
@@ -43,6 +42,9 @@ use kernel::prelude::*;
 const STAGED: usize = 64;
 /// The maximum number of memory segments that one call sends or receives.
 const PIECES: usize = 128;
+/// The maximum number of page fragments, of 64 KiB, that are kept until the network has let go of them. Together
+/// they are as large as TCP's send buffer can grow, unless `tcp_wmem` was changed.
+const FRAGS: usize = 64;
 /// The number of bytes that are received beyond the awaited data. If these are data, they are
 /// copied twice, so it should not be more. It should not be less either, or it would not hold the
 /// headers of a busy server's replies to writes.
@@ -80,6 +82,8 @@ impl Outgoing {
 pub(crate) struct Transmit {
     headers: IoPage,
     pieces: Pieces,
+    /// The memory into which TCP copies what is sent.
+    pub(crate) frags: FragPool,
     staged: Ring<Outgoing>,
     /// The offset of the next header in the page.
     next_header: usize,
@@ -123,6 +127,7 @@ impl Transmit {
         Ok(Transmit {
             headers: IoPage::new()?,
             pieces: Pieces::new(PIECES)?,
+            frags: FragPool::new(FRAGS)?,
             staged: Ring::new(STAGED)?,
             next_header: 0,
             next: Next::Nothing,
@@ -160,7 +165,7 @@ impl Transmit {
         }
     }
 
-    /// Sends staged messages with one call. `next` tells whether others will follow at once.
+    /// Sends staged messages. `next` tells whether others will follow at once.
     ///
     /// # Errors
     ///
@@ -183,7 +188,7 @@ impl Transmit {
         }
         let offered = iov.bytes();
         let next = if whole { next } else { Next::More };
-        let bytes = socket.send(iov, next)?;
+        let bytes = socket.send(iov, &mut self.frags, next)?;
         self.next = next;
         Ok(Sent {
             bytes,
@@ -377,5 +382,7 @@ pub(crate) fn send_disconnect_on(socket: &Socket) -> Result {
     let mut pieces = Pieces::new(1)?;
     let mut iov = SendIov::new(&mut pieces);
     iov.push_bytes(&page, 0, REQUEST_BYTES);
-    socket.send(iov, Next::Nothing).map(|_| ())
+    socket
+        .send(iov, &mut FragPool::new(0)?, Next::Nothing)
+        .map(|_| ())
 }

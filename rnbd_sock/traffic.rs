@@ -90,6 +90,11 @@ impl Traffic {
         add(&self.errors, 1);
     }
 
+    /// Returns the number of bytes that were sent.
+    pub(super) fn bytes_sent(&self) -> u64 {
+        self.bytes_sent.load(Relaxed)
+    }
+
     /// Returns the counters as they are now.
     pub(crate) fn totals(&self) -> Totals {
         Totals {

@@ -6,7 +6,6 @@
 //! The context in which data is sent and received (`PF_MEMALLOC`, the credentials of the kernel) follows
 //! `__sock_xmit()` in `drivers/block/nbd.c`. nvme-tcp and sunrpc set `PF_MEMALLOC` for their sockets, too.
 
-use super::page_frag::PageFrag;
 use crate::kapi::{
     bindings,
     task, //
@@ -33,15 +32,14 @@ pub(super) fn outside_bpf<R>(f: impl FnOnce() -> R) -> R {
 
 /// Runs `f` in the context that I/O needs, as nbd.c's `__sock_xmit()` does: allocations may use the
 /// memory reserves and do not start reclaim (`PF_MEMALLOC`), and security modules see the credentials of
-/// the kernel instead of those of the task that happens to write. Protocols copy data to `frag`, never to the
-/// page fragment of the task.
-pub(super) fn in_io_context<R>(frag: &mut PageFrag, f: impl FnOnce() -> R) -> R {
+/// the kernel instead of those of the task that happens to write.
+pub(super) fn in_io_context<R>(f: impl FnOnce() -> R) -> R {
     // SAFETY: Only the current task changes its own `cred`, which is restored before this returns.
     task::memalloc_noreclaim(|| unsafe {
         let task = bindings::get_current();
         let creds = (*task).cred;
         (*task).cred = bindings::init_task.cred;
-        let result = frag.lend(f);
+        let result = f();
         (*task).cred = creds;
         result
     })

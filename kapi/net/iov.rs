@@ -6,7 +6,6 @@
 //! One list describes the headers and the data of a transfer, as in sunrpc's `svc_tcp_sendmsg()`
 //! (`net/sunrpc/svcsock.c`).
 
-use super::page_frag::PageFrag;
 use crate::kapi::{
     bindings,
     block::{
@@ -77,12 +76,8 @@ impl IoPage {
     }
 }
 
-/// An allocated list of `struct bio_vec`, which is reused so that a transfer allocates nothing, and the page
-/// fragment that a protocol may use for a transfer.
-pub(crate) struct Pieces {
-    list: KVec<bindings::bio_vec>,
-    frag: PageFrag,
-}
+/// An allocated list of `struct bio_vec`, which is reused so that a transfer allocates nothing.
+pub(crate) struct Pieces(KVec<bindings::bio_vec>);
 
 // SAFETY: The pointers in the list are only used by an `Iov`, and each `Iov` begins with an empty list.
 unsafe impl Send for Pieces {}
@@ -90,10 +85,7 @@ unsafe impl Send for Pieces {}
 impl Pieces {
     /// Allocates room for `count` pieces of memory. May sleep.
     pub(crate) fn new(count: usize) -> core::result::Result<Self, AllocError> {
-        Ok(Pieces {
-            list: KVec::with_capacity(count, GFP_KERNEL)?,
-            frag: PageFrag::empty(),
-        })
+        Ok(Pieces(KVec::with_capacity(count, GFP_KERNEL)?))
     }
 }
 
@@ -105,18 +97,15 @@ impl Pieces {
 pub(super) struct Iov<'a> {
     pieces: &'a mut KVec<bindings::bio_vec>,
     bytes: usize,
-    /// For the protocol to use during the transfer.
-    pub(super) frag: &'a mut PageFrag,
 }
 
 impl<'a> Iov<'a> {
     fn new(room: &'a mut Pieces) -> Self {
-        room.list.clear();
+        room.0.clear();
         // INVARIANT: The list is empty.
         Iov {
-            pieces: &mut room.list,
+            pieces: &mut room.0,
             bytes: 0,
-            frag: &mut room.frag,
         }
     }
 

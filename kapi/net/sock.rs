@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
-//! Connected stream sockets that user space hands over: sending, receiving and shutting down. Their callbacks
-//! are in `hook.rs`, and whether there is room to send is determined in `room.rs`.
+//! Connected stream sockets that user space hands over: what they are, and how they end. They send and receive in
+//! `transfer.rs`, their callbacks are in `hook.rs`, and whether there is room to send is determined in `room.rs`.
 //!
 //! C headers: [`include/linux/net.h`](srctree/include/linux/net.h),
 //! [`include/net/sock.h`](srctree/include/net/sock.h)
@@ -12,15 +12,7 @@ use super::{
         write_lock_bh,
         write_unlock_bh, //
     },
-    context::{
-        in_io_context,
-        outside_bpf, //
-    },
-    iov::{
-        Iov,
-        RecvIov,
-        SendIov, //
-    },
+    context::outside_bpf,
     kind::{
         has_upper_layer,
         was_connected,
@@ -29,7 +21,6 @@ use super::{
 };
 use crate::kapi::{
     bindings,
-    errno::ENOBUFS,
     task, //
 };
 use core::{
@@ -79,15 +70,6 @@ unsafe impl Send for Socket {}
 // SAFETY: A socket may be used by several tasks at a time. The socket calls take the locks that they need.
 unsafe impl Sync for Socket {}
 
-/// What the caller will send next (`MSG_MORE`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Next {
-    /// More data, immediately. A segment that is not full waits for it.
-    More,
-    /// Nothing that is known yet.
-    Nothing,
-}
-
 impl Socket {
     /// Returns the socket of a file descriptor of the current process (nbd.c's `nbd_get_socket()`).
     ///
@@ -136,84 +118,6 @@ impl Socket {
     /// Returns the kind of the socket.
     pub(super) fn kind(&self) -> Kind {
         self.kind
-    }
-
-    /// Sends as much of `data` as the socket has room for, and returns the number of bytes.
-    ///
-    /// # Errors
-    ///
-    /// - `EAGAIN`: there is no room, or no memory.
-    /// - `EINTR`, `ERESTARTSYS`: a socket with TLS was interrupted by a signal.
-    /// - Anything else: the connection is broken.
-    ///
-    /// # Context
-    ///
-    /// Process context. Does not wait for room, but may sleep to get the socket's lock.
-    pub(crate) fn send(&self, data: SendIov<'_>, next: Next) -> Result<usize> {
-        let mut flags = bindings::MSG_DONTWAIT | bindings::MSG_NOSIGNAL;
-        if next == Next::More {
-            flags |= bindings::MSG_MORE;
-        }
-        let sent = self.transfer(data.into_inner(), bindings::ITER_SOURCE, |socket, msg| {
-            // SAFETY: The socket and `msg` are valid, and `msg` describes memory that lives during the call.
-            unsafe {
-                (*msg).msg_flags = flags;
-                bindings::sock_sendmsg(socket, msg)
-            }
-        });
-        // If there is no memory, TCP and MPTCP return EAGAIN. A UNIX or vsock socket returns these errors, and
-        // has accepted nothing.
-        sent.map_err(|e| match e {
-            e if e == ENOBUFS || e == ENOMEM => EAGAIN,
-            e => e,
-        })
-    }
-
-    /// Receives at most as many bytes as `data` has room for, and returns their number.
-    ///
-    /// # Errors
-    ///
-    /// - `EAGAIN`: there is nothing to receive.
-    /// - `EPIPE`: the stream has ended.
-    /// - Anything else: the connection is broken.
-    ///
-    /// # Context
-    ///
-    /// Process context. Does not wait for data, but may sleep to get the socket's lock.
-    pub(crate) fn receive(&self, data: RecvIov<'_>) -> Result<usize> {
-        let got = self.transfer(data.into_inner(), bindings::ITER_DEST, |socket, msg| {
-            let flags = bindings::MSG_DONTWAIT | bindings::MSG_NOSIGNAL;
-            // SAFETY: The socket and `msg` are valid, and `msg` describes memory that lives during the call.
-            unsafe { bindings::sock_recvmsg(socket, msg, flags as i32) }
-        })?;
-        if got == 0 {
-            return Err(EPIPE);
-        }
-        Ok(got)
-    }
-
-    /// Runs `call` on a message that describes `data`, in the context that I/O needs.
-    fn transfer(
-        &self,
-        data: Iov<'_>,
-        direction: u32,
-        call: impl FnOnce(*mut bindings::socket, *mut bindings::msghdr) -> i32,
-    ) -> Result<usize> {
-        // SAFETY: A `struct msghdr` consists of integers and pointers, for which all zeroes is a valid value.
-        let mut msg: bindings::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
-        // SAFETY: By the type invariant of `Iov`, the pieces describe memory that lives as long as `data`.
-        unsafe {
-            bindings::iov_iter_bvec(
-                &mut msg.msg_iter,
-                direction,
-                data.pieces().as_ptr(),
-                data.pieces().len(),
-                data.bytes(),
-            )
-        };
-        let result = in_io_context(data.frag, || call(self.socket.as_ptr(), &mut msg));
-        to_result(result)?;
-        Ok(result as usize)
     }
 
     /// Returns the events for which the socket is ready, as a program that polls it learns them, and has it

@@ -5,13 +5,15 @@ use crate::kapi::{
     block::{payload::Payload, request::Unsent},
     net::{
         iov::{Pieces, RecvIov, SendIov},
-        sock::{Next, Socket},
+        page_frag::FragPool,
+        sock::Socket,
+        transfer::Next,
     },
 };
 
-fn receive(socket: &Socket, room: &mut Pieces, write: &mut Payload<Unsent>) {
+fn receive(socket: &Socket, room: &mut Pieces, frags: &mut FragPool, write: &mut Payload<Unsent>) {
     let mut iov = RecvIov::new(room); //fix: let mut iov = SendIov::new(room);
     iov.push_payload(write); //~ E0308
     //fix: iov.push_payload(write);
-    let _ = socket.receive(iov); //fix: let _ = socket.send(iov, Next::Nothing);
+    let _ = socket.receive(iov); //fix: let _ = socket.send(iov, frags, Next::Nothing);
 }

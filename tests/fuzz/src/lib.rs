@@ -41,10 +41,7 @@ use kapi::{
         payload::Payload,
         request::{Extent, Log, Op, Outcome, Request, Side, Status, Unanswered, Unsent},
     },
-    net::{
-        arrival::Segment,
-        sock::{Next, Socket},
-    },
+    net::{arrival::Segment, sock::Socket, transfer::Next},
 };
 use prelude::*;
 use pure::cmd::{Cookie, Parking, Slot};

@@ -5,7 +5,7 @@ use crate::{
     kapi::block::request::{Extent, Log, Op, Outcome, Request, Status, Unanswered, Unsent},
     kapi::{
         block::payload::Payload,
-        net::sock::{Next, Socket},
+        net::{sock::Socket, transfer::Next},
     },
     prelude::*,
     pure::cmd::Cookie,

@@ -3,6 +3,7 @@
 //! Data: the requests and replies that carry it, and that it comes back as it was written.
 
 mod data;
+mod pages;
 mod receiving;
 mod requests;
 mod sending;
@@ -18,6 +19,7 @@ pub fn tests() -> Vec<Test> {
         data::tests(),
         receiving::tests(),
         sending::tests(),
+        pages::tests(),
     ]
     .into_iter()
     .flatten()
