@@ -9,8 +9,10 @@
 #include <linux/blkdev.h>
 #include <linux/blk-mq.h>
 #include <linux/in.h>
+#include <linux/nsproxy.h>
 #include <net/af_vsock.h>
 #include <net/genetlink.h>
+#include <net/net_namespace.h>
 #include <net/sock.h>
 #include <net/tcp.h>
 #include <net/tls.h>
@@ -30,6 +32,8 @@
 //bindgen: --allowlist-type netns_tracker
 //bindgen: --allowlist-var memalloc_socks_key
 //bindgen: --allowlist-function tcp_abort
+//bindgen: --allowlist-function __put_net
+//bindgen: --allowlist-function netlink_set_err
 //bindgen: --allowlist-function lock_sock_nested
 //bindgen: --allowlist-function release_sock
 //bindgen: --allowlist-function sk_free
@@ -90,6 +94,8 @@ RNBD_OFFSET(struct sock, sk_lock.slock, SK_SLOCK);
 RNBD_OFFSET(struct inet_connection_sock, icsk_ulp_ops, ULP_OPS);
 RNBD_OFFSET(struct inet_connection_sock, icsk_ulp_data, ULP_DATA);
 RNBD_OFFSET(struct net, genl_sock, GENL_SOCK);
+RNBD_OFFSET(struct net, ns.__ns_ref, NET_REFERENCES);
+RNBD_OFFSET(struct nsproxy, net_ns, NSPROXY_NET);
 RNBD_OFFSET(struct genl_dumpit_info, info, DUMPIT_INFO);
 RNBD_OFFSET(struct tcp_ulp_ops, name, ULP_NAME);
 RNBD_OFFSET(struct tls_context, tx_lock, TLS_TX_LOCK);

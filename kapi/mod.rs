@@ -15,6 +15,7 @@ pub(crate) mod errno;
 pub(crate) mod llist;
 pub(crate) mod net;
 pub(crate) mod param;
+pub(crate) mod prepared;
 pub(crate) mod task;
 pub(crate) mod try_lock;
 pub(crate) mod wq;

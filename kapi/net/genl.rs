@@ -21,6 +21,7 @@ use super::{
         Destination,
         Message, //
     },
+    namespace::Namespace,
     port::Sender, //
 };
 use crate::kapi::{
@@ -105,6 +106,7 @@ impl Policy {
     pub(crate) const ANY: Policy = Self::of(bindings::NLA_UNSPEC);
     pub(crate) const U32: Policy = Self::of(bindings::NLA_U32);
     pub(crate) const U64: Policy = Self::of(bindings::NLA_U64);
+    pub(crate) const BINARY: Policy = Self::of(bindings::NLA_BINARY);
     pub(crate) const STRING: Policy = Self::of(bindings::NLA_STRING);
     pub(crate) const NESTED: Policy = Self::of(bindings::NLA_NESTED);
 
@@ -146,7 +148,6 @@ impl<C: Commands> Registration<C> {
     /// # Errors
     ///
     /// - `EBUSY`: another family has the group.
-    /// - `EINVAL`: a family with dumps has a group.
     /// - `EEXIST`: a family of that name is registered already.
     /// - `ENOMEM`: there is no memory.
     ///
@@ -154,10 +155,8 @@ impl<C: Commands> Registration<C> {
     ///
     /// Process context. May sleep.
     pub(crate) fn new(commands: C, group: Option<Arc<Group>>) -> Result<Self> {
-        if group.is_some() && !C::DUMPS.is_empty() {
-            // To give it the group may fail, and then the family would be unregistered at once.
-            return Err(EINVAL);
-        }
+        // Nothing may fail once a family with dumps is registered: it must not be unregistered at once.
+        let claim = group.as_ref().map(Group::claim).transpose()?;
         let family = Family::new(commands, group)?;
         let raw = family.family.get();
         // SAFETY: The family is pinned. Everything that it points to is static or is owned by it.
@@ -166,8 +165,8 @@ impl<C: Commands> Registration<C> {
         let this = Registration(family);
         // INVARIANT: The family is registered until `drop()`, which takes the group away before it
         // unregisters the family.
-        if let Some(group) = &this.0.group {
-            group.bind(Registered(this.raw()))?;
+        if let Some(claim) = claim {
+            claim.bind(Registered(this.raw()));
         }
         Ok(this)
     }
@@ -356,6 +355,18 @@ impl<'a> Info<'a> {
         let sk = NonNull::new(sk.cast()).ok_or(EINVAL)?;
         // SAFETY: By the type invariant, `raw` is valid. The sender's socket is valid during the call.
         Ok(unsafe { Sender::new(sk, (*self.raw)._net.net, (*self.raw).snd_portid) })
+    }
+
+    /// Returns the network namespace of the socket that has sent the message.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL`: the message does not come from a namespace.
+    pub(crate) fn namespace(&self) -> Result<Namespace> {
+        // SAFETY: By the type invariant, `raw` is valid.
+        let net = NonNull::new(unsafe { (*self.raw)._net.net }).ok_or(EINVAL)?;
+        // SAFETY: The sender's socket keeps its namespace alive while the command is running.
+        Ok(unsafe { Namespace::get(net) })
     }
 
     /// Returns an attribute of the message, if the message has it.

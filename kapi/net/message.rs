@@ -83,6 +83,25 @@ impl Message {
     }
 }
 
+impl Message {
+    /// Appends attributes that were made by [`attr::put()`](super::attr::put), and completes the message. The
+    /// caller becomes its owner, and must send or free it.
+    ///
+    /// # Errors
+    ///
+    /// `EMSGSIZE` if there is no room for them.
+    pub(super) fn finish_with(self, attributes: &[u8]) -> Result<*mut bindings::sk_buff> {
+        let skb = self.skb.as_ptr();
+        let len = i32::try_from(attributes.len())?;
+        // SAFETY: By the type invariant, the message is valid and owned. `attributes` has `len` bytes.
+        to_result(unsafe { bindings::nla_append(skb, len, attributes.as_ptr().cast()) })?;
+        // SAFETY: By the type invariant, the header belongs to this message.
+        unsafe { bindings::genlmsg_end(skb, self.header.as_ptr()) };
+        core::mem::forget(self);
+        Ok(skb)
+    }
+}
+
 impl Drop for Message {
     fn drop(&mut self) {
         // SAFETY: By the type invariant, the message is owned and not used after this.

@@ -16,6 +16,7 @@ mod kind;
 mod lock_class;
 mod memalloc;
 mod message;
+pub(crate) mod namespace;
 mod owner;
 pub(crate) mod page_frag;
 pub(crate) mod port;
