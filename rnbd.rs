@@ -14,6 +14,7 @@ mod rnbd_params;
 mod kapi;
 mod pure;
 mod rnbd_dev;
+mod rnbd_events;
 mod rnbd_ioctl;
 mod rnbd_netlink;
 mod rnbd_ratelimit;
@@ -38,6 +39,7 @@ use kernel::{
     prelude::*,
     sync::Arc, //
 };
+use rnbd_events::EventQueue;
 use rnbd_netlink::{
     events,
     listing::Listing,
@@ -101,11 +103,14 @@ impl kernel::Module for Rnbd {
         let slow = wq::OwnedQueue::new(c"rnbd-slow", wq::Kind::Plain)?;
         let scan = wq::OwnedQueue::new(c"rnbd-scan", wq::Kind::Plain)?;
         let group = Group::new(events::GROUP)?;
+        let listeners = Group::new(events::LISTENERS)?;
+        let told = Arc::new(events::Told(listeners.clone()), GFP_KERNEL)?;
         let shared = Shared {
             io: io.queue(),
             slow: slow.queue(),
             scan: scan.queue(),
             events: Arc::new(events::Multicast(group.clone()), GFP_KERNEL)?,
+            news: EventQueue::new(told, slow.queue())?,
         };
         let registry = Registry::new(layout, shared)?;
         let devices = AllDevices(registry.clone());
@@ -118,7 +123,7 @@ impl kernel::Module for Rnbd {
             registry: registry.clone(),
         };
         // Nothing after this may fail: a user may have begun a list.
-        let listing = Registration::new(listing, None)?;
+        let listing = Registration::new(listing, Some(listeners))?;
         for index in 0..count {
             // As in nbd.c, the module is loaded even if some of the devices could not be added. A
             // device may exist already, because user space can use the netlink family by now.

@@ -115,7 +115,8 @@ impl Netlink {
         }
         info.require(ATTR_SOCKETS, c"at least one socket is needed")?;
         info.require(ATTR_SIZE_BYTES, c"a size in bytes is needed")?;
-        let setup = self.parse_setup(info)?;
+        let mut setup = self.parse_setup(info)?;
+        setup.namespace = Some(Arc::new(info.namespace()?, GFP_KERNEL)?);
         let device = loop {
             let device = self.find_or_add(info, wanted, setup.sockets.len() as u32)?;
             let connected = device.connect(&setup).inspect_err(|e| {
@@ -236,6 +237,7 @@ impl Netlink {
             sockets: sockets(info)?,
             backend: info.attr(ATTR_BACKEND_IDENTIFIER).map(|a| a.string()),
             owner: None,
+            namespace: None,
         };
         if setup.makes_owner() {
             self.registry.expect_owners();

@@ -16,8 +16,19 @@ use crate::{
         },
         net::sock::Socket, //
     },
+    rnbd_events::{
+        Connected,
+        Death,
+        Event,
+        Notice,
+        Origin,
+        Reason, //
+    },
     rnbd_shared::Shared,
-    rnbd_sock::Connection,
+    rnbd_sock::{
+        Connection,
+        Position, //
+    },
     rnbd_table::Table, //
 };
 use kernel::{
@@ -61,8 +72,8 @@ struct Place {
 
 /// The parameters of a session.
 pub(crate) struct Options {
-    /// The index of the device.
-    pub(crate) device: u32,
+    /// Whom events are for, and what they say of the session.
+    pub(crate) origin: Arc<Origin>,
     /// The resources that all devices share.
     pub(crate) shared: Shared,
     /// The number of hardware queues, and the number of tags of each.
@@ -96,7 +107,7 @@ impl Session {
     /// May sleep.
     pub(crate) fn new(disk: &DiskRef, sockets: &[Socket], options: Options) -> Result<Arc<Self>> {
         let table = Table::new(
-            options.device,
+            options.origin,
             options.shared,
             options.hw_queues,
             options.depth,
@@ -131,7 +142,8 @@ impl Session {
         session.inspect_err(|_| {
             table.fate.end();
             for connection in &connections {
-                connection.as_arc_borrow().mark_dead();
+                let ended = Death::of(Reason::Ended);
+                connection.as_arc_borrow().mark_dead(ended);
             }
             table.wait_all_reaped();
         })
@@ -146,8 +158,13 @@ impl Session {
     ) -> Result {
         for (index, socket) in sockets.iter().enumerate() {
             let index = u16::try_from(index).map_err(|_| EINVAL)?;
+            let position = Position {
+                index,
+                id: index,
+                reconnects: 0,
+            };
             // There is room in the vector, so a connection that was made is never lost.
-            let prepared = Connection::prepare(index, table.clone(), socket.clone())?;
+            let prepared = Connection::prepare(position, table.clone(), socket.clone())?;
             connections.push(prepared.take_socket()?, GFP_KERNEL)?;
         }
         Ok(())
@@ -161,6 +178,21 @@ impl Session {
     pub(crate) fn start_receiving(&self) {
         for place in &*self.connections.lock() {
             place.connection.as_arc_borrow().start_receiving();
+        }
+    }
+
+    /// Has listeners told of the session, and from now on of the deaths of its connections and of its end. The
+    /// notices are for its beginning and its end.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub(crate) fn announce(&self, connected: Connected, [begin, end]: [Notice; 2]) {
+        let news = &self.table.shared.news;
+        news.post(begin, Event::Connected(connected));
+        self.table.will_report_end(end);
+        for place in &*self.connections.lock() {
+            place.connection.announce();
         }
     }
 
@@ -207,7 +239,8 @@ impl Session {
             pr_warn!("nbd{}: shutting down sockets\n", self.table.device);
         }
         for place in &*self.connections.lock() {
-            place.connection.as_arc_borrow().mark_dead();
+            let ended = Death::of(Reason::Ended);
+            place.connection.as_arc_borrow().mark_dead(ended);
         }
         // A worker reaps each, and so does this task, which need not wait for a worker then.
         for index in 0..self.slots.len() {
@@ -216,6 +249,7 @@ impl Session {
             }
         }
         self.table.wait_all_reaped();
+        self.table.report_end();
         // The block layer keeps the requests that wait, and would dispatch them up to 100 ms later. One
         // that it is dispatching right now may be kept that long all the same: only those of the work item
         // that reads the partition table can then meet the next session, and nobody uses what they read.

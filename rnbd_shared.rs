@@ -3,7 +3,10 @@
 
 #![forbid(unsafe_code)]
 
-use crate::kapi::wq::Queue;
+use crate::{
+    kapi::wq::Queue,
+    rnbd_events::EventQueue, //
+};
 use kernel::sync::Arc;
 
 /// Notifies user space. `rnbd_netlink/events.rs` implements it.
@@ -25,6 +28,8 @@ pub(crate) struct Shared {
     pub(crate) slow: Arc<Queue>,
     /// The workqueue for reading partition tables, which may wait for a server.
     pub(crate) scan: Arc<Queue>,
-    /// Notifies user space.
+    /// Notifies the listeners of the family "nbd".
     pub(crate) events: Arc<dyn Events>,
+    /// Notifies those of the family "rnbd".
+    pub(crate) news: Arc<EventQueue>,
 }

@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 mod draining;
+mod ending;
 mod receiving;
 mod report;
 mod sending;
@@ -25,6 +26,7 @@ mod trimming;
 
 use crate::{
     kapi::{
+        errno::EPROTO,
         net::{
             arrival::Arrival,
             hook::{
@@ -32,10 +34,7 @@ use crate::{
                 HookMemory,
                 Hooked, //
             },
-            sock::{
-                Ending,
-                Socket, //
-            },
+            sock::Socket, //
         },
         try_lock::TryLock,
         wq::{
@@ -43,8 +42,15 @@ use crate::{
             Queue, //
         },
     },
+    rnbd_events::{
+        Death,
+        Incarnation,
+        Notice,
+        Reason, //
+    },
     rnbd_table::Table, //
 };
+use ending::DeathReport;
 use kernel::{
     impl_has_delayed_work,
     impl_has_work,
@@ -56,8 +62,7 @@ use kernel::{
         atomic::{
             Acquire,
             Atomic,
-            Full,
-            Release, //
+            Full, //
         },
         Arc,
         ArcBorrow,
@@ -97,15 +102,26 @@ const ENDED: u32 = 3;
 /// The connection was reaped.
 const REAPED: u32 = 4;
 
+/// Where a connection is in its session.
+#[derive(Clone, Copy)]
+pub(crate) struct Position {
+    /// The index in the session's connections.
+    pub(crate) index: u16,
+    /// What the slots of its commands name it by. No other connection that was not reaped has the same.
+    pub(crate) id: u16,
+    /// How often the connection with this index had been replaced when this one took its place.
+    pub(crate) reconnects: u32,
+}
+
 /// A connection of a session.
 #[pin_data]
 pub(crate) struct Connection {
-    /// The index in the session's connections.
-    index: u16,
+    position: Position,
     table: Arc<Table>,
     socket: Socket,
     addresses: Addresses,
     state: Atomic<u32>,
+    death: DeathReport,
     traffic: Traffic,
     /// Completed when the connection was reaped.
     #[pin]
@@ -277,18 +293,24 @@ impl Connection {
     /// # Context
     ///
     /// May sleep.
-    pub(crate) fn prepare(index: u16, table: Arc<Table>, socket: Socket) -> Result<Prepared> {
+    pub(crate) fn prepare(
+        position: Position,
+        table: Arc<Table>,
+        socket: Socket,
+    ) -> Result<Prepared> {
         let memory = HookMemory::new()?;
+        let notice = Notice::new(&table.origin)?;
         let addresses = Addresses::of(&socket);
         let sending = Sending::new()?;
         let receive = Receive::new()?;
         let connection = Arc::pin_init(
             pin_init!(Connection {
-                index,
+                position,
                 table,
                 socket,
                 addresses,
                 state: Atomic::new(ALIVE),
+                death: DeathReport::new(notice),
                 traffic: Traffic::new(),
                 reaped <- Completion::new(),
                 hooked <- new_mutex!(None),
@@ -325,7 +347,20 @@ impl Connection {
 
     /// Returns the index in the session's connections.
     pub(crate) fn index(&self) -> u16 {
-        self.index
+        self.position.index
+    }
+
+    /// Returns what the slots of the connection's commands name it by.
+    pub(crate) fn id(&self) -> u16 {
+        self.position.id
+    }
+
+    /// Returns what tells the connection from those that had its index before.
+    pub(crate) fn incarnation(&self) -> Incarnation {
+        Incarnation {
+            index: self.position.index,
+            reconnects: self.position.reconnects,
+        }
     }
 
     /// Returns the connection's counters.
@@ -340,74 +375,6 @@ impl Connection {
     /// May sleep.
     pub(crate) fn wait_reaped(&self) {
         self.reaped.wait_for_completion();
-    }
-
-    /// Marks the connection as dead and shuts its socket down (`nbd_mark_nsock_dead()`).
-    ///
-    /// The commands in flight are given back afterwards, when the connection is reaped. They may be
-    /// sent again over another connection or fail, so nothing of them may leave the socket after
-    /// that. The death is reported to user space, unless the user wanted the session to end, or the
-    /// connection was draining, which was reported.
-    ///
-    /// # Context
-    ///
-    /// May sleep.
-    pub(crate) fn mark_dead(self: ArcBorrow<'_, Self>) {
-        let Some(before) = self.begin_end() else {
-            return;
-        };
-        if before == ALIVE && !self.table.fate.snapshot().is_end_wanted() {
-            self.queue_link_dead();
-        }
-        self.end_socket(self.suitable_ending());
-    }
-
-    /// Like [`Self::mark_dead()`], but does not report the death to user space, which is replacing
-    /// the connection. Returns whether it would have been reported.
-    ///
-    /// # Context
-    ///
-    /// May sleep.
-    pub(crate) fn mark_dead_for_replacement(self: ArcBorrow<'_, Self>) -> bool {
-        let Some(before) = self.begin_end() else {
-            return false;
-        };
-        self.end_socket(self.suitable_ending());
-        before == ALIVE
-    }
-
-    /// Changes the state to [`ENDING`]. Returns the state before, unless it was that or a later one.
-    fn begin_end(&self) -> Option<u32> {
-        // A connection does not become alive again, so these two cover all interleavings.
-        let from = |state| self.state.cmpxchg(state, ENDING, Full).ok();
-        from(ALIVE).or_else(|| from(DRAINING))
-    }
-
-    /// Returns how to end the socket of a connection that was marked as dead.
-    ///
-    /// # Context
-    ///
-    /// May sleep.
-    fn suitable_ending(&self) -> Ending {
-        // If nothing is outstanding, a disconnect may be on its way, which must still be delivered.
-        if self.nothing_outstanding() {
-            Ending::Polite
-        } else {
-            Ending::Reset
-        }
-    }
-
-    /// Shuts the socket down and queues the work that reaps the connection. To be called once, by
-    /// the task that has marked the connection as dead.
-    fn end_socket(self: ArcBorrow<'_, Self>, ending: Ending) {
-        self.socket.end(ending);
-        self.state.store(ENDED, Release);
-        self.queue_receive();
-    }
-
-    /// Schedules the report to user space that the connection is dead.
-    pub(crate) fn queue_link_dead(self: ArcBorrow<'_, Self>) {
-        let _ = self.table.shared.slow.enqueue::<Arc<Self>, 3>(self.into());
     }
 
     /// Queues the receive work, which also reaps the connection once its socket was shut down.
@@ -466,7 +433,7 @@ impl Connection {
                 self.receive_failed(e);
                 // What follows in the stream means nothing.
                 receive.failed = Some(e);
-                self.mark_dead();
+                self.mark_dead(death_of_stream(e));
             }
         }
         if self.state.cmpxchg(ENDED, REAPED, Full).is_ok() {
@@ -490,8 +457,19 @@ impl Connection {
         self.end_trimming();
         // Nothing is sent any more, so the socket can be released to other users.
         drop(hooked);
-        self.table.reclaim(self.index);
+        self.table.reclaim(self.id());
         self.table.remove_connection();
         self.reaped.complete_all();
+    }
+}
+
+/// Returns the death of a connection of whose stream nothing more can be received because of `error`.
+fn death_of_stream(error: Error) -> Death {
+    if error == EPROTO {
+        Death::of(Reason::ProtocolViolated)
+    } else if error == EPIPE {
+        Death::of(Reason::Closed)
+    } else {
+        Death::by(Reason::ReceiveFailed, error)
     }
 }

@@ -25,6 +25,11 @@ use crate::{
         },
         fate::Fate, //
     },
+    rnbd_events::{
+        Event,
+        Notice,
+        Origin, //
+    },
     rnbd_ratelimit::Ratelimit,
     rnbd_shared::Shared, //
 };
@@ -67,6 +72,8 @@ struct Unreaped {
     count: u32,
     /// How often the last one was reaped. A session that was lost can be started again.
     losses: u32,
+    /// Posted when the session has ended. There is none before listeners were told of the session.
+    ended: Option<Notice>,
 }
 
 /// Nobody reads the partition table.
@@ -81,6 +88,8 @@ const READING_FAILED: u32 = 2;
 pub(crate) struct Table {
     /// The index of the device, for log messages.
     pub(crate) device: u32,
+    /// Whom events are for, and what they say of the session.
+    pub(crate) origin: Arc<Origin>,
     /// Limits the messages that a server can cause.
     pub(crate) log: Ratelimit,
     depth: u32,
@@ -110,7 +119,7 @@ impl Table {
     ///
     /// May sleep.
     pub(crate) fn new(
-        device: u32,
+        origin: Arc<Origin>,
         shared: Shared,
         connections: u32,
         depth: u32,
@@ -123,7 +132,8 @@ impl Table {
         }
         Arc::pin_init(
             pin_init!(Table {
-                device,
+                device: origin.device,
+                origin,
                 shared,
                 log: Ratelimit::new(),
                 depth,
@@ -131,7 +141,11 @@ impl Table {
                 timeout_jiffies: Atomic::new(timeout_jiffies),
                 fate: Fate::new(),
                 table_read: Atomic::new(NOT_READING),
-                unreaped <- new_mutex!(Unreaped { count: 0, losses: 0 }),
+                unreaped <- new_mutex!(Unreaped {
+                    count: 0,
+                    losses: 0,
+                    ended: None,
+                }),
                 all_reaped <- new_condvar!(),
             }),
             GFP_KERNEL,
@@ -259,8 +273,41 @@ impl Table {
         unreaped.losses = unreaped.losses.wrapping_add(1);
         if self.fate.finish_disconnect() {
             pr_info!("nbd{}: disconnected by user request\n", self.device);
+            self.post_end(&mut unreaped);
         }
         self.all_reaped.notify_all();
+    }
+
+    /// Has listeners told when the session ends, which were told of it. `notice` is not needed if they are going
+    /// to be.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub(crate) fn will_report_end(&self, notice: Notice) {
+        // A notice that is not needed is not freed with the lock held.
+        let mut unreaped = self.unreaped.lock();
+        let spare = match &unreaped.ended {
+            Some(_) => Some(notice),
+            None => unreaped.ended.replace(notice),
+        };
+        drop(unreaped);
+        drop(spare);
+    }
+
+    /// Has listeners told that the session has ended, unless they were.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub(crate) fn report_end(&self) {
+        self.post_end(&mut self.unreaped.lock());
+    }
+
+    fn post_end(&self, unreaped: &mut Unreaped) {
+        if let Some(notice) = unreaped.ended.take() {
+            self.shared.news.post(notice, Event::Disconnected);
+        }
     }
 
     /// Returns the number of connections that were not reaped yet.

@@ -7,9 +7,12 @@ use super::running::Running;
 use crate::{
     kapi::{
         block::disk::DiskRef,
-        net::sock::{
-            Ending,
-            Socket, //
+        net::{
+            namespace::Namespace,
+            sock::{
+                Ending,
+                Socket, //
+            }, //
         },
         task::{
             self,
@@ -86,6 +89,8 @@ pub(crate) struct Config {
     /// which [`Self::disconnect_on_close`] is meant.
     pub(super) opened_since_connect: bool,
     pub(super) has_backend_file: bool,
+    /// The network namespace of whoever has connected the device by netlink.
+    pub(super) namespace: Option<Arc<Namespace>>,
     pub(super) scan: Scan,
     /// How often in a row connections were lost while the partition table was read.
     pub(super) lost_scans: u32,
@@ -229,6 +234,7 @@ impl Config {
             disconnect_on_close: false,
             opened_since_connect: false,
             has_backend_file: false,
+            namespace: None,
             scan: Scan::Done,
             lost_scans: 0,
             opened_by_scanner: false,

@@ -15,7 +15,10 @@ use crate::kapi::{
         disk::OpenMutexHeld,
         gendisk::File, //
     },
-    net::port::Sender,
+    net::{
+        namespace::Namespace,
+        port::Sender, //
+    },
     task, //
 };
 use kernel::{
@@ -46,6 +49,8 @@ pub(crate) struct Setup<'a> {
     pub(crate) backend: Option<&'a [u8]>,
     /// The socket that has sent the request, if it becomes the owner of the device.
     pub(crate) owner: Option<Arc<Sender>>,
+    /// The network namespace of the sender, if the device is to be connected.
+    pub(crate) namespace: Option<Arc<Namespace>>,
 }
 
 impl Setup<'_> {
@@ -149,6 +154,7 @@ impl Device {
             pr_err!("nbd{}: cannot create the file backend\n", self.index);
         })?;
         config.has_backend_file = true;
+        config.namespace = setup.namespace.clone();
         self.set_owner(setup.owner.clone());
         Ok(())
     }

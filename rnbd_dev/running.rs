@@ -9,7 +9,7 @@ use crate::{
     rnbd_session::Session, //
 };
 use kernel::{
-    str::CString,
+    str::CStr,
     sync::{
         atomic::{
             Atomic,
@@ -27,8 +27,6 @@ pub(crate) struct Running {
     pub(crate) session: Arc<Session>,
     /// The server's transmission flags (`NBD_FLAG_*`).
     pub(crate) flags: u32,
-    /// The identifier of the backend, if there is one.
-    pub(crate) backend: Option<CString>,
     /// The session was started by netlink.
     pub(crate) by_netlink: bool,
     pub(super) size_bytes: Atomic<u64>,
@@ -36,6 +34,11 @@ pub(crate) struct Running {
 }
 
 impl Running {
+    /// Returns the identifier of the backend, if there is one.
+    pub(crate) fn backend(&self) -> Option<&CStr> {
+        self.session.table().origin.backend.as_deref()
+    }
+
     /// Returns the process that has started the session.
     pub(crate) fn pid(&self) -> i32 {
         self.pid.load(Relaxed)

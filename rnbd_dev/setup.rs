@@ -41,11 +41,18 @@ use crate::{
     pure::{
         proto::flags, //
     },
+    rnbd_events::{
+        Event,
+        Notice,
+        Size, //
+    },
+    rnbd_session::Session,
 };
 use kernel::{
     prelude::*,
     sync::{
         atomic::Relaxed,
+        Arc,
         MutexGuard, //
     },
     time::{
@@ -261,6 +268,7 @@ impl Device {
     /// # Errors
     ///
     /// - `EINVAL`: the size or the block size is not valid.
+    /// - `ENOMEM`.
     /// - `EBUSY`: the block size or a feature was to be changed, and the requests in flight did not
     ///   complete in time, or another task that is changing limits is waiting for them. Or the page
     ///   cache cannot be adapted to the block size, or `held` is missing.
@@ -275,13 +283,34 @@ impl Device {
         size_bytes: u64,
         block_bytes: u32,
     ) -> Result {
+        let before = config.disk_has;
+        let notice = self.notice_of_size(config)?;
         if !self.apply_size(config, held, size_bytes, block_bytes)? {
             self.disk.uevent_change();
         }
         if config.is_running() {
             self.queue_wanted_scan(config);
         }
+        if let Some(notice) = notice.filter(|_| config.disk_has != before) {
+            let size = Size {
+                bytes: size_bytes,
+                block_bytes,
+            };
+            self.shared.news.post(notice, Event::Resized(size));
+        }
         Ok(())
+    }
+
+    /// Returns what is needed to tell listeners of a change of the size, if the device runs.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    fn notice_of_size(&self, config: &Config) -> Result<Option<Notice>> {
+        let session = config.session.as_ref().filter(|_| config.is_running());
+        // An allocation must not wait for writeback, which may be waiting for this very device.
+        let notice = |s: &Arc<Session>| task::memalloc_noio(|| Notice::new(&s.table().origin));
+        session.map(notice).transpose()
     }
 
     /// Sets the size and the block size in bytes. The errors and the context are those of

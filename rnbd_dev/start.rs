@@ -21,9 +21,12 @@ use crate::{
             disk::OpenMutexGuard,
             gendisk::File, //
         },
-        net::sock::{
-            Ending,
-            Socket, //
+        net::{
+            namespace::Namespace,
+            sock::{
+                Ending,
+                Socket, //
+            }, //
         },
         task::{
             self,
@@ -31,6 +34,12 @@ use crate::{
         }, //
     },
     pure::proto::flags,
+    rnbd_events::{
+        Connected,
+        Notice,
+        Origin,
+        Size, //
+    },
     rnbd_session::{
         Options,
         Session, //
@@ -321,8 +330,10 @@ impl Device {
     /// Creates a session and publishes it, under the configuration lock. The errors are those of
     /// [`Self::start()`].
     fn create_session(&self, config: &mut Config, timeout_jiffies: u32) -> Result<Arc<Session>> {
+        let origin = self.origin(config)?;
+        let notices = [Notice::new(&origin)?, Notice::new(&origin)?];
         let options = Options {
-            device: self.index,
+            origin,
             shared: self.shared.clone(),
             hw_queues: self.disk.hw_queues(),
             depth: QUEUE_DEPTH,
@@ -338,12 +349,51 @@ impl Device {
             session.end(&self.disk);
             return Err(e);
         }
+        session.announce(self.connected(config, &session), notices);
         session.start_receiving();
         self.usage.lock().debugfs_wanted = true;
         self.note_wanted_scan(config);
         // A program that opens the device does not wait for that ([`Self::wait_for_first_block()`]).
         self.jobs.clone().queue_jobs_soon();
         Ok(session)
+    }
+
+    /// Returns the origin of the events of a session that is being started.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    fn origin(&self, config: &Config) -> Result<Arc<Origin>> {
+        let backend = self
+            .backend
+            .lock()
+            .as_ref()
+            .map(|b| CString::try_from(&**b));
+        let namespace = match &config.namespace {
+            Some(namespace) => namespace.clone(),
+            None => Arc::new(Namespace::of_current(), GFP_KERNEL)?,
+        };
+        let origin = Origin {
+            device: self.index,
+            backend: backend.transpose()?,
+            namespace,
+        };
+        Ok(Arc::new(origin, GFP_KERNEL)?)
+    }
+
+    /// Returns what listeners are told of a session that was started.
+    fn connected(&self, config: &Config, session: &Session) -> Connected {
+        let (connections, _) = session.count();
+        Connected {
+            size: Size {
+                bytes: config.size_bytes,
+                block_bytes: config.block_bytes,
+            },
+            flags: config.flags,
+            connections: connections as u32,
+            pid: task::current_pid(),
+            by_netlink: config.bound,
+        }
     }
 
     /// Makes a session visible, to user space and to the blk-mq operations.
@@ -363,17 +413,11 @@ impl Device {
         if config.disconnect_requested {
             session.table().fate.request_disconnect();
         }
-        let backend = self
-            .backend
-            .lock()
-            .as_ref()
-            .map(|b| CString::try_from(&**b));
         let running = Arc::new(
             Running {
                 pid: Atomic::new(task::current_pid()),
                 session: session.clone(),
                 flags: config.flags,
-                backend: backend.transpose()?,
                 by_netlink: config.bound,
                 size_bytes: Atomic::new(config.size_bytes),
                 block_bytes: Atomic::new(config.block_bytes),

@@ -203,10 +203,8 @@ fn device_attributes(device: &Device) -> Result<KVec<u8>> {
         return Ok(list);
     };
     put_session(&mut list, &running)?;
-    if let Some(backend) = &running.backend {
-        let all = backend.to_bytes();
-        let bytes = all.get(..BACKEND_BYTES).unwrap_or(all);
-        attr::put_string(&mut list, device::BACKEND, bytes)?;
+    if let Some(backend) = running.backend() {
+        put_backend(&mut list, device::BACKEND, backend)?;
     }
     Ok(list)
 }
@@ -296,10 +294,21 @@ fn connection_attributes(connection: &Connection) -> Result<KVec<u8>> {
     Ok(list)
 }
 
-fn put_u32(list: &mut KVec<u8>, kind: u16, value: u32) -> Result {
+/// Appends as much of a backend's identifier as is told.
+///
+/// # Errors
+///
+/// `ENOMEM`.
+pub(super) fn put_backend(list: &mut KVec<u8>, kind: u16, backend: &CStr) -> Result {
+    let all = backend.to_bytes();
+    let bytes = all.get(..BACKEND_BYTES).unwrap_or(all);
+    attr::put_string(list, kind, bytes)
+}
+
+pub(super) fn put_u32(list: &mut KVec<u8>, kind: u16, value: u32) -> Result {
     attr::put(list, kind, &value.to_ne_bytes())
 }
 
-fn put_u64(list: &mut KVec<u8>, kind: u16, value: u64) -> Result {
+pub(super) fn put_u64(list: &mut KVec<u8>, kind: u16, value: u64) -> Result {
     attr::put(list, kind, &value.to_ne_bytes())
 }

@@ -131,7 +131,7 @@ impl Session {
             return;
         };
         loop {
-            let generation = slot.start(connection.index(), unanswered);
+            let generation = slot.start(connection.id(), unanswered);
             let Err(back) = connection.push(unsent) else {
                 // `commit_rqs` kicks the connection of the hardware queue, which is not this one.
                 if last || u32::from(connection.index()) != tag.hw_queue {
@@ -141,7 +141,7 @@ impl Session {
             };
             unsent = back;
             // The connection has died or begun to drain since it was picked.
-            let Ok(ours) = slot.claim(generation, connection.index()) else {
+            let Ok(ours) = slot.claim(generation, connection.id()) else {
                 // The reaper has claimed the command. A command that was not sent was not executed,
                 // whatever a reply that came before may claim.
                 unsent.overrule(Outcome::Requeue);

@@ -14,7 +14,16 @@ use crate::{
         net::sock::Socket,
         task, //
     },
-    rnbd_sock::Connection, //
+    rnbd_events::{
+        Death,
+        Event,
+        Notice,
+        Reason, //
+    },
+    rnbd_sock::{
+        Connection,
+        Position, //
+    }, //
 };
 use kernel::{
     prelude::*,
@@ -27,6 +36,18 @@ use kernel::{
     },
     types::ScopeGuard, //
 };
+
+impl Place {
+    /// Returns the position of a connection that takes this place when its connection was reaped.
+    fn next_position(&self) -> Position {
+        let connection = &self.connection;
+        Position {
+            index: connection.index(),
+            id: connection.id(),
+            reconnects: self.reconnects.saturating_add(1),
+        }
+    }
+}
 
 impl Session {
     /// Replaces a dead connection by one over `socket` (`nbd_genl_reconnect_sock_cb()`).
@@ -55,17 +76,21 @@ impl Session {
         socket: &Socket,
         stuck_jiffies: usize,
     ) -> Result<bool> {
+        let origin = &self.table.origin;
+        let notice = || task::memalloc_noio(|| Notice::new(origin));
+        let (reconnected, ended) = (notice()?, notice()?);
         let (mut connections, index, prepared) = loop {
-            let Some(index) = Self::find_replaceable(&self.connections.lock(), stuck_jiffies)
-            else {
+            let places = self.connections.lock();
+            let Some(index) = Self::find_replaceable(&places, stuck_jiffies) else {
                 return Ok(false);
             };
+            let position = places.get(index).ok_or(EINVAL)?.next_position();
+            drop(places);
             // Memory is allocated before a connection that still works is shut down, and without
             // the lock, which the timeout handler takes. The allocations must not wait for
             // writeback, which may be waiting for this very connection.
             let prepared = task::memalloc_noio(|| {
-                let index = u16::try_from(index).map_err(|_| EINVAL)?;
-                Connection::prepare(index, self.table.clone(), socket.clone())
+                Connection::prepare(position, self.table.clone(), socket.clone())
             })?;
             let connections = self.connections.lock();
             // Meanwhile a stuck connection may have recovered, or another one may have died.
@@ -84,18 +109,25 @@ impl Session {
         let end_was_wanted = self.table.fate.snapshot().is_end_wanted();
         let new = task::memalloc_noio(|| prepared.take_socket());
         let new = new.and_then(|new| {
+            let failed = Death::of(Reason::ReplacementFailed);
             slot.replace(disk, new.clone())
-                .inspect_err(|_| new.as_arc_borrow().mark_dead())?;
+                .inspect_err(|_| new.as_arc_borrow().mark_dead(failed))?;
             Ok(new)
         });
         let new = new.inspect_err(|_| {
             if unreported {
                 // It is lost after all.
-                place.connection.as_arc_borrow().queue_link_dead();
+                let old = place.connection.as_arc_borrow();
+                old.queue_link_dead();
+                old.set_death(Death::of(Reason::ReplacementFailed));
+                old.report_death();
             }
         })?;
+        if unreported {
+            place.connection.report_death();
+        }
         place.connection = new.clone();
-        place.reconnects = place.reconnects.saturating_add(1);
+        place.reconnects = new.incarnation().reconnects;
         self.waiting_since.store(0, Relaxed);
         // This comes last: a request that sees the session revived also finds the new connection,
         // and waits again if that has died by then.
@@ -103,7 +135,12 @@ impl Session {
         if end_was_wanted && !new.is_alive() && !self.table.fate.snapshot().is_end_wanted() {
             // It has died while the user wanted the session to end, so it was not reported.
             new.as_arc_borrow().queue_link_dead();
+            new.report_death();
         }
+        let event = Event::Reconnected(new.incarnation());
+        self.table.shared.news.post(reconnected, event);
+        self.table.will_report_end(ended);
+        new.announce();
         new.as_arc_borrow().start_receiving();
         drop(connections);
         disk.run_queues();

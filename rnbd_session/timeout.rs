@@ -15,6 +15,10 @@ use crate::{
         },
         task, //
     },
+    rnbd_events::{
+        Death,
+        Reason, //
+    },
     rnbd_sock::Connection,
     rnbd_translate::RequestDescription, //
 };
@@ -76,7 +80,9 @@ impl Session {
             );
         }
         // The reaper of the connection gives this request back as well.
-        connection.as_arc_borrow().mark_dead();
+        connection
+            .as_arc_borrow()
+            .mark_dead(Death::of(Reason::TimedOut));
         TimeoutStatus::Done
     }
 

@@ -29,14 +29,20 @@ use super::{
     DRAINING,
     ENDING, //
 };
-use crate::kapi::{
-    block::request::{
-        Outcome,
-        Side,
-        Unsent, //
+use crate::{
+    kapi::{
+        block::request::{
+            Outcome,
+            Side,
+            Unsent, //
+        },
+        llist::Batch,
+        net::sock::Ending, //
     },
-    llist::Batch,
-    net::sock::Ending, //
+    rnbd_events::{
+        Death,
+        Reason, //
+    }, //
 };
 use kernel::{
     prelude::*,
@@ -69,13 +75,15 @@ impl Connection {
         if self.state.cmpxchg(ALIVE, DRAINING, Full).is_err() {
             return;
         }
+        self.set_death(Death::of(Reason::ShuttingDown));
         if !self.table.fate.snapshot().is_end_wanted() {
             self.queue_link_dead();
+            self.report_death();
             if self.table.log.allow() {
                 pr_warn!(
                     "nbd{}: connection {}: the server is shutting down, disconnecting from it\n",
                     self.table.device,
-                    self.index
+                    self.index()
                 );
             }
         }
@@ -94,7 +102,7 @@ impl Connection {
         if !self.is_draining() || !self.sending.stopped.load(Acquire) {
             return;
         }
-        if receive.current.is_some() || self.table.has_open(self.index) {
+        if receive.current.is_some() || self.table.has_open(self.id()) {
             return;
         }
         self.sending.newly_drained.xchg(true, Full);
@@ -145,7 +153,7 @@ impl Connection {
         // The other handle is claimed first: without any handle, the slot could belong to another
         // command.
         let slot = self.table.slot(hw_queue, tag);
-        let unanswered = slot.and_then(|slot| slot.reclaim(self.index));
+        let unanswered = slot.and_then(|slot| slot.reclaim(self.id()));
         request.overrule(outcome);
         if let Some(unanswered) = unanswered {
             unanswered.finish(outcome);

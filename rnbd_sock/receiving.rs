@@ -101,7 +101,7 @@ impl Connection {
         if reported || !self.table.log.allow() {
             return;
         }
-        let (device, index) = (self.table.device, self.index);
+        let (device, index) = (self.table.device, self.index());
         if error == EPIPE {
             pr_warn!("nbd{device}: connection {index}: the server has closed it\n");
         } else {
@@ -244,7 +244,7 @@ impl Connection {
         })?;
         let cookie = Cookie(reply.cookie);
         let claimed = match self.table.slot_of(cookie) {
-            Some(slot) => slot.claim(cookie.generation(), self.index),
+            Some(slot) => slot.claim(cookie.generation(), self.id()),
             None => Err(ClaimError::Stale),
         };
         let request = claimed.map_err(|why| {
@@ -298,7 +298,7 @@ impl Connection {
             pr_err!(
                 "nbd{}: connection {}: {what}, closing it\n",
                 self.table.device,
-                self.index
+                self.index()
             );
         }
     }

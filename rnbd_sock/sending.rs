@@ -14,13 +14,19 @@ use super::{
     },
     Connection, //
 };
-use crate::kapi::{
-    barrier::smp_mb,
-    block::request::Unsent,
-    llist::List,
-    net::sock::Ending,
-    task,
-    wq, //
+use crate::{
+    kapi::{
+        barrier::smp_mb,
+        block::request::Unsent,
+        llist::List,
+        net::sock::Ending,
+        task,
+        wq, //
+    },
+    rnbd_events::{
+        Death,
+        Reason, //
+    }, //
 };
 use kernel::{
     new_mutex,
@@ -320,7 +326,7 @@ impl Connection {
     ///
     /// May sleep.
     pub(super) fn nothing_outstanding(&self) -> bool {
-        if self.table.has_open(self.index) {
+        if self.table.has_open(self.id()) {
             return false;
         }
         let outbox = self.sending.outbox.try_lock().unwrap_or_else(|| {
@@ -330,7 +336,7 @@ impl Connection {
             self.sending.outbox.lock()
         });
         // What that task has sent may not have been open above.
-        !outbox.transmit.has_requests() && !self.table.has_open(self.index)
+        !outbox.transmit.has_requests() && !self.table.has_open(self.id())
     }
 
     /// Allows the next task that queues a command to send it.
@@ -380,10 +386,10 @@ impl Connection {
             pr_err!(
                 "nbd{}: connection {}: send failed ({:?}), closing it\n",
                 self.table.device,
-                self.index,
+                self.index(),
                 error
             );
         }
-        self.mark_dead();
+        self.mark_dead(Death::by(Reason::SendFailed, error));
     }
 }

@@ -1,0 +1,222 @@
+// SPDX-License-Identifier: GPL-2.0
+//! Events for user space: that a device was connected, that a connection has died, and so on. The netlink family
+//! "rnbd" multicasts them.
+//!
+//! Whoever has something to tell, in any context, appends it to one list for all devices, without a lock and
+//! without allocating memory: a [`Notice`] was allocated before. A work item sends what is in the list, so that
+//! listeners hear of events in the order in which they were posted.
+
+#![forbid(unsafe_code)]
+
+use crate::kapi::{
+    llist::List,
+    net::namespace::Namespace,
+    prepared::Item,
+    wq::Queue, //
+};
+use kernel::{
+    impl_has_work,
+    new_work,
+    prelude::*,
+    str::CString,
+    sync::Arc,
+    workqueue::{
+        Work,
+        WorkItem, //
+    }, //
+};
+
+/// Of which session an event is, and who hears of it.
+pub(crate) struct Origin {
+    /// The index of the device.
+    pub(crate) device: u32,
+    /// The identifier of the backend, if there is one.
+    pub(crate) backend: Option<CString>,
+    /// The network namespace of whoever has connected the device.
+    pub(crate) namespace: Arc<Namespace>,
+}
+
+/// Why a connection has died.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reason {
+    /// The server has closed it.
+    Closed = 0,
+    /// Receiving has failed.
+    ReceiveFailed = 1,
+    /// Sending has failed.
+    SendFailed = 2,
+    /// The server has violated the protocol.
+    ProtocolViolated = 3,
+    /// A request has timed out.
+    TimedOut = 4,
+    /// The server is shutting down (`NBD_ESHUTDOWN`).
+    ShuttingDown = 5,
+    /// A new connection has taken its place.
+    Replaced = 6,
+    /// It was given up for a new connection, which could not be used.
+    ReplacementFailed = 7,
+    /// The session has ended. Nobody is told of the connection then.
+    Ended = 8,
+}
+
+/// Why a connection has died, with the error number if there is one.
+#[derive(Clone, Copy)]
+pub(crate) struct Death {
+    pub(crate) reason: Reason,
+    /// A positive error number, or 0.
+    pub(crate) errno: u16,
+}
+
+impl Death {
+    /// A death for another reason than an error.
+    pub(crate) fn of(reason: Reason) -> Self {
+        Death { reason, errno: 0 }
+    }
+
+    /// A death because of an error.
+    pub(crate) fn by(reason: Reason, error: Error) -> Self {
+        let errno = error.to_errno().unsigned_abs();
+        Death {
+            reason,
+            errno: u16::try_from(errno).unwrap_or(0),
+        }
+    }
+}
+
+/// A connection of a session, past or present.
+#[derive(Clone, Copy)]
+pub(crate) struct Incarnation {
+    /// The place of the connection in its session.
+    pub(crate) index: u16,
+    /// How often the connection at this place had been replaced when this one took it.
+    pub(crate) reconnects: u32,
+}
+
+/// The size of a device.
+#[derive(Clone, Copy)]
+pub(crate) struct Size {
+    pub(crate) bytes: u64,
+    pub(crate) block_bytes: u32,
+}
+
+/// What is told of a session that was started.
+#[derive(Clone, Copy)]
+pub(crate) struct Connected {
+    pub(crate) size: Size,
+    /// The server's transmission flags (`NBD_FLAG_*`).
+    pub(crate) flags: u32,
+    pub(crate) connections: u32,
+    /// The thread that has started the session.
+    pub(crate) pid: i32,
+    /// It was started by netlink.
+    pub(crate) by_netlink: bool,
+}
+
+/// What has happened.
+#[derive(Clone, Copy)]
+pub(crate) enum Event {
+    Connected(Connected),
+    ConnectionDead(Incarnation, Death),
+    Reconnected(Incarnation),
+    Disconnected,
+    Resized(Size),
+}
+
+/// Sends events to user space. `rnbd_netlink/events.rs` implements it.
+pub(crate) trait Listeners: Send + Sync {
+    /// Sends an event to those who listen.
+    ///
+    /// # Context
+    ///
+    /// May sleep, but does not wait for I/O.
+    fn tell(&self, origin: &Origin, event: Event);
+}
+
+/// An event and its origin.
+struct News {
+    origin: Arc<Origin>,
+    event: Event,
+}
+
+/// The memory for one event.
+pub(crate) struct Notice(KBox<Item<News>>);
+
+impl Notice {
+    /// Allocates memory for an event of a session.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub(crate) fn new(origin: &Arc<Origin>) -> Result<Self> {
+        Ok(Notice(Item::new(News {
+            origin: origin.clone(),
+            // Any will do until the notice is posted.
+            event: Event::Disconnected,
+        })?))
+    }
+}
+
+/// The events of all devices that were not sent yet.
+#[pin_data]
+pub(crate) struct EventQueue {
+    news: List<KBox<Item<News>>>,
+    listeners: Arc<dyn Listeners>,
+    #[pin]
+    work: Work<EventQueue>,
+    /// The workqueue for work that may wait for memory. It is the last field, so that it is dropped last: the
+    /// module may be unloaded once the last reference to it is gone.
+    queue: Arc<Queue>,
+}
+
+impl_has_work! {
+    impl HasWork<Self> for EventQueue { self.work }
+}
+
+impl WorkItem for EventQueue {
+    type Pointer = Arc<EventQueue>;
+
+    /// Sends all events. The same work item never runs twice at a time, so they stay in order.
+    fn run(this: Arc<EventQueue>) {
+        let mut batch = this.news.take();
+        while let Some(item) = batch.pop() {
+            this.listeners.tell(&item.value.origin, item.value.event);
+        }
+    }
+}
+
+impl EventQueue {
+    /// Returns an empty queue, which is emptied on the workqueue `queue`.
+    ///
+    /// # Errors
+    ///
+    /// `ENOMEM`.
+    pub(crate) fn new(listeners: Arc<dyn Listeners>, queue: Arc<Queue>) -> Result<Arc<Self>> {
+        Arc::pin_init(
+            pin_init!(EventQueue {
+                news: List::new(),
+                listeners,
+                work <- new_work!("rnbd::events"),
+                queue,
+            }),
+            GFP_KERNEL,
+        )
+    }
+
+    /// Has listeners told of an event.
+    ///
+    /// # Context
+    ///
+    /// Any context, including softirq.
+    pub(crate) fn post(self: &Arc<Self>, notice: Notice, event: Event) {
+        let Notice(mut item) = notice;
+        item.value.event = event;
+        // The list is never closed.
+        let _ = self.news.push(item);
+        // If the work is queued already, it will find the event.
+        let _ = self.queue.enqueue::<Arc<Self>, 0>(self.clone());
+    }
+}
