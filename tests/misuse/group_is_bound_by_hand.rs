@@ -8,6 +8,6 @@ use crate::{
 use kernel::{prelude::*, sync::Arc};
 
 fn bind(netlink: Netlink, group: Arc<Group>) -> Result {
-    group.bind(todo!()) //~ E0624
+    group.claim().map(drop) //~ E0624
     //fix: Registration::new(netlink, Some(group)).map(drop)
 }

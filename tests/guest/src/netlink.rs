@@ -172,7 +172,12 @@ impl Netlink {
 
     /// Hears the driver's messages to everybody from now on.
     pub fn listen() -> Self {
-        let netlink = Self::open();
+        Self::listen_to("nbd")
+    }
+
+    /// Hears what a family tells everybody from now on.
+    pub fn listen_to(family: &str) -> Self {
+        let netlink = Self::try_open_family(family).expect("the family");
         let (_, group) = netlink.family.groups[0];
         let joined = netlink
             .socket
@@ -320,6 +325,26 @@ impl Netlink {
         };
         bytes.truncate(len);
         Some(Nlmsghdr::from_bytes(&mut Cursor::new(bytes)).expect("a netlink message"))
+    }
+
+    /// What a family has told everybody, if anything is left: its command and its attributes.
+    ///
+    /// ENOBUFS: something was lost.
+    pub fn told(&self) -> SysResult<Option<(u8, Vec<Attr>)>> {
+        let mut bytes = vec![0; 32 << 10];
+        let len = match self.socket.recv(&mut bytes, Msg::DONTWAIT) {
+            Ok((len, _)) => len,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(None),
+            Err(error) => {
+                let errno = error.raw_os_error().expect("an errno");
+                return Err(Errno::from_raw_os_error(errno));
+            }
+        };
+        bytes.truncate(len);
+        let message: Nlmsghdr<u16, Message> =
+            Nlmsghdr::from_bytes(&mut Cursor::new(bytes)).expect("a netlink message");
+        let payload = message.get_payload().expect("a message");
+        Ok(Some((*payload.cmd(), payload.attrs().as_ref().to_vec())))
     }
 
     /// The answer is the device's index.

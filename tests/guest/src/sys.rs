@@ -380,3 +380,10 @@ impl Drop for Mapping {
         unsafe { munmap(self.base.cast(), self.len) }.expect("munmap");
     }
 }
+
+/// Gives the current thread a network namespace of its own.
+pub fn enter_new_network() {
+    use rustix::thread::{UnshareFlags, unshare_unsafe};
+    // SAFETY: The thread's descriptors stay those of the process.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNET) }.expect("a network namespace");
+}

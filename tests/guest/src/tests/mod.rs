@@ -8,6 +8,7 @@ mod differential;
 mod do_it;
 mod endings;
 mod errors;
+mod events;
 mod faults;
 mod fsx;
 mod geometry;
@@ -69,6 +70,7 @@ pub fn all() -> Vec<Test> {
         shared_sockets::tests(),
         netlink::tests(),
         listing::tests(),
+        events::tests(),
         shutdowns::tests(),
         races::tests(),
         faults::tests(),
