@@ -279,7 +279,7 @@ impl Table {
     }
 
     /// Has listeners told when the session ends, which were told of it. `notice` is not needed if they are going
-    /// to be.
+    /// to be. If it has ended already, they are told now.
     ///
     /// # Context
     ///
@@ -291,8 +291,20 @@ impl Table {
             Some(_) => Some(notice),
             None => unreaped.ended.replace(notice),
         };
+        if unreaped.count == 0 && self.fate.snapshot().is_end_wanted() {
+            self.post_end(&mut unreaped);
+        }
         drop(unreaped);
         drop(spare);
+    }
+
+    /// Returns whether listeners were told of the session and not of its end.
+    ///
+    /// # Context
+    ///
+    /// May sleep.
+    pub(crate) fn is_end_untold(&self) -> bool {
+        self.unreaped.lock().ended.is_some()
     }
 
     /// Has listeners told that the session has ended, unless they were.

@@ -301,13 +301,14 @@ impl Device {
         Ok(())
     }
 
-    /// Returns what is needed to tell listeners of a change of the size, if the device runs.
+    /// Returns what is needed to tell listeners of a change of the size, if they take the device for connected.
     ///
     /// # Errors
     ///
     /// `ENOMEM`.
     fn notice_of_size(&self, config: &Config) -> Result<Option<Notice>> {
-        let session = config.session.as_ref().filter(|_| config.is_running());
+        let session = config.session.as_ref();
+        let session = session.filter(|s| config.is_running() && s.table().is_end_untold());
         // An allocation must not wait for writeback, which may be waiting for this very device.
         let notice = |s: &Arc<Session>| task::memalloc_noio(|| Notice::new(&s.table().origin));
         session.map(notice).transpose()

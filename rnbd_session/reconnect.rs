@@ -119,7 +119,7 @@ impl Session {
                 // It is lost after all.
                 let old = place.connection.as_arc_borrow();
                 old.queue_link_dead();
-                old.set_death(Death::of(Reason::ReplacementFailed));
+                old.change_death(Death::of(Reason::ReplacementFailed));
                 old.report_death();
             }
         })?;

@@ -72,10 +72,10 @@ impl Connection {
     ///
     /// Any context, including softirq. The receive lock is held.
     pub(super) fn drain(self: ArcBorrow<'_, Self>) {
+        self.set_death(Death::of(Reason::ShuttingDown));
         if self.state.cmpxchg(ALIVE, DRAINING, Full).is_err() {
             return;
         }
-        self.set_death(Death::of(Reason::ShuttingDown));
         if !self.table.fate.snapshot().is_end_wanted() {
             self.queue_link_dead();
             self.report_death();

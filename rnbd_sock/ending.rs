@@ -29,7 +29,6 @@ use kernel::sync::{
         Acquire,
         Atomic,
         Full,
-        Relaxed,
         Release, //
     },
     Arc,
@@ -41,32 +40,31 @@ use kernel::sync::{
 /// They are not told before they have heard of the connection itself, so two conditions have to come together, in
 /// any order: [`Connection::report_death()`] and [`Connection::announce()`].
 pub(super) struct DeathReport {
-    reason: Atomic<u32>,
-    errno: Atomic<u32>,
+    /// The death that was set first ([`pack()`]), 0 as long as there is none.
+    death: Atomic<u32>,
     wanted: Atomic<bool>,
     announced: Atomic<bool>,
     notice: TryLock<Option<Notice>>,
+}
+
+/// Returns a death in one word, which is not 0.
+fn pack(death: Death) -> u32 {
+    (death.reason as u32 + 1) << 16 | u32::from(death.errno)
 }
 
 impl DeathReport {
     /// Returns a report of a connection that is alive.
     pub(super) fn new(notice: Notice) -> Self {
         DeathReport {
-            reason: Atomic::new(Reason::Ended as u32),
-            errno: Atomic::new(0),
+            death: Atomic::new(0),
             wanted: Atomic::new(false),
             announced: Atomic::new(false),
             notice: TryLock::new(Some(notice)),
         }
     }
 
-    fn set(&self, death: Death) {
-        self.errno.store(u32::from(death.errno), Relaxed);
-        self.reason.store(death.reason as u32, Release);
-    }
-
     fn death(&self) -> Death {
-        let reason = self.reason.load(Acquire);
+        let word = self.death.load(Acquire);
         let all = [
             Reason::Closed,
             Reason::ReceiveFailed,
@@ -77,12 +75,10 @@ impl DeathReport {
             Reason::Replaced,
             Reason::ReplacementFailed,
         ];
+        let reason = all.into_iter().find(|r| *r as u32 + 1 == word >> 16);
         Death {
-            reason: all
-                .into_iter()
-                .find(|r| *r as u32 == reason)
-                .unwrap_or(Reason::Ended),
-            errno: u16::try_from(self.errno.load(Relaxed)).unwrap_or(0),
+            reason: reason.unwrap_or(Reason::Ended),
+            errno: word as u16,
         }
     }
 }
@@ -103,12 +99,10 @@ impl Connection {
     ///
     /// May sleep.
     pub(crate) fn mark_dead(self: ArcBorrow<'_, Self>, death: Death) {
+        self.set_death(death);
         let Some(before) = self.begin_end() else {
             return;
         };
-        if before == ALIVE {
-            self.death.set(death);
-        }
         if before == ALIVE && !self.table.fate.snapshot().is_end_wanted() {
             self.queue_link_dead();
             self.report_death();
@@ -123,12 +117,10 @@ impl Connection {
     ///
     /// May sleep.
     pub(crate) fn mark_dead_for_replacement(self: ArcBorrow<'_, Self>) -> bool {
+        self.set_death(Death::of(Reason::Replaced));
         let Some(before) = self.begin_end() else {
             return false;
         };
-        if before == ALIVE {
-            self.death.set(Death::of(Reason::Replaced));
-        }
         self.end_socket(self.suitable_ending());
         before == ALIVE
     }
@@ -167,12 +159,17 @@ impl Connection {
         let _ = self.table.shared.slow.enqueue::<Arc<Self>, 3>(self.into());
     }
 
-    /// Sets the reason of a death that is not reported yet.
-    pub(crate) fn set_death(&self, death: Death) {
-        self.death.set(death);
+    /// Sets why the connection dies, if that is not known yet. Whoever changes its state calls this before.
+    pub(super) fn set_death(&self, death: Death) {
+        let _ = self.death.death.cmpxchg(0, pack(death), Full);
     }
 
-    /// Has listeners of the family "rnbd" told that the connection is dead, for the reason that was set last, as
+    /// Sets another reason of a death that is not reported yet.
+    pub(crate) fn change_death(&self, death: Death) {
+        self.death.death.store(pack(death), Release);
+    }
+
+    /// Has listeners of the family "rnbd" told that the connection is dead, as
     /// soon as they were told of the connection itself.
     ///
     /// # Context

@@ -151,8 +151,8 @@ impl Group {
         };
         let message = family.message(command, attributes);
         let skb = message.inspect_err(|_| family.report_lost(namespace))?;
-        // SAFETY: The namespace is valid, and has this socket while a family is registered, which this one is:
-        // by the type invariant of `Registered`, and until `unbind()`, which needs the lock that is held here.
+        // SAFETY: The namespace is referenced, so it has this socket. The family is registered: by the type
+        // invariant of `Registered`, and until `unbind()`, which needs the lock that is held here.
         // The control buffer of a message is netlink's (`NETLINK_CB()`). Ownership of the message is passed on.
         let sent = unsafe {
             let group = family.group();
@@ -245,8 +245,8 @@ impl Registered {
 
     /// Sets the error `ENOBUFS` on the sockets of all listeners in a namespace (`genl_set_err()`).
     fn report_lost(&self, namespace: &Namespace) {
-        // SAFETY: The namespace is valid, and has this socket while a family is registered, which this one is
-        // by the type invariant. The group is one of the family's.
+        // SAFETY: The namespace is referenced, so it has this socket. By the type invariant, the family is
+        // registered, and the group is one of its.
         unsafe {
             let socket = bindings::genl_sock(namespace.as_ptr());
             let error = kernel::error::Error::from(ENOBUFS).to_errno();

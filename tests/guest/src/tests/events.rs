@@ -3,6 +3,7 @@
 //! The events of the generic netlink family "rnbd".
 
 use std::fs::File;
+use std::path::Path;
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
@@ -10,6 +11,7 @@ use std::time::Duration;
 use rustix::io::Errno;
 use rustix::thread::{CapabilitySet, capabilities, gettid, set_capabilities};
 
+use super::outages::Namespace;
 use crate::debug_kernel::patient;
 use crate::device::{Plan, SOON, USUAL_FLAGS, read_page};
 use crate::driver::Driver;
@@ -34,6 +36,7 @@ pub fn tests() -> Vec<Test> {
         test!(resized),
         test!(a_connect_that_fails),
         test!(in_the_namespace_of_who_connected),
+        test!(a_namespace_is_given_back),
         test!(by_a_socket_of_another_namespace),
         test!(by_ioctl_in_another_namespace),
         test!(a_listener_that_does_not_listen),
@@ -383,7 +386,7 @@ fn resized(guest: &Guest) {
     link.disconnect_and_wait();
     assert_eq!(listener.next(), Heard::Disconnected);
 
-    let rig = Plan::new(MIB).attach();
+    let mut rig = Plan::new(MIB).attach();
     assert_eq!(listener.next(), Heard::Connected);
     let open = rig.open_to_read();
     ioctl_number(&open, SET_SIZE, 2 * MIB).expect("NBD_SET_SIZE");
@@ -393,6 +396,13 @@ fn resized(guest: &Guest) {
     ioctl_number(rig.direct(), SET_BLKSIZE, 4096).expect("NBD_SET_BLKSIZE");
     let attrs = listener.expect(RESIZED);
     assert_eq!(number::<u32>(&attrs, BLOCK_SIZE), Some(4096));
+    listener.expect_silence();
+
+    // What is set up after the end is for the next session.
+    let open = rig.open_to_read();
+    assert_eq!(rig.disconnect(), Ok(0));
+    assert_eq!(listener.next(), Heard::Disconnected);
+    ioctl_number(&open, SET_SIZE, 3 * MIB).expect("NBD_SET_SIZE");
     listener.expect_silence();
 }
 
@@ -475,6 +485,30 @@ fn in_the_namespace_of_who_connected(guest: &Guest) {
     assert_eq!(here.next(), Heard::Connected);
     link.disconnect_and_wait();
     assert_eq!(here.next(), Heard::Disconnected);
+}
+
+/// Devices that were connected in a namespace do not keep it, and neither does a connect that has failed.
+fn a_namespace_is_given_back(guest: &Guest) {
+    drop(Listener::new(guest, 0));
+    let namespace = Namespace::new("events", 7);
+    namespace.inside(|| {
+        let link = Setup::new(MIB).index(0).attach();
+        link.disconnect_and_wait();
+        let socket = link.server.connect(Transport::Unix);
+        let twice = [socket.try_clone().unwrap(), socket];
+        let setup = Setup::new(MIB).index(0).flags(USUAL_FLAGS | CAN_MULTI_CONN);
+        let refused = link.netlink.connect(&setup.sockets(twice));
+        assert_eq!(refused, Err(Errno::BUSY));
+        let mut rig = Plan::new(MIB).attach();
+        assert_eq!(rig.disconnect(), Ok(0));
+    });
+    drop(namespace);
+    // The one end of a pair goes with the namespace of the other.
+    let gone = || !Path::new("/sys/class/net/veth7").exists();
+    assert!(
+        wait_until(SOON, gone).is_ok(),
+        "something keeps the namespace"
+    );
 }
 
 /// The namespace is that of the socket, wherever the task is.
