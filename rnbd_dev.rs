@@ -9,6 +9,7 @@ mod config;
 pub(crate) mod connect;
 mod debugfs;
 pub(crate) mod disconnect;
+pub(crate) mod handover;
 mod lifetime;
 mod partitions;
 pub(crate) mod running;

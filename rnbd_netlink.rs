@@ -8,6 +8,7 @@
 #![forbid(unsafe_code)]
 
 pub(crate) mod events;
+mod handover;
 pub(crate) mod listing;
 
 use crate::{

@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod dispatch;
+pub(crate) mod handover;
 mod reconnect;
 mod timeout;
 
@@ -31,7 +32,9 @@ use crate::{
     },
     rnbd_table::Table, //
 };
+use handover::Retiring;
 use kernel::{
+    new_delayed_work,
     new_mutex,
     prelude::*,
     sync::{
@@ -42,6 +45,7 @@ use kernel::{
         Arc,
         Mutex, //
     },
+    workqueue::DelayedWork, //
 };
 
 /// A session. It exists from the start of a device to the last put of its configuration.
@@ -62,12 +66,29 @@ pub(crate) struct Session {
     waiting_since: Atomic<usize>,
     /// A stuck connection is being replaced, and requests wait for the new one.
     replacing: Atomic<bool>,
+    #[pin]
+    retire_work: DelayedWork<Session, 1>,
 }
 
-/// A place for a connection, and how often its connection was replaced.
+/// A place for a connection.
 struct Place {
     connection: Arc<Connection>,
-    reconnects: u32,
+    /// The connection that was replaced by a handover, until some time after it was reaped.
+    retiring: Option<Retiring>,
+}
+
+impl Place {
+    /// Returns the connection that a handover has replaced here, unless it was reaped.
+    fn retiring(&self) -> Option<&Arc<Connection>> {
+        let retiring = self.retiring.as_ref().map(|r| &r.connection);
+        retiring.filter(|connection| !connection.is_reaped())
+    }
+
+    /// Returns the connections that have this place.
+    fn all(&self) -> impl Iterator<Item = &Arc<Connection>> {
+        let retiring = self.retiring();
+        Iterator::chain(core::iter::once(&self.connection), retiring)
+    }
 }
 
 /// The parameters of a session.
@@ -121,7 +142,7 @@ impl Session {
                 slots.push(disk.dispatched(connection.clone()), GFP_KERNEL)?;
                 let place = Place {
                     connection: connection.clone(),
-                    reconnects: 0,
+                    retiring: None,
                 };
                 places.push(place, GFP_KERNEL)?;
             }
@@ -135,6 +156,7 @@ impl Session {
                     dead_timeout_jiffies: Atomic::new(options.dead_timeout_jiffies),
                     waiting_since: Atomic::new(0),
                     replacing: Atomic::new(false),
+                    retire_work <- new_delayed_work!("rnbd::retire"),
                 }),
                 GFP_KERNEL,
             )
@@ -223,8 +245,8 @@ impl Session {
     /// May sleep.
     pub(crate) fn send_disconnect(&self) {
         self.table.fate.request_disconnect();
-        for place in &*self.connections.lock() {
-            place.connection.as_arc_borrow().send_disconnect();
+        for connection in self.connections.lock().iter().flat_map(Place::all) {
+            connection.as_arc_borrow().send_disconnect();
         }
     }
 
@@ -238,14 +260,16 @@ impl Session {
         if self.table.fate.end() {
             pr_warn!("nbd{}: shutting down sockets\n", self.table.device);
         }
-        for place in &*self.connections.lock() {
+        for connection in self.connections.lock().iter().flat_map(Place::all) {
             let ended = Death::of(Reason::Ended);
-            place.connection.as_arc_borrow().mark_dead(ended);
+            connection.as_arc_borrow().mark_dead(ended);
         }
         // A worker reaps each, and so does this task, which need not wait for a worker then.
         for index in 0..self.slots.len() {
-            if let Some(connection) = self.connection_at(index) {
-                connection.as_arc_borrow().receive_work();
+            if let Some((connection, retiring)) = self.connections_at(index) {
+                for connection in Iterator::chain(core::iter::once(&connection), &retiring) {
+                    connection.as_arc_borrow().receive_work();
+                }
             }
         }
         self.table.wait_all_reaped();
@@ -256,20 +280,19 @@ impl Session {
         disk.run_queues();
     }
 
-    /// Returns the connection that has this index now.
-    fn connection_at(&self, index: usize) -> Option<Arc<Connection>> {
-        Some(self.place(index)?.0)
-    }
-
-    /// Returns the connection that has this index now, and how often it was replaced.
+    /// Returns the connection that has this index now, and the one that it has replaced by a handover, unless that
+    /// was reaped.
     ///
     /// # Context
     ///
     /// May sleep.
-    pub(crate) fn place(&self, index: usize) -> Option<(Arc<Connection>, u32)> {
-        let connections = self.connections.lock();
-        let place = connections.get(index)?;
-        Some((place.connection.clone(), place.reconnects))
+    pub(crate) fn connections_at(
+        &self,
+        index: usize,
+    ) -> Option<(Arc<Connection>, Option<Arc<Connection>>)> {
+        let places = self.connections.lock();
+        let place = places.get(index)?;
+        Some((place.connection.clone(), place.retiring().cloned()))
     }
 
     /// Returns the number of connections, and how many of them are alive.
@@ -293,10 +316,11 @@ impl Session {
         &self,
         f: &mut kernel::fmt::Formatter<'_>,
     ) -> kernel::fmt::Result {
-        for place in &*self.connections.lock() {
-            write!(f, "{} ", place.connection.index())?;
-            place.connection.describe(f)?;
-            writeln!(f, " reconnects={}", place.reconnects)?;
+        for connection in self.connections.lock().iter().flat_map(Place::all) {
+            let incarnation = connection.incarnation();
+            write!(f, "{} ", incarnation.index)?;
+            connection.describe(f)?;
+            writeln!(f, " reconnects={}", incarnation.reconnects)?;
         }
         Ok(())
     }

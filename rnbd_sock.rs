@@ -62,7 +62,8 @@ use kernel::{
         atomic::{
             Acquire,
             Atomic,
-            Full, //
+            Full,
+            Release, //
         },
         Arc,
         ArcBorrow,
@@ -91,7 +92,8 @@ const ROUNDS: u32 = 8;
 
 /// Commands can be queued on the connection.
 const ALIVE: u32 = 0;
-/// The server is shutting down: no other command is sent. See `rnbd_sock/draining.rs`.
+/// The server is shutting down, or another connection has taken the place of this one: no other command is
+/// sent. See `rnbd_sock/draining.rs`.
 const DRAINING: u32 = 1;
 /// The connection was marked as dead: no sender starts any more. Bytes that were sent before may
 /// still leave the socket.
@@ -122,7 +124,11 @@ pub(crate) struct Connection {
     addresses: Addresses,
     state: Atomic<u32>,
     death: DeathReport,
+    /// Another connection has taken the place of this one, which was alive ([`Connection::retire()`]).
+    retired: Atomic<bool>,
     traffic: Traffic,
+    /// The connection was reaped.
+    is_gone: Atomic<bool>,
     /// Completed when the connection was reaped.
     #[pin]
     reaped: Completion,
@@ -311,7 +317,9 @@ impl Connection {
                 addresses,
                 state: Atomic::new(ALIVE),
                 death: DeathReport::new(notice),
+                retired: Atomic::new(false),
                 traffic: Traffic::new(),
+                is_gone: Atomic::new(false),
                 reaped <- Completion::new(),
                 hooked <- new_mutex!(None),
                 sending <- sending,
@@ -343,6 +351,11 @@ impl Connection {
     /// Returns whether the connection was marked as dead.
     pub(crate) fn is_dead(&self) -> bool {
         self.state.load(Acquire) >= ENDING
+    }
+
+    /// Returns whether the connection was reaped. Its [number](Self::id) is free then.
+    pub(crate) fn is_reaped(&self) -> bool {
+        self.is_gone.load(Acquire)
     }
 
     /// Returns the index in the session's connections.
@@ -458,7 +471,11 @@ impl Connection {
         // Nothing is sent any more, so the socket can be released to other users.
         drop(hooked);
         self.table.reclaim(self.id());
+        if self.retired.load(Acquire) && !self.table.fate.snapshot().is_end_wanted() {
+            self.report_death();
+        }
         self.table.remove_connection();
+        self.is_gone.store(true, Release);
         self.reaped.complete_all();
     }
 }

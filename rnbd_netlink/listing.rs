@@ -5,6 +5,7 @@
 
 #![forbid(unsafe_code)]
 
+use super::handover;
 use crate::{
     kapi::{
         errno::EOPNOTSUPP,
@@ -13,6 +14,7 @@ use crate::{
             dump::Dump,
             genl::{
                 Commands,
+                Info,
                 List,
                 Policy, //
             },
@@ -37,6 +39,8 @@ use kernel::{
 
 const CMD_DEVICE_GET: u8 = 1;
 const CMD_CONNECTION_GET: u8 = 2;
+/// The numbers in between are those of events.
+const CMD_HANDOVER: u8 = 8;
 
 /// The index of a device, in each message and answer.
 const INDEX: u16 = 1;
@@ -95,8 +99,8 @@ pub(crate) struct Listing {
 impl Commands for Listing {
     const NAME: &'static CStr = c"rnbd";
     const VERSION: u32 = 1;
-    const POLICY: &'static [Policy] = &[Policy::ANY, Policy::U32];
-    const COMMANDS: &'static [u8] = &[];
+    const POLICY: &'static [Policy] = handover::POLICY;
+    const COMMANDS: &'static [u8] = &[CMD_HANDOVER];
     const DUMPS: &'static [List] = &[
         List {
             command: CMD_DEVICE_GET,
@@ -110,13 +114,26 @@ impl Commands for Listing {
     ];
     const STRICT: bool = true;
 
+    fn run(&self, command: u8, info: &Info<'_>) -> Result {
+        match command {
+            CMD_HANDOVER => handover::run(&self.registry, info),
+            _ => Err(EOPNOTSUPP.into()),
+        }
+    }
+
     /// Lists devices or connections, of one device if the message names it.
     ///
     /// # Errors
     ///
+    /// - `EINVAL`: the message has an attribute that only other commands have.
     /// - `ENODEV`: there is no device that has the index in the message.
     /// - `ENOMEM`, and `EMSGSIZE` if this part of the answer is full.
     fn dump(&self, command: u8, dump: &mut Dump<'_>) -> Result {
+        // Netlink has refused what no command of the family has.
+        let mut others = INDEX + 1..handover::POLICY.len() as u16;
+        if others.any(|kind| dump.attr(kind).is_some()) {
+            return Err(EINVAL);
+        }
         // An allocation must not wait for writeback, which may be waiting for the device that is listed.
         task::memalloc_noio(|| match command {
             CMD_DEVICE_GET => self.list(dump, add_device),
@@ -178,14 +195,20 @@ fn add_connections(dump: &mut Dump<'_>, device: &Device, listed: usize) -> Resul
     let Some(running) = device.running() else {
         return Ok(());
     };
-    let mut index = listed;
-    while let Some((connection, reconnects)) = running.session.place(index) {
-        let mut list = connection_attributes(&connection)?;
-        put_u32(&mut list, INDEX, device.index)?;
-        put_u32(&mut list, connection::RECONNECTS, reconnects)?;
-        dump.add(&list)?;
-        index += 1;
-        dump.set_position([device.index as usize, index]);
+    // Each place counts twice: there is another connection while a handover drains it.
+    let mut next = listed;
+    while let Some(both) = running.session.connections_at(next / 2) {
+        let connection = match next % 2 {
+            0 => Some(&both.0),
+            _ => both.1.as_ref(),
+        };
+        if let Some(connection) = connection {
+            let mut list = connection_attributes(connection)?;
+            put_u32(&mut list, INDEX, device.index)?;
+            dump.add(&list)?;
+        }
+        next += 1;
+        dump.set_position([device.index as usize, next]);
     }
     Ok(())
 }
@@ -264,7 +287,9 @@ fn connection_attributes(connection: &Connection) -> Result<KVec<u8>> {
         Life::Dead => (0, 0),
         Life::Alive | Life::Draining => (totals.in_flight, connection.silent_ms()),
     };
-    put_u32(&mut list, connection::INDEX, u32::from(connection.index()))?;
+    let incarnation = connection.incarnation();
+    put_u32(&mut list, connection::INDEX, u32::from(incarnation.index))?;
+    put_u32(&mut list, connection::RECONNECTS, incarnation.reconnects)?;
     put_u32(&mut list, connection::STATE, state)?;
     put_u32(&mut list, connection::PROTOCOL, connection.protocol())?;
     if connection.has_upper_layer() {

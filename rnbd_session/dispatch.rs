@@ -147,7 +147,8 @@ impl Session {
                 unsent.overrule(Outcome::Requeue);
                 return;
             };
-            // The slot names the index of the connection, which another one may have by now.
+            // The slot names the number of the connection, which another one at its place may have by now.
+            connection.command_taken_back();
             if let Some(current) = self.connection(cx, usize::from(connection.index())) {
                 current.command_taken_back();
             }

@@ -39,12 +39,12 @@ use kernel::{
 
 impl Place {
     /// Returns the position of a connection that takes this place when its connection was reaped.
-    fn next_position(&self) -> Position {
+    pub(super) fn next_position(&self) -> Position {
         let connection = &self.connection;
         Position {
             index: connection.index(),
             id: connection.id(),
-            reconnects: self.reconnects.saturating_add(1),
+            reconnects: connection.incarnation().reconnects.saturating_add(1),
         }
     }
 }
@@ -127,7 +127,6 @@ impl Session {
             place.connection.report_death();
         }
         place.connection = new.clone();
-        place.reconnects = new.incarnation().reconnects;
         self.waiting_since.store(0, Relaxed);
         // This comes last: a request that sees the session revived also finds the new connection,
         // and waits again if that has died by then.

@@ -3,7 +3,10 @@
 
 #![forbid(unsafe_code)]
 
-use super::Session;
+use super::{
+    Place,
+    Session, //
+};
 use crate::{
     kapi::{
         block::{
@@ -22,7 +25,10 @@ use crate::{
     rnbd_sock::Connection,
     rnbd_translate::RequestDescription, //
 };
-use kernel::prelude::*;
+use kernel::{
+    prelude::*,
+    sync::Arc, //
+};
 
 impl Session {
     /// Handles a request that has timed out (`nbd_xmit_timeout()`).
@@ -42,10 +48,11 @@ impl Session {
             // There is a slot for each tag.
             return TimeoutStatus::ResetTimer;
         };
-        // The lock is taken before the slot is read. A connection is replaced under this lock and
-        // after its commands were given back, so this is the connection that the slot names.
+        // The lock is taken before the slot is read. A connection is replaced under this lock, and after
+        // its commands were given back, or it stays beside the new one until they were. So the connection
+        // that the slot names is found.
         let connections = self.connections.lock();
-        let (index, unclaimed) = slot.status();
+        let (id, unclaimed) = slot.status();
         // While the lock was waited for, the request may have been given back, and sent again over
         // a connection that is not to blame (`cmd->cookie == nsock->cookie` in nbd.c). This comes
         // after the slot was read, so that the slot's state is that of the request in flight.
@@ -57,10 +64,11 @@ impl Session {
             SinceTimeout::NotStarted => return TimeoutStatus::Done,
         }
         let count = connections.len();
-        let Some(place) = connections.get(usize::from(index)) else {
+        let is_named = |connection: &&Arc<Connection>| connection.id() == id;
+        let all = |place| Place::all(place).find(is_named);
+        let Some(connection) = connections.iter().find_map(all).cloned() else {
             return TimeoutStatus::ResetTimer;
         };
-        let connection = place.connection.clone();
         drop(connections);
         if !unclaimed && connection.traffic().idle_jiffies() < rq.timeout_jiffies() as usize {
             // Its data is arriving. (Or it is ending this moment: C has that race, too.)
@@ -74,7 +82,7 @@ impl Session {
             pr_err!(
                 "nbd{}: connection {} timed out, retrying ({}/{} alive)\n",
                 self.table.device,
-                index,
+                connection.index(),
                 self.table.unreaped_connections().saturating_sub(1),
                 count
             );

@@ -7,7 +7,8 @@
 //! ("Terminating the transmission phase" in `doc/proto.md` of the NBD project). nbd.c completes such
 //! commands with an I/O error, and continues to use the connection.
 //!
-//! Here, the first such reply makes the connection *drain*:
+//! Here, the first such reply makes the connection *drain*. So does a planned handover, by which another
+//! connection has taken its place. Then:
 //!
 //! - Dispatch selects other connections. The transmit side gives back all commands of which nothing
 //!   was sent ([`Connection::stop_staging()`]), and closes the backlog.
@@ -58,7 +59,7 @@ use kernel::{
 };
 
 impl Connection {
-    /// Returns whether the server is shutting down and the connection was not marked as dead yet.
+    /// Returns whether the connection drains and was not marked as dead yet.
     pub(crate) fn is_draining(&self) -> bool {
         self.state.load(Acquire) == DRAINING
     }
@@ -88,6 +89,27 @@ impl Connection {
             }
         }
         self.queue_transmit();
+    }
+
+    /// Begins to drain the connection, if it is alive, because another one has taken its place. That it is dead
+    /// is told to listeners of the family "rnbd" when it is reaped, and not by `NBD_CMD_LINK_DEAD`: the user has
+    /// asked for it.
+    ///
+    /// # Context
+    ///
+    /// Any context, including softirq.
+    pub(crate) fn retire(self: ArcBorrow<'_, Self>) {
+        // It may be reaped as soon as the state is changed.
+        self.set_death(Death::of(Reason::Replaced));
+        self.retired.store(true, Release);
+        if self.state.cmpxchg(ALIVE, DRAINING, Full).is_ok() {
+            self.queue_transmit();
+        }
+    }
+
+    /// Returns whether a command waits for its reply on the connection.
+    pub(crate) fn has_open(&self) -> bool {
+        self.table.has_open(self.id())
     }
 
     /// Has the transmit side send the disconnect if the connection drains and nothing is in flight on

@@ -47,6 +47,11 @@ impl<'a> Attr<'a> {
         self.value.first_chunk().map(|b| u64::from_ne_bytes(*b))
     }
 
+    /// Returns the value.
+    pub(crate) fn bytes(&self) -> &'a [u8] {
+        self.value
+    }
+
     /// Returns the value as a string, without the zero bytes at its end, which `nla_strcmp()` ignores, too.
     pub(crate) fn string(&self) -> &'a [u8] {
         let len = self

@@ -106,6 +106,7 @@ impl Policy {
     pub(crate) const ANY: Policy = Self::of(bindings::NLA_UNSPEC);
     pub(crate) const U32: Policy = Self::of(bindings::NLA_U32);
     pub(crate) const U64: Policy = Self::of(bindings::NLA_U64);
+    pub(crate) const BINARY: Policy = Self::of(bindings::NLA_BINARY);
     pub(crate) const STRING: Policy = Self::of(bindings::NLA_STRING);
     pub(crate) const NESTED: Policy = Self::of(bindings::NLA_NESTED);
 

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: GPL-2.0
+//! The command `handover` of the netlink family "rnbd".
+
+#![forbid(unsafe_code)]
+
+use super::check_capable;
+use crate::{
+    kapi::net::{
+        attr::Attr,
+        genl::{
+            Info,
+            Policy, //
+        }, //
+    },
+    rnbd_dev::handover::Handover,
+    rnbd_registry::Registry,
+    rnbd_session::handover::{
+        About,
+        Refusal,
+        Which, //
+    },
+};
+use kernel::prelude::*;
+
+/// The attributes of the command.
+const DEVICE: u16 = 1;
+const CONNECTION: u16 = 2;
+const SOCKETS: u16 = 3;
+const DRAIN: u16 = 4;
+const BACKEND: u16 = 5;
+
+/// The requirements for them.
+pub(super) const POLICY: &[Policy] = &[
+    Policy::ANY,
+    Policy::U32,
+    Policy::U32,
+    Policy::BINARY,
+    Policy::U32,
+    Policy::BINARY,
+];
+
+/// Hands connections of a device over to new sockets.
+///
+/// # Errors
+///
+/// - `EPERM`: the sender does not have `CAP_SYS_ADMIN`.
+/// - `EINVAL`: an attribute is missing or not valid.
+/// - `ENODEV`: there is no such device, or it is being removed.
+/// - `ENOMEM`, and those of [`Device::hand_over()`](crate::rnbd_dev::Device::hand_over).
+///
+/// # Context
+///
+/// May sleep, but does not wait for a server.
+pub(super) fn run(registry: &Registry, info: &Info<'_>) -> Result {
+    check_capable(info)?;
+    let index = info.require(DEVICE, c"the index of a device is needed")?;
+    let sockets = info.require(SOCKETS, c"at least one socket is needed")?;
+    let number = |kind| info.attr(kind).and_then(|a: Attr<'_>| a.u32());
+    let wanted = Handover {
+        which: number(CONNECTION).map_or(Which::All, Which::One),
+        sockets: descriptors(info, sockets)?,
+        drain_ms: number(DRAIN).unwrap_or(0),
+        backend: info.attr(BACKEND).map(|a| a.string()),
+    };
+    let device = index.u32().and_then(|index| registry.find(index));
+    let Some(device) = device.filter(|d| !d.is_dying()) else {
+        info.complain(Some(DEVICE), c"there is no such device");
+        return Err(ENODEV);
+    };
+    device
+        .hand_over(&wanted)
+        .map_err(|refusal| refuse(info, &refusal))
+}
+
+/// Parses the file descriptors of the sockets.
+///
+/// # Errors
+///
+/// - `EINVAL`: they are not a list of numbers of 32 bits, or there is none.
+/// - `ENOMEM`.
+fn descriptors(info: &Info<'_>, list: Attr<'_>) -> Result<KVec<i32>> {
+    let bytes = list.bytes();
+    if bytes.is_empty() || bytes.len() % size_of::<i32>() != 0 {
+        info.complain(Some(SOCKETS), c"the sockets must be numbers of 32 bits");
+        return Err(EINVAL);
+    }
+    let mut descriptors = KVec::new();
+    for number in bytes.chunks_exact(size_of::<i32>()) {
+        let number = number.first_chunk().ok_or(EINVAL)?;
+        descriptors.push(i32::from_ne_bytes(*number), GFP_KERNEL)?;
+    }
+    Ok(descriptors)
+}
+
+/// Tells the sender why a handover is refused, and returns the error.
+fn refuse(info: &Info<'_>, refusal: &Refusal) -> Error {
+    let about = match refusal.about {
+        About::Device => DEVICE,
+        About::Connection => CONNECTION,
+        About::Sockets => SOCKETS,
+        About::Backend => BACKEND,
+    };
+    info.complain(Some(about), refusal.words);
+    refusal.error
+}
