@@ -12,6 +12,7 @@ mod events;
 mod faults;
 mod fsx;
 mod geometry;
+mod handover;
 mod hostile;
 mod hostile_user;
 mod integrity;
@@ -71,6 +72,7 @@ pub fn all() -> Vec<Test> {
         netlink::tests(),
         listing::tests(),
         events::tests(),
+        handover::tests(),
         shutdowns::tests(),
         races::tests(),
         faults::tests(),

@@ -45,10 +45,10 @@ const TIMEOUT_SECONDS: u64 = 3;
 const DEAD_TIMEOUT_SECONDS: u64 = 60;
 
 /// The file that all servers export.
-struct Storage;
+pub struct Storage;
 
 impl Storage {
-    fn new() -> Self {
+    pub fn new() -> Self {
         File::create(STORAGE).unwrap().set_len(SIZE).unwrap();
         Self
     }
@@ -61,7 +61,7 @@ impl Drop for Storage {
 }
 
 /// One nbdkit, and where it is.
-struct Host {
+pub struct Host {
     address: String,
     /// Where it listens, as `serve` wants to know it.
     waiting: String,
@@ -71,7 +71,7 @@ struct Host {
 
 impl Host {
     /// On a UNIX socket.
-    fn local(name: &str) -> Self {
+    pub fn local(name: &str) -> Self {
         let path = format!("/tmp/{name}.sock");
         Self::start(Self {
             command: format!("nbdkit -f -U {path} file {STORAGE}"),
@@ -86,7 +86,7 @@ impl Host {
         self
     }
 
-    fn revive(&mut self) {
+    pub fn revive(&mut self) {
         let _ = fs::remove_file(&self.waiting);
         self.server = Some(serve(&self.command, &self.waiting));
     }
@@ -97,14 +97,14 @@ impl Host {
     }
 
     /// Asks it to end, and waits until it has.
-    fn shut_down(&mut self) {
+    pub fn shut_down(&mut self) {
         let mut server = self.server.take().expect("a server");
         server.terminate();
         assert!(server.wait(SOON), "{}", server.said());
     }
 
     /// Dials, for a while: neighbours that were cut off are not found at once.
-    fn dial(&self) -> Export {
+    pub fn dial(&self) -> Export {
         let mut answer = dial(&self.address);
         let _ = wait_until(SOON, || {
             if answer.is_err() {
@@ -117,14 +117,14 @@ impl Host {
 }
 
 /// A device with connections to several servers.
-struct Attached {
+pub struct Attached {
     netlink: Netlink,
-    news: Netlink,
+    pub news: Netlink,
 }
 
 impl Attached {
     /// Connects device 0, with a connection to each of `hosts`.
-    fn to<'a>(hosts: impl IntoIterator<Item = &'a Host>) -> Self {
+    pub fn to<'a>(hosts: impl IntoIterator<Item = &'a Host>) -> Self {
         let exports: Vec<Export> = hosts.into_iter().map(Host::dial).collect();
         let setup = Setup::new(exports[0].size)
             .index(0)
@@ -158,7 +158,7 @@ impl Drop for Attached {
 }
 
 /// Lets fio write, read and verify again and again, until `f` returns.
-fn under_fio(f: impl FnOnce()) {
+pub fn under_fio(f: impl FnOnce()) {
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         let load = scope.spawn(|| {

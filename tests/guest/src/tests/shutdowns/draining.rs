@@ -35,7 +35,7 @@ pub fn tests() -> Vec<Test> {
 }
 
 /// The state of each connection, as debugfs shows it.
-fn connection_states(index: u32) -> Vec<String> {
+pub fn connection_states(index: u32) -> Vec<String> {
     let path = format!("{}/connections", device::debugfs(index));
     let shown = fs::read_to_string(path).unwrap();
     let states = shown.lines().filter_map(|line| line.split(' ').nth(1));

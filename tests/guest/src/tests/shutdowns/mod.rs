@@ -2,7 +2,7 @@
 
 //! Servers that shut down in an orderly way: they answer commands with ESHUTDOWN.
 
-mod draining;
+pub mod draining;
 mod ended;
 mod replaced;
 
