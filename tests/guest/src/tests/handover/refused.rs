@@ -1,0 +1,184 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Handovers that are refused.
+
+use std::os::fd::OwnedFd;
+use std::thread;
+
+use neli::types::Buffer as Bytes;
+use rustix::io::Errno;
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+
+use super::{
+    BACKEND, CONNECTION, CONNECTION_GET, DEVICE, DRAIN, HANDOVER, MIB, SOCKETS, commands_on,
+    connect, first_is_silent, hand_over, open, patient_ms, setup, sockets_attr, while_reading,
+};
+use crate::device::{SOON, read_page};
+use crate::harness::{Guest, Test, wait_until};
+use crate::netlink::{Attr, Netlink, Setup, attr, number};
+use crate::proto::{Command, Request};
+use crate::server::Transport;
+use crate::test;
+
+pub fn tests() -> Vec<Test> {
+    vec![
+        test!(while_another_has_not_finished),
+        test!(refusals),
+        test!(without_privilege),
+    ]
+}
+
+fn while_another_has_not_finished(guest: &Guest) {
+    let rnbd = open(guest);
+    let link = setup(MIB).attach().settle();
+    first_is_silent(&link.server);
+    let again = |drain_ms| {
+        let sockets = connect(&link.server, Transport::Unix, 1);
+        hand_over(&rnbd, None, &sockets, drain_ms)
+    };
+    while_reading(&link, 2, || {
+        assert_eq!(again(patient_ms(3000)), Ok(()));
+        assert_eq!(again(0), Err(Errno::BUSY));
+        let words = rnbd.ext_ack();
+        let words = words.as_deref();
+        assert_eq!(
+            words,
+            Some("an earlier handover of the connection has not finished")
+        );
+    });
+    let finished = wait_until(SOON, || again(1000).is_ok());
+    assert!(finished.is_ok(), "it does not finish");
+    assert_eq!(read_page(&link.direct(), 0), Ok(()));
+}
+
+/// Each leaves the device as it was.
+fn refusals(guest: &Guest) {
+    let rnbd = open(guest);
+    let setup = setup(MIB).backend("b");
+    let link = setup.attach_over(&[Transport::Tcp4, Transport::Unix]);
+    let link = link.settle();
+    let other = Setup::new(MIB).index(1).attach();
+    let new = |count| connect(&link.server, Transport::Unix, count);
+    let refused = |attrs: Vec<Attr>, errno: Errno, words: &str| {
+        assert_eq!(rnbd.ask(HANDOVER, attrs).map(drop), Err(errno), "{words}");
+        assert_eq!(rnbd.ext_ack().as_deref(), Some(words));
+    };
+    let device = || attr(DEVICE, 0u32);
+    let backend = || attr(BACKEND, "b");
+    let drain = || attr(DRAIN, 100u32);
+    let all = |sockets: &[OwnedFd]| vec![device(), backend(), sockets_attr(sockets), drain()];
+    let one = |index: u32, sockets: &[OwnedFd]| {
+        let mut attrs = all(sockets);
+        attrs.push(attr(CONNECTION, index));
+        attrs
+    };
+    let raw = |bytes: &[u8]| {
+        let sockets = attr(SOCKETS, Bytes::from(bytes));
+        vec![device(), backend(), sockets, drain()]
+    };
+    let two = new(2);
+    refused(vec![], Errno::INVAL, "the index of a device is needed");
+    refused(
+        vec![device()],
+        Errno::INVAL,
+        "at least one socket is needed",
+    );
+    let numbers = "the sockets must be numbers of 32 bits";
+    refused(raw(&[]), Errno::INVAL, numbers);
+    refused(raw(&[1, 2, 3]), Errno::INVAL, numbers);
+    let nowhere = vec![attr(DEVICE, 77u32), sockets_attr(&two), drain()];
+    refused(nowhere, Errno::NODEV, "there is no such device");
+    let another = "the device has another backend";
+    let none = vec![device(), sockets_attr(&two), drain()];
+    refused(none, Errno::INVAL, another);
+    let mut wrong = all(&two);
+    wrong[1] = attr(BACKEND, "c");
+    refused(wrong, Errno::INVAL, another);
+    let count = "there must be as many sockets as the device has connections";
+    refused(all(&two[..1]), Errno::INVAL, count);
+    refused(all(&new(3)), Errno::INVAL, count);
+    refused(
+        one(1, &two),
+        Errno::INVAL,
+        "one connection needs one socket",
+    );
+    let index = "the device has no connection with this index";
+    refused(one(2, &two[..1]), Errno::INVAL, index);
+    refused(one(u32::MAX, &two[..1]), Errno::INVAL, index);
+    refused(
+        raw(&[0xff; 8]),
+        Errno::BADF,
+        "a file descriptor is not open",
+    );
+    let file = std::fs::File::open("/proc/version").expect("a file");
+    let not_a_socket = [OwnedFd::from(file), new(1).remove(0)];
+    let words = "a file descriptor is not that of a socket";
+    refused(all(&not_a_socket), Errno::NOTSOCK, words);
+    let datagram = std::os::unix::net::UnixDatagram::unbound().expect("a socket");
+    let words = "a socket must be TCP, MPTCP, vsock or UNIX";
+    refused(one(0, &[datagram.into()]), Errno::INVAL, words);
+    let ended = [new(1).remove(0), link.server.connect_and_end()];
+    refused(all(&ended), Errno::NOTCONN, "a socket is not connected");
+    let twice = new(1).remove(0);
+    let twice = [twice.try_clone().expect("dup"), twice];
+    refused(all(&twice), Errno::BUSY, "a socket is in use");
+    let taken = connect(&other.server, Transport::Unix, 1);
+    let used = taken[0].try_clone().expect("dup");
+    let change = Setup::change(1).sockets(taken);
+    other.server.kill_connection(0);
+    let revived = wait_until(SOON, || {
+        other.netlink.reconfigure(&change).is_ok() && other.server.living() == 1
+    });
+    assert!(revived.is_ok());
+    let mut pair = new(1);
+    pair.push(used);
+    let in_use = wait_until(SOON, || {
+        rnbd.ask(HANDOVER, all(&pair)).map(drop) == Err(Errno::BUSY)
+    });
+    assert!(in_use.is_ok());
+    let mut short = all(&two);
+    short[0] = attr(DEVICE, 0u8);
+    assert_eq!(rnbd.ask(HANDOVER, short).map(drop), Err(Errno::INVAL));
+    let mut unknown = all(&two);
+    unknown.push(attr(9, 1u32));
+    assert_eq!(rnbd.ask(HANDOVER, unknown).map(drop), Err(Errno::INVAL));
+    let list = rnbd.list(CONNECTION_GET, vec![device(), attr(DRAIN, 1u32)]);
+    assert_eq!(list.err(), Some(Errno::INVAL), "it is another command's");
+
+    let connections = rnbd.list(CONNECTION_GET, vec![device()]).expect("a list");
+    let numbers = |kind| {
+        connections
+            .iter()
+            .map(move |c| number::<u32>(c, kind).unwrap())
+    };
+    // Alive, and never replaced.
+    assert_eq!(numbers(3).collect::<Vec<_>>(), [0, 0]);
+    assert_eq!(numbers(14).collect::<Vec<_>>(), [0, 0]);
+    assert_eq!(read_page(&link.direct(), 0), Ok(()));
+    let requests = link.server.requests();
+    let old = |request: &Request| request.connection < 2;
+    let is_goodbye = |request: &Request| request.command == Command::Disconnect;
+    assert!(!requests.iter().any(|r| old(r) && is_goodbye(r)));
+    assert_eq!(rnbd.ask(HANDOVER, all(&two)).map(drop), Ok(()));
+    drop(other);
+}
+
+fn without_privilege(guest: &Guest) {
+    drop(open(guest));
+    let link = setup(MIB).attach().settle();
+    let sockets = connect(&link.server, Transport::Unix, 1);
+    // Capabilities belong to a thread.
+    thread::scope(|scope| {
+        let thread = scope.spawn(|| {
+            let mut sets = capabilities(None).unwrap();
+            sets.effective = CapabilitySet::all() - CapabilitySet::SYS_ADMIN;
+            sets.effective &= sets.permitted;
+            set_capabilities(None, sets).unwrap();
+            let rnbd = Netlink::try_open_family("rnbd").expect("the family");
+            hand_over(&rnbd, None, &sockets, 0)
+        });
+        assert_eq!(thread.join().unwrap(), Err(Errno::PERM));
+    });
+    assert_eq!(read_page(&link.direct(), 0), Ok(()));
+    assert_eq!(commands_on(&link.server, 1), []);
+}
