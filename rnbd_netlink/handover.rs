@@ -55,11 +55,12 @@ pub(super) fn run(registry: &Registry, info: &Info<'_>) -> Result {
     check_capable(info)?;
     let index = info.require(DEVICE, c"the index of a device is needed")?;
     let sockets = info.require(SOCKETS, c"at least one socket is needed")?;
+    let drain = info.require(DRAIN, c"the time to drain is needed (0: none)")?;
     let number = |kind| info.attr(kind).and_then(|a: Attr<'_>| a.u32());
     let wanted = Handover {
         which: number(CONNECTION).map_or(Which::All, Which::One),
         sockets: descriptors(info, sockets)?,
-        drain_ms: number(DRAIN).unwrap_or(0),
+        drain_ms: drain.u32().unwrap_or(0),
         backend: info.attr(BACKEND).map(|a| a.string()),
     };
     let device = index.u32().and_then(|index| registry.find(index));

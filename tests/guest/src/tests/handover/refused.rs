@@ -83,6 +83,11 @@ fn refusals(guest: &Guest) {
         Errno::INVAL,
         "at least one socket is needed",
     );
+    refused(
+        vec![device(), backend(), sockets_attr(&two)],
+        Errno::INVAL,
+        "the time to drain is needed (0: none)",
+    );
     let numbers = "the sockets must be numbers of 32 bits";
     refused(raw(&[]), Errno::INVAL, numbers);
     refused(raw(&[1, 2, 3]), Errno::INVAL, numbers);
