@@ -5,12 +5,15 @@
 
 use super::check_capable;
 use crate::{
-    kapi::net::{
-        attr::Attr,
-        genl::{
-            Info,
-            Policy, //
-        }, //
+    kapi::{
+        net::{
+            attr::Attr,
+            genl::{
+                Info,
+                Policy, //
+            },
+        },
+        task, //
     },
     rnbd_dev::handover::Handover,
     rnbd_registry::Registry,
@@ -59,7 +62,9 @@ pub(super) fn run(registry: &Registry, info: &Info<'_>) -> Result {
     let number = |kind| info.attr(kind).and_then(|a: Attr<'_>| a.u32());
     let wanted = Handover {
         which: number(CONNECTION).map_or(Which::All, Which::One),
-        sockets: descriptors(info, sockets)?,
+        // Everybody who sends a netlink command waits for this one, perhaps also whoever brings a device back on
+        // which writeback waits.
+        sockets: task::memalloc_noio(|| descriptors(info, sockets))?,
         drain_ms: drain.u32().unwrap_or(0),
         backend: info.attr(BACKEND).map(|a| a.string()),
     };
