@@ -7,6 +7,7 @@
 mod dispatch;
 pub(crate) mod handover;
 mod reconnect;
+mod retiring;
 mod timeout;
 
 use crate::{
@@ -32,7 +33,6 @@ use crate::{
     },
     rnbd_table::Table, //
 };
-use handover::Retiring;
 use kernel::{
     new_delayed_work,
     new_mutex,
@@ -47,6 +47,7 @@ use kernel::{
     },
     workqueue::DelayedWork, //
 };
+use retiring::Retiring;
 
 /// A session. It exists from the start of a device to the last put of its configuration.
 #[pin_data]

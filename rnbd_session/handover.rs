@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 use super::{
+    retiring::Retiring,
     Place,
     Session, //
 };
@@ -17,20 +18,11 @@ use crate::{
     kapi::{
         block::disk::DiskRef,
         errno::ENOTCONN,
-        net::sock::Socket,
-        task,
-        wq::{
-            self,
-            HasQueue,
-            Queue, //
-        }, //
+        net::sock::Socket, //
     },
-    pure::time::elapsed,
     rnbd_events::{
-        Death,
         Event,
-        Notice,
-        Reason, //
+        Notice, //
     },
     rnbd_sock::{
         Connection,
@@ -40,21 +32,13 @@ use crate::{
 };
 use kernel::{
     alloc::AllocError,
-    impl_has_delayed_work,
     prelude::*,
     sync::{
         atomic::Relaxed,
         Arc, //
     },
-    time::msecs_to_jiffies,
-    workqueue::WorkItem, //
+    time::msecs_to_jiffies, //
 };
-
-/// The interval at which connections that were retired are looked at.
-const LOOK_MS: u32 = 100;
-
-/// How long a connection may take for its disconnect when its time is over and it owes nothing.
-const GOODBYE_MS: u32 = 1000;
 
 /// Which connections are to be replaced.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -105,14 +89,6 @@ impl From<AllocError> for Refusal {
     fn from(error: AllocError) -> Self {
         Error::from(error).into()
     }
-}
-
-/// A connection that was replaced while it was not dead.
-pub(super) struct Retiring {
-    pub(super) connection: Arc<Connection>,
-    /// The time in jiffies at which it was replaced, and for how many it may drain.
-    since: usize,
-    drain_jiffies: usize,
 }
 
 /// A connection that is to take a place.
@@ -312,42 +288,6 @@ impl Session {
         new.announce();
         new.as_arc_borrow().start_receiving();
     }
-
-    /// Ends the connections that were replaced now if they have no time, and later otherwise.
-    fn end_retired(self: &Arc<Self>, drain_jiffies: usize) {
-        if drain_jiffies == 0 {
-            self.look_at_retiring();
-        }
-        self.look_later(drain_jiffies);
-    }
-
-    /// Queues the work that looks at the connections which were retired, in so many jiffies at the latest.
-    fn look_later(self: &Arc<Self>, jiffies: usize) {
-        let delay = msecs_to_jiffies(LOOK_MS).min(jiffies).max(1);
-        // If the work is queued already, it is so for as soon.
-        let _ = wq::enqueue_delayed::<Self, 1>(self.clone(), delay);
-    }
-
-    /// Ends the connections whose time is over, and forgets those that were reaped. Returns the number of jiffies
-    /// after which this is to be done again, if any are left.
-    ///
-    /// It does not wait for the lock of the connections: who holds it may be waiting for this workqueue.
-    fn look_at_retiring(&self) -> Option<usize> {
-        let Some(mut places) = self.connections.try_lock() else {
-            return Some(1);
-        };
-        let mut next = None;
-        for place in &mut **places {
-            if place.retiring().is_none() {
-                place.retiring = None;
-            }
-            if let Some(retiring) = &place.retiring {
-                let left = retiring.end_if_due();
-                next = Some(next.map_or(left, |next: usize| next.min(left)));
-            }
-        }
-        next
-    }
 }
 
 impl Place {
@@ -357,33 +297,8 @@ impl Place {
         let old = core::mem::replace(&mut self.connection, new);
         old.as_arc_borrow().retire();
         if old.id() != self.connection.id() {
-            self.retiring = Some(Retiring {
-                connection: old,
-                since: task::jiffies(),
-                drain_jiffies,
-            });
+            self.retiring = Some(Retiring::new(old, drain_jiffies));
         }
-    }
-}
-
-impl Retiring {
-    /// Ends the connection if its time is over. Returns the number of jiffies after which it is to be looked at
-    /// again.
-    ///
-    /// A connection on which no command waits for its reply is about to send its disconnect, which keeps nobody
-    /// waiting, so it may take some more time for that.
-    fn end_if_due(&self) -> usize {
-        let gone = elapsed(task::jiffies(), self.since);
-        let left = self.drain_jiffies.saturating_sub(gone);
-        if left > 0 {
-            return left;
-        }
-        let goodbye = msecs_to_jiffies(GOODBYE_MS) as usize;
-        if self.connection.has_open() || gone.saturating_sub(self.drain_jiffies) >= goodbye {
-            let replaced = Death::of(Reason::Replaced);
-            self.connection.as_arc_borrow().mark_dead(replaced);
-        }
-        msecs_to_jiffies(LOOK_MS) as usize
     }
 }
 
@@ -454,25 +369,4 @@ fn unusable(error: Error) -> Refusal {
         _ => c"a socket cannot be used",
     };
     Refusal::new(error, About::Sockets, words)
-}
-
-impl_has_delayed_work! {
-    impl HasDelayedWork<Self, 1> for Session { self.retire_work }
-}
-
-impl HasQueue for Session {
-    fn queue(&self) -> &Queue {
-        // What is in flight on a connection that is retired may be written-back memory.
-        &self.table.shared.io
-    }
-}
-
-impl WorkItem<1> for Session {
-    type Pointer = Arc<Session>;
-
-    fn run(this: Arc<Session>) {
-        if let Some(jiffies) = this.look_at_retiring() {
-            this.look_later(jiffies);
-        }
-    }
 }

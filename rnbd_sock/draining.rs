@@ -107,7 +107,7 @@ impl Connection {
         }
     }
 
-    /// Returns whether a command waits for its reply on the connection.
+    /// Returns whether a command waits for its reply on the connection. One whose reply has begun does not count.
     pub(crate) fn has_open(&self) -> bool {
         self.table.has_open(self.id())
     }
@@ -127,8 +127,15 @@ impl Connection {
         if receive.current.is_some() || self.table.has_open(self.id()) {
             return;
         }
+        self.sending.drained.store(true, Release);
         self.sending.newly_drained.xchg(true, Full);
         self.queue_transmit();
+    }
+
+    /// Returns whether the receive side has found that the server owes nothing, so that it is about to be sent a
+    /// disconnect, or was.
+    pub(crate) fn is_drained(&self) -> bool {
+        self.sending.drained.load(Acquire)
     }
 
     /// To be called after a command was claimed that [`Self::push()`] has returned.

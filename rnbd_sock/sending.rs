@@ -116,7 +116,9 @@ pub(super) struct Sending {
     pub(super) send_disconnect: Atomic<bool>,
     /// The connection drains, and all commands that were not staged were given back.
     pub(super) stopped: Atomic<bool>,
-    /// The receive side has found the connection to be drained, which is to be recorded in the outbox.
+    /// The receive side has found the connection to be drained.
+    pub(super) drained: Atomic<bool>,
+    /// The same, which is still to be recorded in the outbox.
     pub(super) newly_drained: Atomic<bool>,
     /// The next sender is to trim the pages.
     pub(super) trim_due: Atomic<bool>,
@@ -142,6 +144,7 @@ impl Sending {
             unsent: Atomic::new(false),
             send_disconnect: Atomic::new(false),
             stopped: Atomic::new(false),
+            drained: Atomic::new(false),
             newly_drained: Atomic::new(false),
             trim_due: Atomic::new(false),
             pages_kib: Atomic::new(0),

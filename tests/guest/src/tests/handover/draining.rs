@@ -14,8 +14,8 @@ use super::{
     connect, first_is_silent, hand_over, open, patient_ms, setup, wait_for_end, while_reading,
 };
 use crate::debug_kernel::patient;
-use crate::device::{assert_pattern, errno, pattern, read_page};
-use crate::harness::{Guest, Test};
+use crate::device::{SOON, assert_pattern, errno, pattern, read_page};
+use crate::harness::{Guest, Test, say, wait_until};
 use crate::netlink::{Netlink, number};
 use crate::proto::Command;
 use crate::server::Transport;
@@ -27,6 +27,7 @@ pub fn tests() -> Vec<Test> {
         test!(replies_in_flight_are_awaited),
         test!(a_server_that_owes_nothing_hears_goodbye),
         test!(a_silent_server),
+        test!(a_reply_has_begun),
         test!(a_silent_server_at_once),
         test!(a_write_that_is_not_read),
         test!(requests_time_out_while_it_drains),
@@ -140,6 +141,47 @@ fn a_silent_server(guest: &Guest) {
         wait_for_end(&link.server, 1);
         link.disconnect_and_wait();
     }
+}
+
+/// What the server owes when the time is over is the rest of a reply. That is not waited for as long as a goodbye.
+fn a_reply_has_begun(guest: &Guest) {
+    let rnbd = open(guest);
+    const DRAIN_MS: u32 = 300;
+    let mut quickest = Duration::MAX;
+    for transport in [Transport::Tcp4, Transport::Unix, Transport::Tls] {
+        let link = setup(MIB).attach_over(&[transport]).settle();
+        link.server.script(|conn, request| {
+            let reply = conn.answer(request)?;
+            if conn.index > 0 {
+                return conn.send(&reply);
+            }
+            conn.send(&reply[..reply.len() / 2])?;
+            conn.stall()
+        });
+        let mut began = Instant::now();
+        while_reading(&link, 1, || {
+            let has_begun = wait_until(SOON, || {
+                let list = rnbd.list(CONNECTION_GET, vec![]).expect("a list");
+                number::<u64>(&list[0], IN_FLIGHT) == Some(0)
+            });
+            assert!(has_begun.is_ok(), "its header is not received");
+            let sockets = connect(&link.server, transport, 1);
+            began = Instant::now();
+            assert_eq!(hand_over(&rnbd, None, &sockets, DRAIN_MS), Ok(()));
+        });
+        quickest = quickest.min(began.elapsed());
+        assert_eq!(commands_on(&link.server, 0), [Command::Read], "no goodbye");
+        assert_eq!(commands_on(&link.server, 1), [Command::Read]);
+        wait_for_end(&link.server, 1);
+        link.disconnect_and_wait();
+    }
+    say(&format!("the quickest took {quickest:?}"));
+    // A goodbye has a second more.
+    let drain = Duration::from_millis(DRAIN_MS.into());
+    assert!(
+        quickest < drain + Duration::from_millis(950),
+        "{quickest:?}"
+    );
 }
 
 fn a_silent_server_at_once(guest: &Guest) {
