@@ -60,6 +60,8 @@ pub(crate) struct Session {
     connections: Mutex<KVec<Place>>,
     /// The server's transmission flags (`NBD_FLAG_*`).
     flags: u32,
+    /// A program waits in `NBD_DO_IT` until the last connection was reaped, and only that starts the session again.
+    by_ioctl: bool,
     /// The time in jiffies for which requests wait for a new connection (`dead_conn_timeout`).
     dead_timeout_jiffies: Atomic<u64>,
     /// The time in jiffies, with the lowest bit set, since which requests have been waiting for a
@@ -103,6 +105,8 @@ pub(crate) struct Options {
     pub(crate) depth: u32,
     /// The server's transmission flags (`NBD_FLAG_*`).
     pub(crate) flags: u32,
+    /// `NBD_DO_IT` starts the session.
+    pub(crate) by_ioctl: bool,
     /// The request timeout in jiffies, 0 if none is set.
     pub(crate) timeout_jiffies: u32,
     /// The time in jiffies for which requests wait for a new connection (`dead_conn_timeout`).
@@ -154,6 +158,7 @@ impl Session {
                     slots,
                     connections <- new_mutex!(places),
                     flags: options.flags,
+                    by_ioctl: options.by_ioctl,
                     dead_timeout_jiffies: Atomic::new(options.dead_timeout_jiffies),
                     waiting_since: Atomic::new(0),
                     replacing: Atomic::new(false),

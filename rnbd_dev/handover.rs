@@ -90,22 +90,16 @@ impl Device {
 ///
 /// # Errors
 ///
-/// `ENOTCONN`: the device is not connected, or is being disconnected, or a program has to start it again by
-/// ioctl.
+/// `ENOTCONN`: the device is not connected, or is being disconnected.
 fn running_session(config: Option<&Config>) -> Result<Arc<Session>, Refusal> {
-    let session = config.and_then(|c| Some((c, c.session.clone()?)));
-    let Some((config, session)) = session.filter(|(c, _)| c.started) else {
+    let session = config.filter(|c| c.started).and_then(|c| c.session.clone());
+    let Some(session) = session else {
         let words = c"the device is not connected";
         return Err(Refusal::new(ENOTCONN, About::Device, words));
     };
     // This does not change while the configuration lock is held.
     if session.table().fate.snapshot().is_end_wanted() {
         let words = c"the device is being disconnected";
-        return Err(Refusal::new(ENOTCONN, About::Device, words));
-    }
-    // `NBD_DO_IT` returns with the last connection.
-    if !config.bound && !session.is_served() {
-        let words = c"the device has lost its connections, and only NBD_DO_IT starts it again";
         return Err(Refusal::new(ENOTCONN, About::Device, words));
     }
     Ok(session)

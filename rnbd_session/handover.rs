@@ -153,7 +153,8 @@ impl Session {
     ///   there are too many of these, or `disk` is not the session's.
     /// - `EBUSY`: a socket is in use by a device or by another part of the kernel, or an earlier handover has
     ///   not finished.
-    /// - `ENOTCONN`: a socket is not connected.
+    /// - `ENOTCONN`: a socket is not connected, or no connection is left and only `NBD_DO_IT` starts the session
+    ///   again.
     /// - `ENODEV`: the module is being unloaded.
     /// - `ENOMEM`.
     ///
@@ -168,6 +169,9 @@ impl Session {
         sockets: &[Socket],
         drain_ms: u32,
     ) -> Result<(), Refusal> {
+        // This comes first: if the last connection is reaped after the check, the count changes.
+        let losses = self.table.losses();
+        self.check_usable()?;
         let first = self.check_count(which, sockets.len())?;
         sockets.iter().try_for_each(check_socket)?;
         let ended = Notice::new(&self.table.origin)?;
@@ -175,6 +179,11 @@ impl Session {
         let room = KVec::with_capacity(sockets.len(), GFP_KERNEL)?;
         let mut places = self.connections.lock();
         let taken = take_sockets(&places, first, successors, room)?;
+        if self.by_ioctl && self.table.losses() != losses {
+            // `NBD_DO_IT` is about to tell its program that they are lost.
+            give_up(taken);
+            return Err(lost());
+        }
         let drain_jiffies = msecs_to_jiffies(drain_ms) as usize;
         let installed = self.install(disk, &mut places, taken, drain_jiffies);
         drop(places);
@@ -188,6 +197,18 @@ impl Session {
             sockets.len(),
             self.slots.len()
         );
+        Ok(())
+    }
+
+    /// Checks that new connections keep the session running.
+    ///
+    /// # Errors
+    ///
+    /// `ENOTCONN`; see [`Self::hand_over()`].
+    fn check_usable(&self) -> Result<(), Refusal> {
+        if self.by_ioctl && !self.is_served() {
+            return Err(lost());
+        }
         Ok(())
     }
 
@@ -334,6 +355,12 @@ fn take_sockets(
         return Err(unusable(ENOTCONN.into()));
     }
     Ok(taken)
+}
+
+/// Returns the refusal of a session whose connections are lost.
+fn lost() -> Refusal {
+    let words = c"the device has lost its connections, and only NBD_DO_IT starts it again";
+    Refusal::new(ENOTCONN, About::Device, words)
 }
 
 /// Ends connections that were not installed.

@@ -55,17 +55,17 @@ impl Retiring {
         }
     }
 
-    /// Ends the connection if its time is over. Returns the number of jiffies after which it is to be looked at
-    /// again.
-    fn end_if_due(&self) -> usize {
+    /// Ends the connection if its time is over, or at once if nothing can be sent again: `is_alone`. Returns the
+    /// number of jiffies after which it is to be looked at again.
+    fn end_if_due(&self, is_alone: bool) -> usize {
         let gone = elapsed(task::jiffies(), self.since);
         let left = self.drain_jiffies.saturating_sub(gone);
-        if left > 0 {
+        if left > 0 && !is_alone {
             return left;
         }
         let over = gone.saturating_sub(self.drain_jiffies);
         let more = self.more_jiffies().saturating_sub(over);
-        if more > 0 {
+        if more > 0 && !is_alone {
             return more;
         }
         let replaced = Death::of(Reason::Replaced);
@@ -113,13 +113,15 @@ impl Session {
         let Some(mut places) = self.connections.try_lock() else {
             return Some(1);
         };
+        // `NBD_DO_IT` returns when the last connection was reaped, and until then no place can be filled.
+        let is_alone = self.by_ioctl && !places.iter().any(|p| p.connection.is_alive());
         let mut next = None;
         for place in &mut **places {
             if place.retiring().is_none() {
                 place.retiring = None;
             }
             if let Some(retiring) = &place.retiring {
-                let left = retiring.end_if_due();
+                let left = retiring.end_if_due(is_alone);
                 next = Some(next.map_or(left, |next: usize| next.min(left)));
             }
         }

@@ -12,7 +12,7 @@ use super::{
     FLAGS, MIB, connect, first_is_silent, hand_over, open, patient_ms, setup, wait_for_end,
     while_reading,
 };
-use crate::debug_kernel::patient;
+use crate::debug_kernel::{enough, patient};
 use crate::device::{Plan, read_page};
 use crate::harness::{Guest, Test, say};
 use crate::netlink::Netlink;
@@ -27,6 +27,8 @@ pub fn tests() -> Vec<Test> {
         test!(of_a_device_that_is_disconnected),
         test!(against_disconnects).limit_seconds(120),
         test!(by_ioctl),
+        test!(by_ioctl_the_new_server_dies),
+        test!(by_ioctl_the_old_server_dies).limit_seconds(120),
     ]
 }
 
@@ -172,4 +174,55 @@ fn by_ioctl(guest: &Guest) {
     let sockets = connect(&rig.server, Transport::Unix, 1);
     assert_eq!(hand_over(&rnbd, None, &sockets, 0), Ok(()));
     assert_eq!(rig.disconnect(), Ok(0));
+}
+
+/// NBD_DO_IT does not wait for the old connections then: only it can start the device again.
+fn by_ioctl_the_new_server_dies(guest: &Guest) {
+    let rnbd = open(guest);
+    let mut rig = Plan::new(MIB).flags(FLAGS).attach();
+    let direct = rig.direct();
+    assert_eq!(read_page(&direct, 0), Ok(()));
+    rig.server.forget_requests();
+    first_is_silent(&rig.server);
+    thread::scope(|scope| {
+        let reader = scope.spawn(|| read_page(&direct, 0));
+        rig.server.wait_for_command(Command::Read);
+        let sockets = connect(&rig.server, Transport::Unix, 1);
+        assert_eq!(hand_over(&rnbd, None, &sockets, patient_ms(20_000)), Ok(()));
+        rig.server.kill_connection(1);
+        rig.client.wait_lost();
+        assert_eq!(reader.join().unwrap(), Err(Errno::IO));
+    });
+}
+
+/// While it is replaced. Either the device goes on, or the handover is refused.
+fn by_ioctl_the_old_server_dies(guest: &Guest) {
+    drop(open(guest));
+    let rounds = enough(60, 15);
+    let mut done = 0;
+    for round in 0..rounds {
+        let mut rig = Plan::new(MIB).flags(FLAGS).attach();
+        let sockets = connect(&rig.server, Transport::Unix, 1);
+        let answer = thread::scope(|scope| {
+            let handover = scope.spawn(|| {
+                let rnbd = Netlink::try_open_family("rnbd").expect("the family");
+                hand_over(&rnbd, None, &sockets, 1000)
+            });
+            thread::sleep(Duration::from_micros(round % 20 * 200));
+            rig.server.kill_connection(0);
+            handover.join().unwrap()
+        });
+        match answer {
+            Ok(()) => {
+                done += 1;
+                assert_eq!(read_page(&rig.direct(), 0), Ok(()));
+                assert_eq!(rig.disconnect(), Ok(0));
+            }
+            Err(errno) => {
+                assert_eq!(errno, Errno::NOTCONN);
+                rig.client.wait_lost();
+            }
+        }
+    }
+    say(&format!("{done} of {rounds} handed over"));
 }
