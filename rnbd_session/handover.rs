@@ -20,6 +20,7 @@ use crate::{
         errno::ENOTCONN,
         net::sock::Socket, //
     },
+    pure::proto::flags,
     rnbd_events::{
         Event,
         Notice, //
@@ -149,8 +150,8 @@ impl Session {
     ///
     /// A refusal with one of these errors changes nothing but the sockets, which may have been shut down.
     ///
-    /// - `EINVAL`: there is no such connection, or the number of sockets is not that of the connections, or
-    ///   there are too many of these, or `disk` is not the session's.
+    /// - `EINVAL`: the server does not allow several connections, or there is no such connection, or the number of
+    ///   sockets is not that of the connections, or there are too many of these, or `disk` is not the session's.
     /// - `EBUSY`: a socket is in use by a device or by another part of the kernel, or an earlier handover has
     ///   not finished.
     /// - `ENOTCONN`: a socket is not connected, or no connection is left and only `NBD_DO_IT` starts the session
@@ -200,12 +201,17 @@ impl Session {
         Ok(())
     }
 
-    /// Checks that new connections keep the session running.
+    /// Checks that the session can use two connections at a place, and that new ones keep it running.
     ///
     /// # Errors
     ///
-    /// `ENOTCONN`; see [`Self::hand_over()`].
+    /// `EINVAL` and `ENOTCONN`; see [`Self::hand_over()`].
     fn check_usable(&self) -> Result<(), Refusal> {
+        if self.flags & flags::CAN_MULTI_CONN == 0 {
+            // A flush on the new connection need not cover what was acknowledged on the old one.
+            let words = c"the server does not allow several connections (NBD_FLAG_CAN_MULTI_CONN)";
+            return Err(Refusal::new(EINVAL, About::Device, words));
+        }
         if self.by_ioctl && !self.is_served() {
             return Err(lost());
         }

@@ -99,6 +99,9 @@ fn refusals(guest: &Guest) {
     let mut wrong = all(&two);
     wrong[1] = attr(BACKEND, "c");
     refused(wrong, Errno::INVAL, another);
+    let single = vec![attr(DEVICE, 1u32), sockets_attr(&two[..1]), drain()];
+    let words = "the server does not allow several connections (NBD_FLAG_CAN_MULTI_CONN)";
+    refused(single, Errno::INVAL, words);
     let count = "there must be as many sockets as the device has connections";
     refused(all(&two[..1]), Errno::INVAL, count);
     refused(all(&new(3)), Errno::INVAL, count);
