@@ -220,7 +220,7 @@ impl Session {
         news.post(begin, Event::Connected(connected));
         self.table.will_report_end(end);
         for place in &*self.connections.lock() {
-            place.connection.announce();
+            place.connection.as_arc_borrow().announce();
         }
     }
 

@@ -312,7 +312,7 @@ impl Session {
         self.table.fate.revive();
         let event = Event::Reconnected(new.incarnation());
         self.table.shared.news.post(notice, event);
-        new.announce();
+        new.as_arc_borrow().announce();
         new.as_arc_borrow().start_receiving();
     }
 }

@@ -139,7 +139,7 @@ impl Session {
         let event = Event::Reconnected(new.incarnation());
         self.table.shared.news.post(reconnected, event);
         self.table.will_report_end(ended);
-        new.announce();
+        new.as_arc_borrow().announce();
         new.as_arc_borrow().start_receiving();
         drop(connections);
         disk.run_queues();

@@ -44,6 +44,8 @@ pub(super) struct DeathReport {
     death: Atomic<u32>,
     wanted: Atomic<bool>,
     announced: Atomic<bool>,
+    /// `NBD_CMD_LINK_DEAD` is to be sent as well.
+    link_dead: Atomic<bool>,
     notice: TryLock<Option<Notice>>,
 }
 
@@ -59,6 +61,7 @@ impl DeathReport {
             death: Atomic::new(0),
             wanted: Atomic::new(false),
             announced: Atomic::new(false),
+            link_dead: Atomic::new(false),
             notice: TryLock::new(Some(notice)),
         }
     }
@@ -154,9 +157,21 @@ impl Connection {
         self.queue_receive();
     }
 
-    /// Schedules the multicast `NBD_CMD_LINK_DEAD`.
+    /// Schedules the multicast `NBD_CMD_LINK_DEAD`, as soon as listeners of the family "rnbd" were told of the
+    /// connection. If that never happens, nobody uses the connection, and nobody need dial.
     pub(crate) fn queue_link_dead(self: ArcBorrow<'_, Self>) {
-        let _ = self.table.shared.slow.enqueue::<Arc<Self>, 3>(self.into());
+        // As in `report_death()`.
+        self.death.link_dead.xchg(true, Full);
+        if self.death.announced.load(Acquire) {
+            self.send_link_dead();
+        }
+    }
+
+    /// Queues the work that sends `NBD_CMD_LINK_DEAD`, if it is to be sent and was not.
+    fn send_link_dead(self: ArcBorrow<'_, Self>) {
+        if self.death.link_dead.xchg(false, Full) {
+            let _ = self.table.shared.slow.enqueue::<Arc<Self>, 3>(self.into());
+        }
     }
 
     /// Sets why the connection dies, if that is not known yet. Whoever changes its state calls this before.
@@ -188,8 +203,9 @@ impl Connection {
     /// # Context
     ///
     /// Any context, including softirq.
-    pub(crate) fn announce(&self) {
+    pub(crate) fn announce(self: ArcBorrow<'_, Self>) {
         self.death.announced.xchg(true, Full);
+        self.send_link_dead();
         if self.death.wanted.load(Acquire) {
             self.post_death();
         }

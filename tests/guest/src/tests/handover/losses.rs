@@ -24,6 +24,7 @@ pub fn tests() -> Vec<Test> {
     vec![
         test!(a_dead_connection),
         test!(the_new_server_dies),
+        test!(the_new_server_dies_at_once).limit_seconds(120),
         test!(of_a_device_that_is_disconnected),
         test!(against_disconnects).limit_seconds(120),
         test!(by_ioctl),
@@ -225,4 +226,37 @@ fn by_ioctl_the_old_server_dies(guest: &Guest) {
         }
     }
     say(&format!("{done} of {rounds} handed over"));
+}
+
+/// `NBD_CMD_LINK_DEAD` is sent for a connection that was in use, and not for one that was refused.
+fn the_new_server_dies_at_once(guest: &Guest) {
+    drop(open(guest));
+    let link = setup(MIB).dead_timeout(20).attach().settle();
+    let news = Netlink::listen();
+    let rounds = enough(60, 15);
+    let mut done = 0;
+    for round in 0..rounds {
+        let sockets = connect(&link.server, Transport::Unix, 1);
+        let answer = thread::scope(|scope| {
+            let handover = scope.spawn(|| {
+                let rnbd = Netlink::try_open_family("rnbd").expect("the family");
+                hand_over(&rnbd, None, &sockets, 0)
+            });
+            thread::sleep(Duration::from_micros(round % 20 * 200));
+            link.server.kill_connection(round as usize + 1);
+            handover.join().unwrap()
+        });
+        match answer {
+            Ok(()) => {
+                done += 1;
+                assert_eq!(news.expect_dead_link(), 0);
+            }
+            Err(errno) => assert!([Errno::NOTCONN, Errno::BUSY].contains(&errno), "{errno}"),
+        }
+    }
+    thread::sleep(patient(Duration::from_millis(200)));
+    assert_eq!(news.dead_link(), None, "of one that was refused");
+    say(&format!("{done} of {rounds} handed over"));
+    assert_eq!(link.revive(), Ok(()));
+    assert_eq!(read_page(&link.direct(), 0), Ok(()));
 }

@@ -2,8 +2,12 @@
 
 //! Handovers that are refused.
 
+use std::io::Write;
 use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use neli::types::Buffer as Bytes;
 use rustix::io::Errno;
@@ -13,10 +17,11 @@ use super::{
     BACKEND, CONNECTION, CONNECTION_GET, DEVICE, DRAIN, HANDOVER, MIB, SOCKETS, commands_on,
     connect, first_is_silent, hand_over, open, patient_ms, setup, sockets_attr, while_reading,
 };
+use crate::debug_kernel::{enough, patient};
 use crate::device::{SOON, read_page};
-use crate::harness::{Guest, Test, wait_until};
+use crate::harness::{Guest, Test, Until, say, wait_until};
 use crate::netlink::{Attr, Netlink, Setup, attr, number};
-use crate::proto::{Command, Request};
+use crate::proto::{Command, REPLY_LEN, Request};
 use crate::server::Transport;
 use crate::test;
 
@@ -25,6 +30,7 @@ pub fn tests() -> Vec<Test> {
         test!(while_another_has_not_finished),
         test!(refusals),
         test!(without_privilege),
+        test!(a_new_server_that_talks_nonsense).limit_seconds(120),
     ]
 }
 
@@ -133,17 +139,13 @@ fn refusals(guest: &Guest) {
     let taken = connect(&other.server, Transport::Unix, 1);
     let used = taken[0].try_clone().expect("dup");
     let change = Setup::change(1).sockets(taken);
+    let news = Netlink::listen();
     other.server.kill_connection(0);
-    let revived = wait_until(SOON, || {
-        other.netlink.reconfigure(&change).is_ok() && other.server.living() == 1
-    });
-    assert!(revived.is_ok());
+    assert_eq!(news.expect_dead_link(), other.index);
+    assert_eq!(other.netlink.reconfigure(&change), Ok(()));
     let mut pair = new(1);
     pair.push(used);
-    let in_use = wait_until(SOON, || {
-        rnbd.ask(HANDOVER, all(&pair)).map(drop) == Err(Errno::BUSY)
-    });
-    assert!(in_use.is_ok());
+    refused(all(&pair), Errno::BUSY, "a socket is in use");
     let mut short = all(&two);
     short[0] = attr(DEVICE, 0u8);
     assert_eq!(rnbd.ask(HANDOVER, short).map(drop), Err(Errno::INVAL));
@@ -189,4 +191,46 @@ fn without_privilege(guest: &Guest) {
     });
     assert_eq!(read_page(&link.direct(), 0), Ok(()));
     assert_eq!(commands_on(&link.server, 1), []);
+}
+
+/// `NBD_CMD_LINK_DEAD` is not sent for a new connection that dies before it is in use: nobody need dial.
+fn a_new_server_that_talks_nonsense(guest: &Guest) {
+    let rnbd = open(guest);
+    const COUNT: usize = 16;
+    let link = setup(MIB).attach_over(&[Transport::Unix; COUNT]).settle();
+    let news = Netlink::listen();
+    let (mut refused, rounds) = (0, enough(20, 8));
+    for _ in 0..rounds {
+        let finished = wait_until(SOON, || {
+            let list = rnbd.list(CONNECTION_GET, vec![]).expect("a list");
+            list.len() == COUNT
+        });
+        assert!(finished.is_ok(), "the last handover does not finish");
+        let (ours, theirs) = UnixStream::pair().expect("a pair");
+        theirs.set_nonblocking(true).expect("O_NONBLOCK");
+        let mut sockets = vec![OwnedFd::from(ours)];
+        sockets.extend(connect(&link.server, Transport::Unix, COUNT - 1));
+        let done = AtomicBool::new(false);
+        let answer = thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    let _ = (&theirs).write(&[0; REPLY_LEN]);
+                }
+            });
+            let _done = Until(&done);
+            hand_over(&rnbd, None, &sockets, patient_ms(5000))
+        });
+        if answer == Err(Errno::NOTCONN) {
+            refused += 1;
+            thread::sleep(patient(Duration::from_millis(20)));
+        } else {
+            assert_eq!(answer, Ok(()));
+            // The other thread may not have come to it.
+            let _ = (&theirs).write(&[0; REPLY_LEN]);
+            assert_eq!(news.expect_dead_link(), 0);
+        }
+        assert_eq!(news.dead_link(), None, "of one that was refused");
+    }
+    say(&format!("{refused} of {rounds} refused"));
+    assert_eq!(read_page(&link.direct(), 0), Ok(()));
 }
