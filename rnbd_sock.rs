@@ -471,11 +471,12 @@ impl Connection {
         // Nothing is sent any more, so the socket can be released to other users.
         drop(hooked);
         self.table.reclaim(self.id());
+        // From here on another connection can take the number. Whoever hears of the death may bring one.
+        self.is_gone.store(true, Release);
         if self.retired.load(Acquire) && !self.table.fate.snapshot().is_end_wanted() {
             self.report_death();
         }
         self.table.remove_connection();
-        self.is_gone.store(true, Release);
         self.reaped.complete_all();
     }
 }

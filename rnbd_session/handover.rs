@@ -188,10 +188,10 @@ impl Session {
         let drain_jiffies = msecs_to_jiffies(drain_ms) as usize;
         let installed = self.install(disk, &mut places, taken, drain_jiffies);
         drop(places);
-        installed?;
         self.table.will_report_end(ended);
         disk.run_queues();
         self.end_retired(drain_jiffies);
+        installed?;
         pr_info!(
             "nbd{}: handed over {} of {} connections\n",
             self.table.device,

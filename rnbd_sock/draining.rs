@@ -77,7 +77,7 @@ impl Connection {
         if self.state.cmpxchg(ALIVE, DRAINING, Full).is_err() {
             return;
         }
-        if !self.table.fate.snapshot().is_end_wanted() {
+        if !self.is_end_expected() {
             self.queue_link_dead();
             self.report_death();
             if self.table.log.allow() {

@@ -106,7 +106,7 @@ impl Connection {
         let Some(before) = self.begin_end() else {
             return;
         };
-        if before == ALIVE && !self.table.fate.snapshot().is_end_wanted() {
+        if before == ALIVE && !self.is_end_expected() {
             self.queue_link_dead();
             self.report_death();
         }
@@ -126,6 +126,12 @@ impl Connection {
         };
         self.end_socket(self.suitable_ending());
         before == ALIVE
+    }
+
+    /// Returns whether a user wants the session to end, or has another connection in the place of this one, so that
+    /// its death is not reported as a loss.
+    pub(super) fn is_end_expected(&self) -> bool {
+        self.table.fate.snapshot().is_end_wanted() || self.retired.load(Acquire)
     }
 
     /// Changes the state to [`ENDING`]. Returns the state before, unless it was that or a later one.

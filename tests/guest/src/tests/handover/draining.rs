@@ -84,7 +84,7 @@ fn replies_in_flight_are_awaited(guest: &Guest) {
 fn a_server_that_owes_nothing_hears_goodbye(guest: &Guest) {
     let rnbd = open(guest);
     for transport in [Transport::Tcp4, Transport::Unix, Transport::Tls] {
-        for drain_ms in [0, 1000, u32::MAX] {
+        for drain_ms in [1000, u32::MAX] {
             let link = setup(MIB).attach_over(&[transport]).settle();
             let sockets = connect(&link.server, transport, 1);
             assert_eq!(hand_over(&rnbd, None, &sockets, drain_ms), Ok(()));
