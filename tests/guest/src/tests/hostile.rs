@@ -231,10 +231,13 @@ impl Session {
         table.use_device(&rig.server, |_| {});
         if politely {
             ioctl_number(rig.open_to_read(), proto::DISCONNECT, 0).expect("NBD_DISCONNECT");
+            // A connection that the server has begun to leave may still have been there.
+            let answer = rig.client.wait();
+            assert!([Ok(0), device::lost()].contains(&answer), "{answer:?}");
         } else {
             rig.server.kill();
+            rig.client.wait_lost();
         }
-        rig.client.wait_lost();
     }
 
     fn run_replacing(&self, transport: Transport, table: &Table<'_>) {
