@@ -108,7 +108,7 @@ impl Session {
     /// Ends the connections whose time is over, and forgets those that were reaped. Returns the number of jiffies
     /// after which this is to be done again, if any are left.
     ///
-    /// It does not wait for the lock of the connections: who holds it may be waiting for this workqueue.
+    /// It does not wait for the lock of the connections: its holder may be waiting for this workqueue.
     fn look_at_retiring(&self) -> Option<usize> {
         let Some(mut places) = self.connections.try_lock() else {
             return Some(1);
