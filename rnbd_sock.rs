@@ -392,8 +392,7 @@ impl Connection {
 
     /// Queues the receive work, which also reaps the connection once its socket was shut down.
     fn queue_receive(self: ArcBorrow<'_, Self>) {
-        // If the work is queued already, it will see what this caller has done before.
-        let _ = self.table.shared.io.enqueue::<Arc<Self>, 1>(self.into());
+        self.table.shared.io.enqueue_once::<Self, 1>(self);
     }
 
     /// Calls `receive` under the receive lock, unless another context holds it.

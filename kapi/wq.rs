@@ -7,17 +7,23 @@
 //!
 //! C header: [`include/linux/workqueue.h`](srctree/include/linux/workqueue.h)
 
-use super::bindings;
+use super::{
+    barrier::smp_mb,
+    bindings, //
+};
 use core::ptr::NonNull;
 use kernel::{
     prelude::*,
     sync::{
+        atomic::Full,
         Arc,
+        ArcBorrow,
         Completion, //
     },
     time::Jiffies,
     workqueue::{
         HasDelayedWork,
+        HasWork,
         RawWorkItem,
         Work,
         WorkItem, //
@@ -58,6 +64,28 @@ impl Queue {
         self.raw().enqueue(work)
     }
 
+    /// Queues a work item of `object`, unless it is queued already. What the caller has done before is seen when
+    /// the work runs, in either case.
+    ///
+    /// This costs less than [`Self::enqueue()`] where the work is queued already: no reference is taken, and
+    /// interrupts stay enabled.
+    ///
+    /// # Context
+    ///
+    /// Any context.
+    pub(crate) fn enqueue_once<T, const ID: u64>(&self, object: ArcBorrow<'_, T>)
+    where
+        T: HasWork<T, ID> + WorkItem<ID, Pointer = Arc<T>> + Send + Sync + 'static,
+    {
+        // As the failing `test_and_set_bit()` of `queue_work()`. Pairs with the barrier behind the clearing of
+        // the bit, in `set_work_pool_and_clear_pending()` of kernel/workqueue.c, before the work runs.
+        smp_mb(Full);
+        if !is_pending::<T, ID>(&object) {
+            // If it was queued meanwhile, it will run.
+            let _ = self.enqueue::<Arc<T>, ID>(object.into());
+        }
+    }
+
     fn raw(&self) -> &kernel::workqueue::Queue {
         // SAFETY: By the type invariant, the workqueue is not destroyed before `self` is dropped.
         unsafe { kernel::workqueue::Queue::from_raw(self.raw.as_ptr()) }
@@ -68,6 +96,17 @@ impl Drop for Queue {
     fn drop(&mut self) {
         self.released.complete_all();
     }
+}
+
+/// Returns whether a work item of an object is queued and does not run yet (`work_pending()`).
+fn is_pending<T: HasWork<T, ID>, const ID: u64>(object: &T) -> bool {
+    // SAFETY: The pointer is that of a valid object.
+    let work = unsafe { T::raw_get_work(core::ptr::from_ref(object).cast_mut()) };
+    // SAFETY: `work` is a field of the object.
+    let work = unsafe { Work::raw_get(work) };
+    // SAFETY: `work` is valid. C reads this word without a lock, too, and a word is never read torn.
+    let data = unsafe { (&raw const (*work).data.counter).read_volatile() };
+    data & (1 << bindings::work_bits_WORK_STRUCT_PENDING_BIT) != 0
 }
 
 /// An object with delayed work. It owns a reference to the workqueue, and so keeps the workqueue

@@ -199,7 +199,9 @@ impl Connection {
             return Err(error);
         }
         for _ in 0..calls {
-            self.parse(receive)?;
+            if !receive.is_parsed() {
+                self.parse(receive)?;
+            }
             if receive.awaited_bytes() > bytes {
                 break;
             }
@@ -234,6 +236,8 @@ impl Connection {
     /// # Errors
     ///
     /// `EPROTO`: this is not a reply to a command in flight on this connection.
+    // Inlined, it would have the loop in `parse()` prepare for it also where no header has come.
+    #[inline(never)]
     fn handle_reply(
         self: ArcBorrow<'_, Self>,
         header: &[u8; REPLY_BYTES],

@@ -39,7 +39,6 @@ use kernel::{
             Relaxed,
             Release, //
         },
-        Arc,
         ArcBorrow,
         Mutex, //
     },
@@ -229,8 +228,7 @@ impl Connection {
 
     /// Queues the transmit work.
     pub(super) fn queue_transmit(self: ArcBorrow<'_, Self>) {
-        // If the work is queued already, it will see what this caller has done before.
-        let _ = self.table.shared.io.enqueue::<Arc<Self>, 2>(self.into());
+        self.table.shared.io.enqueue_once::<Self, 2>(self);
     }
 
     /// Queues the retry work. It is a separate work item, so that its delay does not hold up the

@@ -110,6 +110,10 @@ impl Connection {
             if !sent.all {
                 return Ok(StopReason::Full { sent_some: true });
             }
+            // The caller looks for what was queued meanwhile after it has released the lock, as it must anyway.
+            if next == Next::Nothing && outbox.transmit.is_empty() {
+                return Ok(StopReason::Idle);
+            }
         }
     }
 

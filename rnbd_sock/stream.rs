@@ -256,6 +256,11 @@ impl Receive {
         self.current.as_ref().map_or(0, Payload::left_bytes)
     }
 
+    /// Returns whether [`Self::parse()`] has nothing to do.
+    pub(crate) fn is_parsed(&self) -> bool {
+        self.start == self.end && self.current.as_ref().is_none_or(|p| p.left_bytes() > 0)
+    }
+
     /// Receives the awaited data and some bytes beyond it, with one call. Returns the number of
     /// bytes, and whether there was room for more.
     ///
@@ -349,21 +354,30 @@ impl Receive {
 
     /// Returns the next reply's header if all of it was received.
     fn next_header(&mut self) -> Result<Option<[u8; REPLY_BYTES]>> {
-        let mut header = [0; REPLY_BYTES];
-        let there = (self.end - self.start).min(REPLY_BYTES);
-        let (have, _) = header.split_at_mut(there);
-        self.buffer.read(self.start, have)?;
-        if there == REPLY_BYTES {
-            self.start += REPLY_BYTES;
-            self.reset_if_empty();
-            return Ok(Some(header));
+        let there = self.end - self.start;
+        if there < REPLY_BYTES {
+            if self.start > 0 {
+                self.move_to_front(there)?;
+            }
+            return Ok(None);
         }
-        // A partial header is moved to the front, so that there is room for the rest of it.
-        let (have, _) = header.split_at(there);
+        let mut header = [0; REPLY_BYTES];
+        self.buffer.read(self.start, &mut header)?;
+        self.start += REPLY_BYTES;
+        self.reset_if_empty();
+        Ok(Some(header))
+    }
+
+    /// Moves a partial header of `len` bytes to the front of the buffer, so that there is room for the rest of it.
+    #[cold]
+    fn move_to_front(&mut self, len: usize) -> Result {
+        let mut header = [0; REPLY_BYTES];
+        let (have, _) = header.split_at_mut(len);
+        self.buffer.read(self.start, have)?;
         self.buffer.write(0, have)?;
         self.start = 0;
-        self.end = there;
-        Ok(None)
+        self.end = len;
+        Ok(())
     }
 
     /// Moves an empty range to the start of the buffer.

@@ -105,6 +105,7 @@ impl<'a, T: Events> Found<'a, T> {
     /// # Safety
     ///
     /// `sk` must be a valid socket, whose `sk_callback_lock` is held for `'a`.
+    #[inline]
     unsafe fn on(sk: *mut bindings::sock) -> Self {
         // SAFETY: By this function's safety requirements, `sk` is valid and `sk_callback_lock` is held.
         if let Some(hook) = unsafe { Hook::<T>::in_user_data(sk) } {
@@ -114,6 +115,17 @@ impl<'a, T: Events> Found<'a, T> {
                 had: hook.had,
             };
         }
+        // SAFETY: By this function's safety requirements.
+        unsafe { Self::taken_over(sk) }
+    }
+
+    /// Looks the hook of `sk` up, if `sk_user_data` does not point to it.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Self::on()`].
+    #[cold]
+    unsafe fn taken_over(sk: *mut bindings::sock) -> Self {
         // SAFETY: By this function's safety requirements, `sk` is valid.
         let (id, has_upper) = unsafe { (SocketId::of(sk), has_upper_layer(sk)) };
         let (had, hook) = saved::find(id, has_upper).unwrap_or((Callbacks::NONE, None));

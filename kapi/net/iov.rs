@@ -16,15 +16,29 @@ use crate::kapi::{
         },
     },
 };
+use core::ptr::NonNull;
 use kernel::{
     alloc::AllocError,
     page::Page,
     prelude::*, //
 };
 
+#[cfg(CONFIG_HIGHMEM)]
+compile_error!("pages have no lasting address on a kernel with CONFIG_HIGHMEM");
+
 /// A page of memory for protocol headers. Rust code copies its bytes in and out, but has no references to
 /// them, so that a socket may read and write them, too.
-pub(crate) struct IoPage(Page);
+///
+/// # Invariants
+///
+/// `address` is that of the page's first byte, and valid as long as the page.
+pub(crate) struct IoPage {
+    page: Page,
+    address: NonNull<u8>,
+}
+
+// SAFETY: The page belongs to the `IoPage`, and can be accessed from everywhere.
+unsafe impl Send for IoPage {}
 
 impl IoPage {
     /// The size of a page, in bytes.
@@ -32,7 +46,28 @@ impl IoPage {
 
     /// Allocates a page. May sleep.
     pub(crate) fn new() -> core::result::Result<Self, AllocError> {
-        Ok(IoPage(Page::alloc_page(GFP_KERNEL)?))
+        let page = Page::alloc_page(GFP_KERNEL)?;
+        // SAFETY: The page is valid.
+        let address = unsafe { bindings::kmap_local_page(page.as_ptr().cast()) };
+        // INVARIANT: Without CONFIG_HIGHMEM, `kmap_local_page()` maps nothing, but returns the address that
+        // the page has all the time.
+        Ok(IoPage {
+            page,
+            address: NonNull::new(address.cast()).ok_or(AllocError)?,
+        })
+    }
+
+    /// Returns the address of `len` bytes from `offset` of the page.
+    ///
+    /// # Errors
+    ///
+    /// `EINVAL` if the page does not have so many bytes there.
+    fn at(&self, offset: usize, len: usize) -> Result<*mut u8> {
+        if offset > Self::BYTES || len > Self::BYTES - offset {
+            return Err(EINVAL);
+        }
+        // SAFETY: By the type invariant, and because of the check above, the bytes lie within the page.
+        Ok(unsafe { self.address.as_ptr().add(offset) })
     }
 
     /// Copies `bytes` to `offset` of the page.
@@ -41,8 +76,10 @@ impl IoPage {
     ///
     /// `EINVAL` if they do not fit into the page.
     pub(crate) fn write(&mut self, offset: usize, bytes: &[u8]) -> Result {
-        // SAFETY: `bytes` has that length. `&mut self` is exclusive, and no `Iov` borrows the page.
-        unsafe { self.0.write_raw(bytes.as_ptr(), offset, bytes.len()) }
+        let to = self.at(offset, bytes.len())?;
+        // SAFETY: `at()` has checked that the bytes fit. `&mut self` is exclusive, and no `Iov` borrows the page.
+        unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+        Ok(())
     }
 
     /// Copies from `offset` of the page to `bytes`.
@@ -51,9 +88,11 @@ impl IoPage {
     ///
     /// `EINVAL` if the page does not have so many bytes there.
     pub(crate) fn read(&self, offset: usize, bytes: &mut [u8]) -> Result {
-        // SAFETY: `bytes` has that length. No socket writes to the page at the same time, because a `RecvIov`
-        // would have to borrow the page mutably.
-        unsafe { self.0.read_raw(bytes.as_mut_ptr(), offset, bytes.len()) }
+        let from = self.at(offset, bytes.len())?;
+        // SAFETY: `at()` has checked that the bytes are there. No socket writes to the page at the same time,
+        // because a `RecvIov` would have to borrow the page mutably.
+        unsafe { from.copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
+        Ok(())
     }
 
     /// Copies at most `bytes` bytes from `offset` of the page to the current position of `payload`, and
@@ -69,9 +108,11 @@ impl IoPage {
         payload: &mut Payload<Unanswered>,
     ) -> Result<usize> {
         payload.fill(bytes, |to, done, step| {
-            // SAFETY: `to` has room for `step` bytes. No socket writes to the page at the same time, as in
-            // `read()`.
-            unsafe { self.0.read_raw(to, offset + done, step) }
+            let from = self.at(offset + done, step)?;
+            // SAFETY: `to` has room for `step` bytes, and `at()` has checked that they are there. No socket
+            // writes to the page at the same time, as in `read()`.
+            unsafe { from.copy_to_nonoverlapping(to, step) };
+            Ok(())
         })
     }
 }
@@ -163,7 +204,7 @@ impl<'a> SendIov<'a> {
     /// Appends `len` bytes from `offset` of a page. Returns whether they are within the page and there
     /// was room.
     pub(crate) fn push_bytes(&mut self, page: &'a IoPage, offset: usize, len: usize) -> bool {
-        self.0.push_page(page.0.as_ptr(), offset, len)
+        self.0.push_page(page.page.as_ptr(), offset, len)
     }
 
     pub(super) fn into_inner(self) -> Iov<'a> {
@@ -193,7 +234,7 @@ impl<'a> RecvIov<'a> {
     /// Appends `len` bytes from `offset` of a page. Returns whether they are within the page and there
     /// was room.
     pub(crate) fn push_room(&mut self, page: &'a mut IoPage, offset: usize, len: usize) -> bool {
-        self.0.push_page(page.0.as_ptr(), offset, len)
+        self.0.push_page(page.page.as_ptr(), offset, len)
     }
 
     pub(super) fn into_inner(self) -> Iov<'a> {

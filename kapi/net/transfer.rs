@@ -57,9 +57,10 @@ impl Socket {
     ) -> Result<usize> {
         let bytes = data.bytes();
         let data = data.into_inner();
-        let mut msg = message(&data, bindings::ITER_SOURCE);
+        let mut msg = MaybeUninit::uninit();
+        let msg = init_message(&mut msg, &data, bindings::ITER_SOURCE);
         // SAFETY: `msg` describes `bytes` bytes of memory, which lives during the call.
-        let sent = in_io_context(|| unsafe { self.send_message(&mut msg, bytes, frags, next) });
+        let sent = in_io_context(|| unsafe { self.send_message(msg, bytes, frags, next) });
         // If there is no memory, TCP and MPTCP return EAGAIN. A UNIX or vsock socket returns these errors, and
         // has accepted nothing.
         sent.map_err(|e| match e {
@@ -140,12 +141,13 @@ impl Socket {
     /// Process context. Does not wait for data, but may sleep to get the socket's lock.
     pub(crate) fn receive(&self, data: RecvIov<'_>) -> Result<usize> {
         let data = data.into_inner();
-        let mut msg = message(&data, bindings::ITER_DEST);
+        let mut msg = MaybeUninit::uninit();
+        let msg = init_message(&mut msg, &data, bindings::ITER_DEST);
         let flags = bindings::MSG_DONTWAIT | bindings::MSG_NOSIGNAL;
         let receive = || {
             // SAFETY: By the type invariant, the socket is valid. `msg` describes memory that lives during the
             // call.
-            unsafe { bindings::sock_recvmsg(self.as_ptr(), &mut msg, flags as i32) }
+            unsafe { bindings::sock_recvmsg(self.as_ptr(), msg, flags as i32) }
         };
         // It sends at most an acknowledgement, but must not meet the fragment of the task either.
         let got = in_io_context(|| PageFrag::empty().lend(receive));
@@ -157,10 +159,15 @@ impl Socket {
     }
 }
 
-/// Returns a message that describes the memory of a transfer. It must not be used any longer than `data`.
-fn message(data: &Iov<'_>, direction: u32) -> bindings::msghdr {
+/// Makes `msg` describe the memory of a transfer. It must not be used any longer than `data`. It is not returned
+/// by value, since it would be copied.
+fn init_message<'a>(
+    msg: &'a mut MaybeUninit<bindings::msghdr>,
+    data: &Iov<'_>,
+    direction: u32,
+) -> &'a mut bindings::msghdr {
     // SAFETY: A `struct msghdr` consists of integers and pointers, for which all zeroes is a valid value.
-    let mut msg: bindings::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
+    let msg = msg.write(unsafe { MaybeUninit::zeroed().assume_init() });
     // SAFETY: By the type invariant of `Iov`, the pieces describe so many bytes of memory.
     unsafe {
         bindings::iov_iter_bvec(
