@@ -18,6 +18,7 @@ use crate::debug_kernel::patient;
 use crate::device::{self, Plan, USUAL_FLAGS, assert_usable, errno};
 use crate::driver::devices;
 use crate::harness::{Guest, Test, complain, say, seed, wait_until};
+use crate::klog::Klog;
 use crate::liar::{
     AREA, Brought, Counts, Mischief, POISON, READ_AT, SIZE, TRIM_AT, WRITE_AT, ZERO_AT, to_write,
 };
@@ -230,10 +231,16 @@ impl Session {
             .attach();
         table.use_device(&rig.server, |_| {});
         if politely {
+            let mut log = Klog::from_now();
             ioctl_number(rig.open_to_read(), proto::DISCONNECT, 0).expect("NBD_DISCONNECT");
-            // A connection that the server has begun to leave may still have been there.
             let answer = rig.client.wait();
-            assert!([Ok(0), device::lost()].contains(&answer), "{answer:?}");
+            // A connection that the server has begun to leave may still have been there.
+            let wish = format!("nbd{}: disconnected by user request", table.index);
+            let expected = match log.read().contains(&wish) {
+                true => Ok(0),
+                false => device::lost(),
+            };
+            assert_eq!(answer, expected);
         } else {
             rig.server.kill();
             rig.client.wait_lost();
