@@ -93,14 +93,20 @@ impl Socket {
             let next = if part < left { Next::More } else { next };
             // SAFETY: By this function's safety requirements, the memory lives. `part` bytes of it are left.
             match frags.lend(|| unsafe { self.send_part(msg, part, next) }) {
-                Ok(got) if got < left && got == part => sent += got,
+                // A socket reports an error only once. If there is one already, the next call reports it.
+                Ok(got) if got < left && got == part && !self.has_error() => sent += got,
                 Ok(got) => return Ok(sent + got),
-                // If the connection has ended, the next call fails, too, but perhaps with another error: a
-                // socket reports the reason only once.
+                // The next call fails, too. If the error has come since the check, that reports `EPIPE` instead.
                 Err(_) if sent > 0 => return Ok(sent),
                 Err(e) => return Err(e),
             }
         }
+    }
+
+    /// Whether the socket is to report an error (`sk_err`).
+    fn has_error(&self) -> bool {
+        // SAFETY: By the type invariant, `sk` is valid. C reads this field without a lock, too.
+        unsafe { (&raw const (*self.sk()).sk_err).read_volatile() != 0 }
     }
 
     /// Sends `bytes` bytes of what is left of a message.
