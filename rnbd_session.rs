@@ -216,9 +216,8 @@ impl Session {
     ///
     /// May sleep.
     pub(crate) fn announce(&self, connected: Connected, [begin, end]: [Notice; 2]) {
-        let news = &self.table.shared.news;
-        news.post(begin, Event::Connected(connected));
-        self.table.will_report_end(end);
+        let news = (begin, Event::Connected(connected));
+        self.table.will_report_end(Some(news), end);
         for place in &*self.connections.lock() {
             place.connection.as_arc_borrow().announce();
         }

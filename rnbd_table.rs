@@ -278,15 +278,18 @@ impl Table {
         self.all_reaped.notify_all();
     }
 
-    /// Has listeners told when the session ends, which were told of it. `notice` is not needed if they are going
-    /// to be. If it has ended already, they are told now.
+    /// Has listeners told of `news`, if there are any, and then of the session's end, when it comes. `notice` is
+    /// not needed if they are going to be told of the end anyway. If it has come already, they are told now.
     ///
     /// # Context
     ///
     /// May sleep.
-    pub(crate) fn will_report_end(&self, notice: Notice) {
+    pub(crate) fn will_report_end(&self, news: Option<(Notice, Event)>, notice: Notice) {
         // A notice that is not needed is not freed with the lock held.
         let mut unreaped = self.unreaped.lock();
+        if let Some((notice, event)) = news {
+            self.shared.news.post(notice, event);
+        }
         let spare = match &unreaped.ended {
             Some(_) => Some(notice),
             None => unreaped.ended.replace(notice),
@@ -298,13 +301,17 @@ impl Table {
         drop(spare);
     }
 
-    /// Returns whether listeners were told of the session and not of its end.
+    /// Has listeners told of an event, if they were told of the session and not of its end.
     ///
     /// # Context
     ///
     /// May sleep.
-    pub(crate) fn is_end_untold(&self) -> bool {
-        self.unreaped.lock().ended.is_some()
+    pub(crate) fn post_before_end(&self, notice: Notice, event: Event) {
+        // The end is told with this lock held, too.
+        let unreaped = self.unreaped.lock();
+        if unreaped.ended.is_some() {
+            self.shared.news.post(notice, event);
+        }
     }
 
     /// Has listeners told that the session has ended, unless they were.

@@ -291,24 +291,27 @@ impl Device {
         if config.is_running() {
             self.queue_wanted_scan(config);
         }
-        if let Some(notice) = notice.filter(|_| config.disk_has != before) {
+        let notice = notice.filter(|_| config.disk_has != before);
+        if let Some((notice, session)) = notice.zip(config.session.as_ref()) {
             let size = Size {
                 bytes: size_bytes,
                 block_bytes,
             };
-            self.shared.news.post(notice, Event::Resized(size));
+            session
+                .table()
+                .post_before_end(notice, Event::Resized(size));
         }
         Ok(())
     }
 
-    /// Returns what is needed to tell listeners of a change of the size, if they take the device for connected.
+    /// Returns what is needed to tell listeners of a change of the size, if the device is connected.
     ///
     /// # Errors
     ///
     /// `ENOMEM`.
     fn notice_of_size(&self, config: &Config) -> Result<Option<Notice>> {
         let session = config.session.as_ref();
-        let session = session.filter(|s| config.is_running() && s.table().is_end_untold());
+        let session = session.filter(|_| config.is_running());
         // An allocation must not wait for writeback, which may be waiting for this very device.
         let notice = |s: &Arc<Session>| task::memalloc_noio(|| Notice::new(&s.table().origin));
         session.map(notice).transpose()

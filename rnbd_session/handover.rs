@@ -188,7 +188,7 @@ impl Session {
         let drain_jiffies = msecs_to_jiffies(drain_ms) as usize;
         let installed = self.install(disk, &mut places, taken, drain_jiffies);
         drop(places);
-        self.table.will_report_end(ended);
+        self.table.will_report_end(None, ended);
         disk.run_queues();
         self.end_retired(drain_jiffies);
         installed?;

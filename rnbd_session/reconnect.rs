@@ -136,9 +136,8 @@ impl Session {
             new.as_arc_borrow().queue_link_dead();
             new.report_death();
         }
-        let event = Event::Reconnected(new.incarnation());
-        self.table.shared.news.post(reconnected, event);
-        self.table.will_report_end(ended);
+        let news = (reconnected, Event::Reconnected(new.incarnation()));
+        self.table.will_report_end(Some(news), ended);
         new.as_arc_borrow().announce();
         new.as_arc_borrow().start_receiving();
         drop(connections);

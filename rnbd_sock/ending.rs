@@ -120,10 +120,11 @@ impl Connection {
     ///
     /// May sleep.
     pub(crate) fn mark_dead_for_replacement(self: ArcBorrow<'_, Self>) -> bool {
-        self.set_death(Death::of(Reason::Replaced));
         let Some(before) = self.begin_end() else {
             return false;
         };
+        // Another task may have set a reason and come too late. Only the caller tells of this death.
+        self.change_death(Death::of(Reason::Replaced));
         self.end_socket(self.suitable_ending());
         before == ALIVE
     }
