@@ -266,6 +266,7 @@ impl Connection {
             self.sending.unsent.store(unsent, Relaxed);
             match stopped {
                 Ok(StopReason::Idle) => {
+                    refused = 0;
                     let Some(kept) = self.end_if_drained(outbox) else {
                         return;
                     };

@@ -70,7 +70,7 @@ impl Outbox {
 
 /// The reason why a sender has stopped.
 pub(super) enum StopReason {
-    /// Everything was sent.
+    /// Everything was sent that was found. More may have been queued since.
     Idle,
     /// A signal is pending, in which case TLS does not wait for its lock. Workers get no signals.
     Signal,
@@ -81,7 +81,7 @@ pub(super) enum StopReason {
 }
 
 impl Connection {
-    /// Sends until nothing is left, the budget is used up, or the socket takes no more.
+    /// Sends until nothing is found to send, the budget is used up, or the socket takes no more.
     ///
     /// # Errors
     ///
@@ -140,7 +140,10 @@ impl Connection {
                 return Next::Nothing;
             }
         }
-        if outbox.waiting.is_empty() && self.sending.backlog.is_empty() {
+        let is_all = outbox.waiting.is_empty()
+            && self.sending.backlog.is_empty()
+            && !self.sending.send_disconnect.load(Acquire);
+        if is_all {
             Next::Nothing
         } else {
             Next::More

@@ -92,6 +92,10 @@ pub(crate) struct Transmit {
 }
 
 /// The state of the receive side. The receive lock protects it.
+///
+/// # Invariants
+///
+/// If the range in the buffer is empty, it is at the start of the buffer.
 pub(crate) struct Receive {
     buffer: IoPage,
     pieces: Pieces,

@@ -78,6 +78,7 @@ impl IoPage {
     pub(crate) fn write(&mut self, offset: usize, bytes: &[u8]) -> Result {
         let to = self.at(offset, bytes.len())?;
         // SAFETY: `at()` has checked that the bytes fit. `&mut self` is exclusive, and no `Iov` borrows the page.
+        // No Rust reference leads to the page's memory, so the two do not overlap.
         unsafe { to.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
         Ok(())
     }
@@ -90,7 +91,7 @@ impl IoPage {
     pub(crate) fn read(&self, offset: usize, bytes: &mut [u8]) -> Result {
         let from = self.at(offset, bytes.len())?;
         // SAFETY: `at()` has checked that the bytes are there. No socket writes to the page at the same time,
-        // because a `RecvIov` would have to borrow the page mutably.
+        // because a `RecvIov` would have to borrow the page mutably. The two do not overlap, as in `write()`.
         unsafe { from.copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
         Ok(())
     }
@@ -109,8 +110,8 @@ impl IoPage {
     ) -> Result<usize> {
         payload.fill(bytes, |to, done, step| {
             let from = self.at(offset + done, step)?;
-            // SAFETY: `to` has room for `step` bytes, and `at()` has checked that they are there. No socket
-            // writes to the page at the same time, as in `read()`.
+            // SAFETY: `to` has room for `step` bytes, in memory of a request, and `at()` has checked that they are
+            // there. No socket writes to the page at the same time, as in `read()`.
             unsafe { from.copy_to_nonoverlapping(to, step) };
             Ok(())
         })

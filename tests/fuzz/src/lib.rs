@@ -221,7 +221,11 @@ impl Connection {
         self.socket.limit.set(limit);
         while !self.dead {
             let before: Vec<u8> = self.socket.incoming.borrow().iter().copied().collect();
-            let got = self.parse().and_then(|()| self.receive.fill(&self.socket));
+            let parsed = match self.receive.is_parsed() {
+                true => Ok(()),
+                false => self.parse(),
+            };
+            let got = parsed.and_then(|()| self.receive.fill(&self.socket));
             match got {
                 Ok((got, _)) => self.model.feed(&before[..got]),
                 Err(e) if e == EAGAIN => return,

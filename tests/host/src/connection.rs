@@ -436,24 +436,23 @@ impl<P: Parts> Connection<P> {
         true
     }
 
-    /// As often as it takes: there is less than the driver's budget.
+    /// There is less to send than one call takes, so it does not do it again.
     fn transmit_all(&self, outbox: &mut Outbox<P>) -> Result<StopReason, Ended> {
-        loop {
-            self.stage(outbox);
-            if outbox.staged.is_empty() {
-                return Ok(StopReason::Idle);
-            }
-            for request in outbox.staged.iter().filter_map(|o| o.request.as_ref()) {
-                request.0.read_pages();
-            }
-            let count = self.socket.send(&outbox.staged)?;
-            let all = count == outbox.staged.len();
-            outbox.staged.drain(..count);
-            if !all {
-                let sent_some = count > 0;
-                return Ok(StopReason::Full { sent_some });
-            }
+        self.stage(outbox);
+        if outbox.staged.is_empty() {
+            return Ok(StopReason::Idle);
         }
+        for request in outbox.staged.iter().filter_map(|o| o.request.as_ref()) {
+            request.0.read_pages();
+        }
+        let count = self.socket.send(&outbox.staged)?;
+        let all = count == outbox.staged.len();
+        outbox.staged.drain(..count);
+        if !all {
+            let sent_some = count > 0;
+            return Ok(StopReason::Full { sent_some });
+        }
+        Ok(StopReason::Idle)
     }
 
     fn stage(&self, outbox: &mut Outbox<P>) {

@@ -43,6 +43,7 @@ mod list;
 mod mutants;
 mod ownership;
 mod parts;
+mod queueing;
 mod receiving;
 mod ring;
 mod sending;
