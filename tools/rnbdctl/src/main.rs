@@ -5,7 +5,8 @@
 //! - `cli` has the command line, `pages` makes the manual page and the completion of it
 //! - `failure` says why a command has failed, and has the exit statuses
 //! - `uri`, `dial`, `stream`, `wire` and `negotiate` are the way to a server: its name, its addresses, a
-//!   socket with time limits, the protocol's numbers, and the handshake; `server` walks it
+//!   socket with time limits, the protocol's numbers, and the handshake; `server` walks it, and `opening`
+//!   as often as a device has connections
 //! - `connect`, `exports`, `control`, `show`, `stats` and `watch` are the commands
 //! - `kernel` knows the devices: from `family_rnbd` where the driver has that family, else from `sysfs`;
 //!   `device` is what is known of one; `family_nbd` changes them; `netlink` carries both families
@@ -25,6 +26,7 @@ mod family_rnbd;
 mod kernel;
 mod negotiate;
 mod netlink;
+mod opening;
 mod pages;
 mod server;
 mod show;

@@ -42,6 +42,14 @@ const FLAGS: [(u16, &str); 11] = [
     (1 << 11, "fast-zero"),
 ];
 
+/// Flags mean something only if the first one is set. A driver is always told that it is.
+pub fn effective(flags: u16) -> u16 {
+    match flags & HAS_FLAGS {
+        0 => HAS_FLAGS,
+        _ => flags,
+    }
+}
+
 /// The names of an export's flags. Those that have none are numbers.
 pub fn flag_names(flags: u16) -> Vec<String> {
     (1..16)

@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Opens the connections of a device to an export.
+
+use std::os::fd::OwnedFd;
+use std::thread;
+use std::time::Duration;
+
+use crate::failure::{Exit, Failure};
+use crate::negotiate::Export;
+use crate::server::{explain_option, reach, reach_at};
+use crate::uri::NbdUri;
+use crate::wire::{self, Opt};
+
+/// More connections than this have not been seen to help.
+const ENOUGH: usize = 4;
+
+/// Connections that are ready for requests, and what the server says of the export.
+#[derive(Debug)]
+pub struct Opened {
+    pub sockets: Vec<OwnedFd>,
+    pub export: Export,
+}
+
+/// Opens connections to an export, all to one address, since another one could be another store.
+///
+/// `wanted` is how many; `None`: as many as help, if the server allows several. Each step may take
+/// `patience`.
+///
+/// # Errors
+///
+/// The step that failed, and why.
+pub fn open(uri: &NbdUri, wanted: Option<u32>, patience: Duration) -> Result<Opened, Failure> {
+    let go = |problem| explain_option(problem, Opt::Go);
+    let (address, handshake) = reach(&uri.place, patience)?;
+    let (socket, export) = handshake.go(&uri.export).map_err(go)?;
+    let mut sockets = vec![socket];
+    for number in 1..connections(wanted, &export)? {
+        let (socket, same) = reach_at(&address, patience)?.go(&uri.export).map_err(go)?;
+        compare(number + 1, &export, &same)?;
+        sockets.push(socket);
+    }
+    Ok(Opened { sockets, export })
+}
+
+/// How many connections to make.
+fn connections(wanted: Option<u32>, export: &Export) -> Result<u32, Failure> {
+    let allowed = export.flags & wire::CAN_MULTI_CONN != 0;
+    match wanted {
+        Some(number) if number > 1 && !allowed => Err(Failure::new(
+            Exit::Refused,
+            "number of connections",
+            "the server does not say that several are safe (NBD_FLAG_CAN_MULTI_CONN)",
+        )
+        .advise("Ask for one connection, or configure the server.")),
+        Some(number) => Ok(number),
+        None if allowed => {
+            let processors = thread::available_parallelism().map_or(1, usize::from);
+            Ok(processors.min(ENOUGH) as u32)
+        }
+        None => Ok(1),
+    }
+}
+
+/// All connections must lead to the same thing.
+fn compare(number: u32, first: &Export, other: &Export) -> Result<(), Failure> {
+    let same = (first.size, first.flags, first.block_sizes)
+        == (other.size, other.flags, other.block_sizes);
+    if same {
+        return Ok(());
+    }
+    let what = format!(
+        "the server describes another export than by the first one: {} bytes with flags {:#x}, not {} \
+         bytes with flags {:#x}",
+        other.size, other.flags, first.size, first.flags
+    );
+    Err(
+        Failure::new(Exit::Refused, format!("connection {number}"), what).advise(
+            "Is the address shared by servers with different contents? Use --connections 1.",
+        ),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::negotiate::BlockSizes;
+
+    fn export(flags: u16, minimum: u32) -> Export {
+        Export {
+            size: 1 << 20,
+            flags,
+            block_sizes: Some(BlockSizes {
+                minimum,
+                preferred: 4096,
+                max_payload: 1 << 20,
+            }),
+            description: None,
+        }
+    }
+
+    #[test]
+    fn several_connections_take_a_server_that_allows_them() {
+        let (one, several) = (export(1, 1), export(1 | wire::CAN_MULTI_CONN, 1));
+        assert_eq!(connections(None, &one).unwrap(), 1);
+        assert_eq!(connections(Some(1), &one).unwrap(), 1);
+        assert_eq!(connections(Some(2), &one).unwrap_err().exit, Exit::Refused);
+        assert_eq!(connections(Some(9), &several).unwrap(), 9);
+        let number = connections(None, &several).unwrap();
+        assert!((1..=4).contains(&number));
+    }
+
+    #[test]
+    fn another_export_is_noticed() {
+        let first = export(1, 1);
+        assert!(compare(2, &first, &first.clone()).is_ok());
+        let sizes = [export(3, 1), export(1, 512)];
+        for other in sizes {
+            assert!(compare(2, &first, &other).is_err());
+        }
+    }
+}
