@@ -45,6 +45,8 @@ pub enum Command {
     Disconnect(DisconnectArgs),
     /// Change the size of a connected device
     Resize(ResizeArgs),
+    /// Print what happens to the devices, as it happens
+    Events(EventsArgs),
     /// Print statistics in the text format of Prometheus
     Stats,
     /// Show what the devices do, again and again
@@ -154,6 +156,13 @@ pub struct ResizeArgs {
     pub from_server: Option<NbdUri>,
     #[command(flatten)]
     pub server: ServerArgs,
+}
+
+#[derive(Args)]
+pub struct EventsArgs {
+    /// Print JSON, one object in each line
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Args)]

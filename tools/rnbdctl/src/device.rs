@@ -44,6 +44,15 @@ pub enum Interface {
 }
 
 impl Interface {
+    /// The one that has this number in the family "rnbd".
+    pub fn of_number(number: u32) -> Option<Self> {
+        match number {
+            0 => Some(Self::Ioctl),
+            1 => Some(Self::Netlink),
+            _ => None,
+        }
+    }
+
     pub fn name(self) -> &'static str {
         match self {
             Self::Ioctl => "ioctl",

@@ -94,13 +94,7 @@ fn device(answer: &Answer) -> Option<Device> {
         3 => State::Ended,
         _ => State::Unknown,
     };
-    device.interface = answer
-        .number(INTERFACE)
-        .and_then(|number: u32| match number {
-            0 => Some(Interface::Ioctl),
-            1 => Some(Interface::Netlink),
-            _ => None,
-        });
+    device.interface = answer.number(INTERFACE).and_then(Interface::of_number);
     device.pid = answer.number(PID);
     device.backend = answer.text(BACKEND);
     device.size = answer.number(SIZE).unwrap_or(0);

@@ -7,9 +7,10 @@
 //! - `uri`, `dial`, `stream`, `wire` and `negotiate` are the way to a server: its name, its addresses, a
 //!   socket with time limits, the protocol's numbers, and the handshake; `server` walks it, and `opening`
 //!   as often as a device has connections
-//! - `connect`, `exports`, `control`, `show`, `stats` and `watch` are the commands
+//! - `connect`, `exports`, `control`, `show`, `stats`, `watch` and `events` are the commands
 //! - `kernel` knows the devices: from `family_rnbd` where the driver has that family, else from `sysfs`;
-//!   `device` is what is known of one; `family_nbd` changes them; `netlink` carries both families
+//!   `device` is what is known of one; `family_nbd` changes them; `listen` hears what the drivers tell;
+//!   `netlink` carries both families
 //! - `text` makes tables
 
 #![forbid(unsafe_code)]
@@ -19,11 +20,13 @@ mod connect;
 mod control;
 mod device;
 mod dial;
+mod events;
 mod exports;
 mod failure;
 mod family_nbd;
 mod family_rnbd;
 mod kernel;
+mod listen;
 mod negotiate;
 mod netlink;
 mod opening;
@@ -64,6 +67,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Show(args) => show::show(&args),
         Command::Disconnect(args) => control::disconnect(&args),
         Command::Resize(args) => control::resize(&args),
+        Command::Events(args) => events::run(&args),
         Command::Stats => stats::run(),
         Command::Watch(args) => watch::run(&args),
         Command::Completion { shell } => pages::completion(shell),

@@ -2,6 +2,8 @@
 
 //! Generic netlink: a family of the kernel, its commands and its dumps.
 
+pub mod listener;
+
 use std::cell::Cell;
 use std::io::{self, Cursor};
 
@@ -150,9 +152,21 @@ impl Answer {
         Some(self.find(kind)?.payload().as_ref())
     }
 
+    /// The attributes of each item of a list.
+    pub fn lists(&self, kind: u16) -> Vec<Self> {
+        let items = self.find(kind).map(inside).unwrap_or_default();
+        items.iter().map(|item| Self(inside(item))).collect()
+    }
+
     pub fn has(&self, kind: u16) -> bool {
         self.find(kind).is_some()
     }
+}
+
+/// The attributes that an attribute contains; none where it contains something else.
+fn inside(attr: &Attr) -> Vec<Attr> {
+    let handle = attr.get_attr_handle::<u16>();
+    handle.map_or_else(|_| Vec::new(), |inside| inside.iter().cloned().collect())
 }
 
 fn text(bytes: &[u8]) -> String {
@@ -183,21 +197,33 @@ impl Family {
             version: CTRL_VERSION,
             sequence: Cell::new(0),
         };
+        match ctrl.describe(name)? {
+            Some(described) => ctrl.described_by(&described).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    /// Asks the family of families what it knows of another one. `None`: there is no such family.
+    fn describe(&self, name: &str) -> Result<Option<Answer>, NetlinkError> {
         let attrs = Attrs::default().with(CTRL_FAMILY_NAME, name)?;
-        let described = match ctrl.ask(CTRL_GETFAMILY, attrs) {
+        match self.ask(CTRL_GETFAMILY, attrs) {
             Err(NetlinkError::Refused {
                 errno: Errno::NOENT,
                 ..
-            }) => return Ok(None),
-            answer => answer?,
-        };
+            }) => Ok(None),
+            answer => answer.map(Some),
+        }
+    }
+
+    /// The same socket, to talk to the family that was described.
+    fn described_by(self, described: &Answer) -> Result<Self, NetlinkError> {
         let id = described.number(CTRL_FAMILY_ID);
         let version: Option<u32> = described.number(CTRL_FAMILY_VERSION);
-        Ok(Some(Self {
+        Ok(Self {
             id: id.ok_or_else(|| malformed("a family has no number"))?,
             version: version.unwrap_or(1) as u8,
-            ..ctrl
-        }))
+            ..self
+        })
     }
 
     /// Sends a command. When this returns the kernel has carried it out.

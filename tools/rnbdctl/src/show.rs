@@ -98,7 +98,7 @@ fn report(kernel: &Kernel, devices: Vec<Device>, index: Option<u32>) -> Result<(
     })
 }
 
-fn render_list(devices: &[Device]) -> String {
+pub fn render_list(devices: &[Device]) -> String {
     let row = |device: &Device| {
         let alive = match (device.alive, device.connections) {
             (Some(alive), Some(all)) => format!("{alive}/{all}"),

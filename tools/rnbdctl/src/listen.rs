@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What a driver tells of its own accord: the events of the family "rnbd", and the dead links of the family
+//! "nbd" where that is all there is.
+
+use serde::Serialize;
+
+use crate::connect::no_driver;
+use crate::device::Interface;
+use crate::failure::Failure;
+use crate::netlink::Answer;
+use crate::netlink::listener::{self, Listener};
+use crate::sysfs::Driver;
+use crate::wire;
+
+const LISTENING: &str = "listening to the kernel";
+
+/// Events of the family "rnbd".
+const CONNECTED: u8 = 3;
+const CONNECTION_DEAD: u8 = 4;
+const RECONNECTED: u8 = 5;
+const DISCONNECTED: u8 = 6;
+const RESIZED: u8 = 7;
+
+/// Attributes of these.
+const DEVICE: u16 = 1;
+const CONNECTION: u16 = 2;
+const REASON: u16 = 3;
+const ERRNO: u16 = 4;
+const RECONNECTS: u16 = 5;
+const BACKEND: u16 = 6;
+const SIZE: u16 = 7;
+const BLOCK_SIZE: u16 = 8;
+const FLAGS: u16 = 9;
+const CONNECTIONS: u16 = 10;
+const INTERFACE: u16 = 11;
+const PID: u16 = 12;
+
+/// The only event of the family "nbd", and its attribute.
+const LINK_DEAD: u8 = 4;
+const INDEX: u16 = 1;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    Connected,
+    ConnectionDead,
+    Reconnected,
+    Disconnected,
+    Resized,
+}
+
+impl Kind {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Connected => "connected",
+            Self::ConnectionDead => "connection-dead",
+            Self::Reconnected => "reconnected",
+            Self::Disconnected => "disconnected",
+            Self::Resized => "resized",
+        }
+    }
+}
+
+/// What has happened to a device. What the event does not tell is `None`, and not in the JSON.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Event {
+    #[serde(rename = "event")]
+    pub kind: Kind,
+    pub index: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connection: Option<u32>,
+    /// Why a connection is not used any more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub errno: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub reconnects: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub backend: Option<String>,
+    /// In bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub size: Option<u64>,
+    /// In bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub block_size: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub flags: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub connections: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub interface: Option<Interface>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pid: Option<u32>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Heard {
+    Event(Event),
+    /// Nobody knows which events, so the devices are to be looked at.
+    Missed,
+}
+
+/// A listener to the driver that is loaded.
+pub struct Events {
+    listener: Listener,
+    driver: Driver,
+}
+
+impl Events {
+    /// Hears from now on.
+    ///
+    /// # Errors
+    ///
+    /// `NoDevice`: the driver is not loaded any more, or does not have the family. Or the kernel's reason.
+    pub fn open(driver: Driver) -> Result<Self, Failure> {
+        let (family, group) = match driver {
+            Driver::Rnbd => ("rnbd", "events"),
+            Driver::Nbd => ("nbd", "nbd_mc_group"),
+        };
+        let listener = Listener::open(family, group).map_err(|error| error.during(LISTENING))?;
+        let listener = listener.ok_or_else(no_driver)?;
+        Ok(Self { listener, driver })
+    }
+
+    /// Waits for what comes next. What is not known is left out, so there may be nothing.
+    ///
+    /// # Errors
+    ///
+    /// The socket has failed.
+    pub fn wait(&self) -> Result<Vec<Heard>, Failure> {
+        let heard = self.listener.wait();
+        let heard = heard.map_err(|error| error.during(LISTENING))?;
+        let parsed = heard.iter().filter_map(|heard| match heard {
+            listener::Heard::Missed => Some(Heard::Missed),
+            listener::Heard::Message(command, answer) => {
+                parse(self.driver, *command, answer).map(Heard::Event)
+            }
+        });
+        Ok(parsed.collect())
+    }
+}
+
+fn parse(driver: Driver, command: u8, answer: &Answer) -> Option<Event> {
+    match driver {
+        Driver::Rnbd => event(command, answer),
+        Driver::Nbd if command == LINK_DEAD => {
+            Some(only(Kind::ConnectionDead, answer.number(INDEX)?))
+        }
+        Driver::Nbd => None,
+    }
+}
+
+fn only(kind: Kind, index: u32) -> Event {
+    Event {
+        kind,
+        index,
+        connection: None,
+        reason: None,
+        errno: None,
+        reconnects: None,
+        backend: None,
+        size: None,
+        block_size: None,
+        flags: None,
+        connections: None,
+        interface: None,
+        pid: None,
+    }
+}
+
+fn event(command: u8, answer: &Answer) -> Option<Event> {
+    let kind = match command {
+        CONNECTED => Kind::Connected,
+        CONNECTION_DEAD => Kind::ConnectionDead,
+        RECONNECTED => Kind::Reconnected,
+        DISCONNECTED => Kind::Disconnected,
+        RESIZED => Kind::Resized,
+        _ => return None,
+    };
+    let flags = answer.number(FLAGS).map(|flags: u64| flags as u16);
+    Some(Event {
+        connection: answer.number(CONNECTION),
+        reason: answer.number(REASON).map(reason),
+        errno: answer.number(ERRNO),
+        reconnects: answer.number(RECONNECTS),
+        backend: answer.text(BACKEND),
+        size: answer.number(SIZE),
+        block_size: answer.number(BLOCK_SIZE),
+        flags: flags.map(wire::flag_names),
+        connections: answer.number(CONNECTIONS),
+        interface: answer.number(INTERFACE).and_then(Interface::of_number),
+        pid: answer.number(PID),
+        ..only(kind, answer.number(DEVICE)?)
+    })
+}
+
+/// Why a connection has died, as Documentation/netlink/rnbd.yaml calls it.
+fn reason(number: u32) -> &'static str {
+    match number {
+        0 => "closed",
+        1 => "receive-failed",
+        2 => "send-failed",
+        3 => "protocol-violated",
+        4 => "timed-out",
+        5 => "shutting-down",
+        6 => "replaced",
+        7 => "replacement-failed",
+        _ => "unknown",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::netlink::{Attrs, NetlinkError};
+
+    #[test]
+    fn a_connection_that_has_died() {
+        let attrs = || -> Result<Attrs, NetlinkError> {
+            Attrs::default()
+                .with(DEVICE, 3_u32)?
+                .with(BACKEND, "image")?
+                .with(CONNECTION, 1_u32)?
+                .with(RECONNECTS, 2_u32)?
+                .with(REASON, 1_u32)?
+                .with(ERRNO, 104_u32)
+        };
+        let event = parse(Driver::Rnbd, CONNECTION_DEAD, &attrs().unwrap().into()).unwrap();
+        let json = serde_json::to_string(&event).unwrap();
+        assert_eq!(
+            json,
+            "{\"event\":\"connection-dead\",\"index\":3,\"connection\":1,\"reason\":\"receive-failed\",\
+             \"errno\":104,\"reconnects\":2,\"backend\":\"image\"}"
+        );
+    }
+
+    #[test]
+    fn what_is_new_is_ignored() {
+        let attrs = Attrs::default().with(DEVICE, 3_u32).unwrap();
+        assert_eq!(parse(Driver::Rnbd, 99, &attrs.into()), None);
+        assert_eq!(parse(Driver::Rnbd, CONNECTED, &Answer::default()), None);
+    }
+
+    #[test]
+    fn a_dead_link() {
+        let link = |command| {
+            let attrs = Attrs::default().with(INDEX, 3_u32).unwrap();
+            parse(Driver::Nbd, command, &attrs.into())
+        };
+        assert_eq!(link(LINK_DEAD), Some(only(Kind::ConnectionDead, 3)));
+        assert_eq!(link(1), None);
+    }
+}
