@@ -45,6 +45,14 @@ pub enum Command {
     Disconnect(DisconnectArgs),
     /// Change the size of a connected device
     Resize(ResizeArgs),
+    /// Replace the dead connections of a device
+    Reconnect(ReconnectArgs),
+    /// Replace connections that are alive, without an error
+    ///
+    /// The new ones are in use when the command ends. The old ones are sent no other request, and a disconnect when
+    /// the server has answered what it has. It takes rnbd, and servers that allow several connections
+    /// (NBD_FLAG_CAN_MULTI_CONN).
+    Handover(HandoverArgs),
     /// Print what happens to the devices, as it happens
     Events(EventsArgs),
     /// Print statistics in the text format of Prometheus
@@ -159,6 +167,49 @@ pub struct ResizeArgs {
 }
 
 #[derive(Args)]
+pub struct ReconnectArgs {
+    /// Such as /dev/nbd0, nbd0 or 0
+    #[arg(value_parser = device)]
+    pub device: u32,
+    /// The export, which must be the one that the device has
+    #[arg(value_parser = NbdUri::parse)]
+    pub uri: NbdUri,
+    /// How many connections to make at most [default: as many as are dead; with nbd.ko, which does not tell, 1]
+    #[arg(long, value_name = "N", value_parser = value_parser!(u32).range(1..=64))]
+    pub connections: Option<u32>,
+    /// Change the timeout of requests, as of "connect"
+    #[arg(long, value_name = "SECONDS", value_parser = value_parser!(u64).range(1..=86400))]
+    pub timeout: Option<u64>,
+    /// Change how long requests wait for new connections, as of "connect"
+    #[arg(long, value_name = "SECONDS", value_parser = value_parser!(u64).range(1..=31_536_000))]
+    pub dead_conn_timeout: Option<u64>,
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+#[derive(Args)]
+pub struct HandoverArgs {
+    /// Such as /dev/nbd0, nbd0 or 0
+    #[arg(value_parser = device)]
+    pub device: u32,
+    /// The export, which must be the one that the device has: on another server, or on the same
+    #[arg(value_parser = NbdUri::parse)]
+    pub uri: NbdUri,
+    /// Replace only the connection at this place [default: all]
+    #[arg(long, value_name = "N")]
+    pub connection: Option<u32>,
+    /// Give the old server so much time to answer what is in flight. The rest is sent again, and the old server may
+    /// still execute it: with a time that is too short, stop it before you rely on the data
+    #[arg(long, value_name = "SECONDS", default_value = "30", value_parser = drain)]
+    pub drain: Duration,
+    /// Wait until the old connections have ended, so that the old server is not needed any more
+    #[arg(long)]
+    pub wait: bool,
+    #[command(flatten)]
+    pub server: ServerArgs,
+}
+
+#[derive(Args)]
 pub struct EventsArgs {
     /// Print JSON, one object in each line
     #[arg(long)]
@@ -189,6 +240,14 @@ fn seconds(text: &str) -> Result<Duration, String> {
         return Err("it must be from 0.01 to 86400".into());
     }
     Ok(Duration::from_secs_f64(seconds))
+}
+
+/// How long a connection may drain: not at all, or up to a day.
+fn drain(text: &str) -> Result<Duration, String> {
+    match text {
+        "0" => Ok(Duration::ZERO),
+        text => seconds(text),
+    }
 }
 
 fn block_size(text: &str) -> Result<u32, String> {
@@ -233,6 +292,13 @@ mod tests {
         for text in ["0", "-1", "nan", "inf", "1e9", "x"] {
             assert!(seconds(text).is_err(), "{text}");
         }
+    }
+
+    #[test]
+    fn draining_can_be_left_out() {
+        assert_eq!(drain("0"), Ok(Duration::ZERO));
+        assert_eq!(drain("1.5"), Ok(Duration::from_millis(1500)));
+        assert!(drain("-1").is_err());
     }
 
     #[test]

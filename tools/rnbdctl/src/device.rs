@@ -77,6 +77,9 @@ pub struct Device {
     pub read_only: Option<bool>,
     /// The names of the server's transmission flags.
     pub flags: Option<Vec<String>>,
+    /// The same flags.
+    #[serde(skip)]
+    pub flag_bits: Option<u16>,
     pub connections: Option<u32>,
     pub alive: Option<u32>,
     pub timeout_ms: Option<u64>,
@@ -97,6 +100,7 @@ impl Device {
             block_size: None,
             read_only: None,
             flags: None,
+            flag_bits: None,
             connections: None,
             alive: None,
             timeout_ms: None,
@@ -149,4 +153,32 @@ pub struct Connection {
     pub idle_ms: Option<u64>,
     /// For how long the server has owed replies and been silent.
     pub silent_ms: Option<u64>,
+}
+
+impl Connection {
+    /// A connection of which nothing more is known.
+    #[cfg(test)]
+    pub fn new(index: u32, state: ConnectionState) -> Self {
+        Self {
+            index,
+            state,
+            peer: None,
+            local: None,
+            protocol: None,
+            ulp: false,
+            in_flight: None,
+            requests: None,
+            replies: None,
+            errors: None,
+            bytes_sent: None,
+            bytes_received: None,
+            reconnects: None,
+            idle_ms: None,
+            silent_ms: None,
+        }
+    }
+
+    pub fn is_alive(&self) -> bool {
+        self.state == ConnectionState::Alive
+    }
 }

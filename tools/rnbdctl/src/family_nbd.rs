@@ -37,6 +37,24 @@ pub struct Setup {
     pub sockets: Vec<OwnedFd>,
 }
 
+/// What is to change of a device that is connected by netlink.
+#[derive(Default)]
+pub struct Change<'a> {
+    /// New connections, which take the places of dead ones. More than are dead are ignored.
+    pub sockets: &'a [OwnedFd],
+    /// In seconds.
+    pub timeout: Option<u64>,
+    /// In seconds.
+    pub dead_conn_timeout: Option<u64>,
+}
+
+fn sockets_attr(sockets: &[OwnedFd]) -> Result<Attrs, NetlinkError> {
+    sockets.iter().try_fold(Attrs::default(), |list, socket| {
+        let item = Attrs::default().with(SOCK_FD, socket.as_raw_fd())?;
+        list.nest(SOCK_ITEM, item)
+    })
+}
+
 /// The family, as far as the tool uses it.
 pub struct Nbd(Family);
 
@@ -56,11 +74,6 @@ impl Nbd {
     ///
     /// `Refused`: the kernel's reason. Others: those of [`Family::ask`].
     pub fn connect(&self, setup: &Setup) -> Result<u32, NetlinkError> {
-        let mut sockets = Attrs::default();
-        for socket in &setup.sockets {
-            let item = Attrs::default().with(SOCK_FD, socket.as_raw_fd())?;
-            sockets = sockets.nest(SOCK_ITEM, item)?;
-        }
         let attrs = Attrs::default()
             .with_some(INDEX, setup.index)?
             .with(SIZE_BYTES, setup.size)?
@@ -69,7 +82,7 @@ impl Nbd {
             .with_some(TIMEOUT, setup.timeout)?
             .with_some(DEAD_CONN_TIMEOUT, setup.dead_conn_timeout)?
             .with_some(BACKEND_IDENTIFIER, setup.backend.as_deref())?
-            .nest(SOCKETS, sockets)?;
+            .nest(SOCKETS, sockets_attr(&setup.sockets)?)?;
         let answer = self.0.ask(CONNECT, attrs)?;
         answer
             .number(INDEX)
@@ -97,6 +110,26 @@ impl Nbd {
         bytes: u64,
     ) -> Result<(), NetlinkError> {
         let attrs = Attrs::default().with(SIZE_BYTES, bytes)?;
+        self.change(RECONFIGURE, index, backend, attrs)
+    }
+
+    /// Changes a device, which must have this identifier.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Family::ask`].
+    pub fn reconfigure(
+        &self,
+        index: u32,
+        backend: Option<&str>,
+        change: &Change<'_>,
+    ) -> Result<(), NetlinkError> {
+        let mut attrs = Attrs::default()
+            .with_some(TIMEOUT, change.timeout)?
+            .with_some(DEAD_CONN_TIMEOUT, change.dead_conn_timeout)?;
+        if !change.sockets.is_empty() {
+            attrs = attrs.nest(SOCKETS, sockets_attr(change.sockets)?)?;
+        }
         self.change(RECONFIGURE, index, backend, attrs)
     }
 

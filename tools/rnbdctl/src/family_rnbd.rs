@@ -2,6 +2,9 @@
 
 //! The family "rnbd" (Documentation/netlink/rnbd.yaml), which only that driver has.
 
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::time::Duration;
+
 use crate::device::{Connection, ConnectionState, Device, Interface, State};
 use crate::netlink::{Answer, Attrs, Family, NetlinkError};
 use crate::sockaddr;
@@ -9,6 +12,7 @@ use crate::wire;
 
 const DEVICE_GET: u8 = 1;
 const CONNECTION_GET: u8 = 2;
+const HANDOVER: u8 = 8;
 
 /// Attributes of a device.
 mod of_device {
@@ -44,6 +48,27 @@ mod of_connection {
     pub const RECONNECTS: u16 = 14;
     pub const IDLE: u16 = 15;
     pub const SILENT: u16 = 16;
+}
+
+/// Attributes of a handover.
+mod of_handover {
+    pub const DEVICE: u16 = 1;
+    pub const CONNECTION: u16 = 2;
+    pub const SOCKETS: u16 = 3;
+    pub const DRAIN: u16 = 4;
+    pub const BACKEND: u16 = 5;
+}
+
+/// What a device's connections are to be replaced by.
+pub struct Handover<'a> {
+    pub index: u32,
+    /// The place of the connection to be replaced; `None`: all are.
+    pub connection: Option<u32>,
+    /// One, or as many as the device has connections.
+    pub sockets: &'a [OwnedFd],
+    /// For how long the connections that are replaced may finish what is in flight.
+    pub drain: Duration,
+    pub backend: Option<&'a str>,
 }
 
 const IPPROTO_TCP: u32 = 6;
@@ -82,6 +107,27 @@ impl Rnbd {
         let answers = self.0.dump(CONNECTION_GET, attrs)?;
         Ok(answers.iter().filter_map(connection).collect())
     }
+
+    /// Replaces connections, alive or dead. The new ones are in use when this returns.
+    ///
+    /// # Errors
+    ///
+    /// `Refused`: the kernel's reason. Nothing has changed then, but the sockets may have been shut down.
+    pub fn hand_over(&self, handover: &Handover<'_>) -> Result<(), NetlinkError> {
+        let sockets: Vec<u8> = handover
+            .sockets
+            .iter()
+            .flat_map(|socket| socket.as_raw_fd().to_ne_bytes())
+            .collect();
+        let drain = u32::try_from(handover.drain.as_millis()).unwrap_or(u32::MAX);
+        let attrs = Attrs::default()
+            .with(of_handover::DEVICE, handover.index)?
+            .with_some(of_handover::CONNECTION, handover.connection)?
+            .with(of_handover::SOCKETS, sockets.as_slice())?
+            .with(of_handover::DRAIN, drain)?
+            .with_some(of_handover::BACKEND, handover.backend)?;
+        self.0.ask(HANDOVER, attrs).map(drop)
+    }
 }
 
 fn device(answer: &Answer) -> Option<Device> {
@@ -99,8 +145,8 @@ fn device(answer: &Answer) -> Option<Device> {
     device.backend = answer.text(BACKEND);
     device.size = answer.number(SIZE).unwrap_or(0);
     device.block_size = answer.number(BLOCK_SIZE);
-    let flags = answer.number(FLAGS).map(|flags: u64| flags as u16);
-    device.flags = flags.map(wire::flag_names);
+    device.flag_bits = answer.number(FLAGS).map(|flags: u64| flags as u16);
+    device.flags = device.flag_bits.map(wire::flag_names);
     device.connections = answer.number(CONNECTIONS);
     device.alive = answer.number(ALIVE);
     device.timeout_ms = answer.number(TIMEOUT);

@@ -7,11 +7,12 @@ use rustix::io::Errno;
 use crate::connect::no_driver;
 use crate::device::{Connection, Device};
 use crate::failure::{Exit, Failure};
-use crate::family_rnbd::Rnbd;
+use crate::family_rnbd::{Handover, Rnbd};
 use crate::netlink::NetlinkError;
 use crate::sysfs::{Driver, Sysfs};
 
 const ASKING: &str = "asking the kernel for the family rnbd";
+const HANDING_OVER: &str = "handing connections over";
 
 pub struct Kernel {
     pub sysfs: Sysfs,
@@ -78,6 +79,31 @@ impl Kernel {
             let name = format!("/dev/nbd{index}");
             Failure::new(Exit::NoDevice, name, "there is no such device")
                 .advise("\"rnbdctl list --all\" shows which there are.")
+        })
+    }
+
+    /// Replaces connections, alive or dead, by new ones.
+    ///
+    /// # Errors
+    ///
+    /// The kernel's reason, or that the driver cannot do it.
+    pub fn hand_over(&self, handover: &Handover<'_>) -> Result<(), Failure> {
+        let Some(family) = &self.family else {
+            return Err(Failure::new(
+                Exit::Failed,
+                HANDING_OVER,
+                "the driver has no family \"rnbd\"",
+            ));
+        };
+        family.hand_over(handover).map_err(|error| match error {
+            NetlinkError::Refused {
+                errno: Errno::BUSY,
+                words: Some(words),
+            } => {
+                let what = format!("the kernel says \"{words}\"");
+                Failure::new(Exit::Busy, HANDING_OVER, what)
+            }
+            error => error.during(HANDING_OVER),
         })
     }
 

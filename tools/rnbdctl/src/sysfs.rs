@@ -120,13 +120,18 @@ impl Sysfs {
         parse_stat(&read(&self.disk(index).join("stat"))?)
     }
 
+    /// How long a request may be, in KiB.
+    pub fn request_limit(&self, index: u32) -> Option<u32> {
+        self.number(index, "queue/max_sectors_kb")
+    }
+
     /// Lowers the limit of a request's size, in KiB, if it is higher.
     ///
     /// # Errors
     ///
     /// Those of writing to sysfs.
     pub fn limit_requests(&self, index: u32, limit: u32) -> std::io::Result<()> {
-        let now: Option<u32> = self.number(index, "queue/max_sectors_kb");
+        let now = self.request_limit(index);
         if now.is_some_and(|now| now <= limit) {
             return Ok(());
         }
