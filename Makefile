@@ -9,6 +9,8 @@
 ##   make install            install the sources for DKMS, which then builds it for each kernel
 ##                           (dkms install rnbd/VERSION), and what makes "modprobe nbd" load it
 ##   make uninstall          remove these
+##   make rnbdctl-install    build rnbdctl, and install it with its pages, completions and unit
+##   make rnbdctl-uninstall  remove these
 ##   make clean              remove build/
 ##
 ## With the workbench: a Debian root, a stock kernel and a virtual machine, made by tools/env
@@ -123,6 +125,30 @@ uninstall:
 	rm -f $(DESTDIR)/usr/sbin/rnbd-driver $(DESTDIR)/usr/share/man/man8/rnbd-driver.8 \
 		$(DESTDIR)/usr/lib/modprobe.d/rnbd.conf
 
+# The operators' tool, which is no part of the package.
+sbin := $(DESTDIR)/usr/sbin
+share := $(DESTDIR)/usr/share
+units := $(DESTDIR)/usr/lib/systemd/system
+pages := connect exports list show disconnect resize reconnect handover keep events stats watch
+rnbdctl-install:
+	cargo build --release --manifest-path tools/rnbdctl/Cargo.toml --target-dir build/cargo
+	install -D build/cargo/release/rnbdctl $(sbin)/rnbdctl
+	install -d $(share)/man/man8
+	$(sbin)/rnbdctl man > $(share)/man/man8/rnbdctl.8
+	for page in $(pages); do $(sbin)/rnbdctl man $$page > $(share)/man/man8/rnbdctl-$$page.8 || exit; done
+	install -D -m 644 packaging/rnbd.toml.5 $(share)/man/man5/rnbd.toml.5
+	install -d $(addprefix $(share)/,bash-completion/completions zsh/vendor-completions fish/vendor_completions.d)
+	$(sbin)/rnbdctl completion bash > $(share)/bash-completion/completions/rnbdctl
+	$(sbin)/rnbdctl completion zsh > $(share)/zsh/vendor-completions/_rnbdctl
+	$(sbin)/rnbdctl completion fish > $(share)/fish/vendor_completions.d/rnbdctl.fish
+	install -D -m 644 packaging/rnbd@.service $(units)/rnbd@.service
+
+rnbdctl-uninstall:
+	rm -f $(sbin)/rnbdctl $(share)/man/man8/rnbdctl.8 $(pages:%=$(share)/man/man8/rnbdctl-%.8) \
+		$(share)/man/man5/rnbd.toml.5 $(share)/bash-completion/completions/rnbdctl \
+		$(share)/zsh/vendor-completions/_rnbdctl $(share)/fish/vendor_completions.d/rnbdctl.fish \
+		$(units)/rnbd@.service
+
 deb:
 	@tools/env package -- tools/deb $(VERSION)
 
@@ -220,5 +246,5 @@ help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 .DEFAULT_GOAL := modules
-.PHONY: modules faults modules_install install uninstall deb check-packages check-kdir kernels stock rnbdctl demo shell check check-debug misuse mutate mutants fuzz soak \
+.PHONY: modules faults modules_install install uninstall deb check-packages check-kdir kernels stock rnbdctl rnbdctl-install rnbdctl-uninstall demo shell check check-debug misuse mutate mutants fuzz soak \
 	bench lint rustfmt rustfmtcheck clippy rustdoc shellcheck unsafecheck htmldocs clean distclean help

@@ -2,6 +2,7 @@
 
 //! The command line.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand, value_parser};
@@ -53,6 +54,13 @@ pub enum Command {
     /// the server has answered what it has. It takes rnbd, and servers that allow several connections
     /// (NBD_FLAG_CAN_MULTI_CONN).
     Handover(HandoverArgs),
+    /// Keep devices connected
+    ///
+    /// It connects the devices that are not connected, and replaces connections that have died. SIGHUP has it read
+    /// the configuration again and hand all connections over to the server that it names. SIGTERM ends it and leaves
+    /// the devices connected, unless --disconnect is given. It ends as well when somebody else has disconnected all
+    /// its devices.
+    Keep(KeepArgs),
     /// Print what happens to the devices, as it happens
     Events(EventsArgs),
     /// Print statistics in the text format of Prometheus
@@ -210,6 +218,16 @@ pub struct HandoverArgs {
 }
 
 #[derive(Args)]
+pub struct KeepArgs {
+    /// The devices' configurations: NAME for /etc/rnbd/NAME.toml, or a path [default: all in /etc/rnbd]
+    #[arg(value_name = "CONFIG")]
+    pub configs: Vec<PathBuf>,
+    /// At SIGTERM and SIGINT, disconnect the devices, except those that are mounted or otherwise claimed
+    #[arg(long)]
+    pub disconnect: bool,
+}
+
+#[derive(Args)]
 pub struct EventsArgs {
     /// Print JSON, one object in each line
     #[arg(long)]
@@ -227,7 +245,11 @@ pub struct WatchArgs {
 }
 
 /// The index of a device, of its path, its name or its number.
-fn device(text: &str) -> Result<u32, String> {
+///
+/// # Errors
+///
+/// It is none of these.
+pub fn device(text: &str) -> Result<u32, String> {
     let name = text.strip_prefix("/dev/").unwrap_or(text);
     let index = name.strip_prefix("nbd").unwrap_or(name).parse();
     index.map_err(|_| "a device is called /dev/nbdN".into())
@@ -235,7 +257,15 @@ fn device(text: &str) -> Result<u32, String> {
 
 /// A time that makes sense to wait for.
 fn seconds(text: &str) -> Result<Duration, String> {
-    let seconds: f64 = text.parse().map_err(|_| "it is not a number")?;
+    check_seconds(text.parse().map_err(|_| "it is not a number")?)
+}
+
+/// A time that makes sense to wait for.
+///
+/// # Errors
+///
+/// It does not.
+pub fn check_seconds(seconds: f64) -> Result<Duration, String> {
     if !(0.01..=86400.0).contains(&seconds) {
         return Err("it must be from 0.01 to 86400".into());
     }
@@ -251,7 +281,15 @@ fn drain(text: &str) -> Result<Duration, String> {
 }
 
 fn block_size(text: &str) -> Result<u32, String> {
-    let size: u32 = text.parse().map_err(|_| "it is not a number")?;
+    check_block_size(text.parse().map_err(|_| "it is not a number")?)
+}
+
+/// A block size that a driver may take.
+///
+/// # Errors
+///
+/// None does.
+pub fn check_block_size(size: u32) -> Result<u32, String> {
     if !size.is_power_of_two() || size < 512 {
         return Err("it must be a power of two, at least 512".into());
     }
@@ -259,7 +297,11 @@ fn block_size(text: &str) -> Result<u32, String> {
 }
 
 /// An identifier that sysfs can show.
-fn backend(text: &str) -> Result<String, String> {
+///
+/// # Errors
+///
+/// It cannot.
+pub fn backend(text: &str) -> Result<String, String> {
     if text.is_empty() || text.len() > 1024 || text.contains(char::is_control) {
         return Err("it must have 1 to 1024 bytes, and no control characters".into());
     }

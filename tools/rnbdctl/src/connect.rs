@@ -24,23 +24,50 @@ pub fn run(args: &ConnectArgs) -> Result<(), Failure> {
     let nbd = open_family()?;
     check_transport(&args.uri.place, Sysfs::new().driver())?;
     let patience = args.server.connect_timeout;
-    let Opened { sockets, export } = open(&args.uri, args.connections, patience)?;
-    let block_size = block_size(args.block_size, &export)?;
-    warn_of_rest(&export, block_size);
-    let setup = Setup {
-        index: args.device,
-        size: export.size,
-        block_size,
-        flags: flags(&export, args.read_only),
-        timeout: args.timeout,
-        dead_conn_timeout: args.dead_conn_timeout,
-        backend: args.backend.clone(),
-        sockets,
-    };
-    let index = nbd.connect(&setup).map_err(|error| error.during(KERNEL))?;
-    limit_requests(index, &export);
+    let opened = open(&args.uri, args.connections, patience)?;
+    let export = opened.export.clone();
+    let mut setup = prepare(opened, args.block_size, args.read_only)?;
+    setup.index = args.device;
+    setup.timeout = args.timeout;
+    setup.dead_conn_timeout = args.dead_conn_timeout;
+    setup.backend.clone_from(&args.backend);
+    let index = start(&nbd, &setup, &export)?;
     say(&format!("/dev/nbd{index}\n"));
     Ok(())
+}
+
+/// What a device is connected with, as far as its export decides on it.
+///
+/// # Errors
+///
+/// `Usage`: the server takes no blocks of this size.
+pub fn prepare(opened: Opened, block_size: Option<u32>, read_only: bool) -> Result<Setup, Failure> {
+    let Opened {
+        sockets, export, ..
+    } = opened;
+    let block_size = choose_block_size(block_size, &export)?;
+    warn_of_rest(&export, block_size);
+    Ok(Setup {
+        index: None,
+        size: export.size,
+        block_size,
+        flags: flags(&export, read_only),
+        timeout: None,
+        dead_conn_timeout: None,
+        backend: None,
+        sockets,
+    })
+}
+
+/// Connects a device, and returns its index.
+///
+/// # Errors
+///
+/// The kernel's reason.
+pub fn start(nbd: &Nbd, setup: &Setup, export: &Export) -> Result<u32, Failure> {
+    let index = nbd.connect(setup).map_err(|error| error.during(KERNEL))?;
+    limit_requests(index, export);
+    Ok(index)
 }
 
 /// The driver's family, which is looked for before a server is bothered. If no driver is loaded, the kernel
@@ -78,7 +105,7 @@ fn check_transport(place: &Place, driver: Option<Driver>) -> Result<(), Failure>
 }
 
 /// Without the server's word, only the smallest requests are known to be right.
-fn block_size(wanted: Option<u32>, export: &Export) -> Result<u32, Failure> {
+fn choose_block_size(wanted: Option<u32>, export: &Export) -> Result<u32, Failure> {
     let minimum = export.block_sizes.map_or(1, |sizes| sizes.minimum).max(512);
     match wanted {
         Some(size) if size < minimum => Err(Failure::new(
@@ -141,11 +168,11 @@ mod tests {
 
     #[test]
     fn block_sizes() {
-        assert_eq!(block_size(None, &Export::default()).unwrap(), 512);
-        assert_eq!(block_size(None, &export(1, 1)).unwrap(), 512);
-        assert_eq!(block_size(None, &export(1, 4096)).unwrap(), 4096);
-        assert_eq!(block_size(Some(4096), &export(1, 1)).unwrap(), 4096);
-        let failure = block_size(Some(512), &export(1, 4096)).unwrap_err();
+        assert_eq!(choose_block_size(None, &Export::default()).unwrap(), 512);
+        assert_eq!(choose_block_size(None, &export(1, 1)).unwrap(), 512);
+        assert_eq!(choose_block_size(None, &export(1, 4096)).unwrap(), 4096);
+        assert_eq!(choose_block_size(Some(4096), &export(1, 1)).unwrap(), 4096);
+        let failure = choose_block_size(Some(512), &export(1, 4096)).unwrap_err();
         assert_eq!(failure.exit, Exit::Usage);
     }
 

@@ -7,8 +7,8 @@
 //! - `uri`, `dial`, `stream`, `wire` and `negotiate` are the way to a server: its name, its addresses, a
 //!   socket with time limits, the protocol's numbers, and the handshake; `server` walks it, and `opening`
 //!   as often as a device has connections
-//! - `connect`, `exports`, `control`, `handover`, `show`, `stats`, `watch` and `events` are the commands; `same`
-//!   compares an export with a device
+//! - `connect`, `exports`, `control`, `handover`, `show`, `stats`, `watch`, `events` and `keep` are the commands;
+//!   `same` compares an export with a device
 //! - `kernel` knows the devices: from `family_rnbd` where the driver has that family, else from `sysfs`;
 //!   `device` is what is known of one; `family_nbd` changes them; `listen` hears what the drivers tell;
 //!   `netlink` carries both families
@@ -27,6 +27,7 @@ mod failure;
 mod family_nbd;
 mod family_rnbd;
 mod handover;
+mod keep;
 mod kernel;
 mod listen;
 mod negotiate;
@@ -72,6 +73,7 @@ fn run(command: Command) -> Result<(), Failure> {
         Command::Resize(args) => control::resize(&args),
         Command::Reconnect(args) => handover::reconnect(&args),
         Command::Handover(args) => handover::run(&args),
+        Command::Keep(args) => keep::run(&args),
         Command::Events(args) => events::run(&args),
         Command::Stats => stats::run(),
         Command::Watch(args) => watch::run(&args),

@@ -6,9 +6,10 @@ use std::os::fd::OwnedFd;
 use std::thread;
 use std::time::Duration;
 
+use crate::dial::Address;
 use crate::failure::{Exit, Failure};
 use crate::negotiate::Export;
-use crate::server::{explain_option, reach, reach_at};
+use crate::server::{explain_option, reach_among, reach_at};
 use crate::uri::NbdUri;
 use crate::wire::{self, Opt};
 
@@ -18,6 +19,8 @@ const ENOUGH: usize = 4;
 /// Connections that are ready for requests, and what the server says of the export.
 #[derive(Debug)]
 pub struct Opened {
+    /// Where all of them lead.
+    pub address: Address,
     pub sockets: Vec<OwnedFd>,
     pub export: Export,
 }
@@ -31,8 +34,22 @@ pub struct Opened {
 ///
 /// The step that failed, and why.
 pub fn open(uri: &NbdUri, wanted: Option<u32>, patience: Duration) -> Result<Opened, Failure> {
+    open_among(uri, wanted, patience, |_| true)
+}
+
+/// As [`open`], to one of the addresses that `may` accepts.
+///
+/// # Errors
+///
+/// Those of [`open`], or there is no such address.
+pub fn open_among(
+    uri: &NbdUri,
+    wanted: Option<u32>,
+    patience: Duration,
+    may: impl Fn(&Address) -> bool,
+) -> Result<Opened, Failure> {
     let go = |problem| explain_option(problem, Opt::Go);
-    let (address, handshake) = reach(&uri.place, patience)?;
+    let (address, handshake) = reach_among(&uri.place, patience, may)?;
     let (socket, export) = handshake.go(&uri.export).map_err(go)?;
     let mut sockets = vec![socket];
     for number in 1..connections(wanted, &export)? {
@@ -40,7 +57,11 @@ pub fn open(uri: &NbdUri, wanted: Option<u32>, patience: Duration) -> Result<Ope
         compare(number + 1, &export, &same)?;
         sockets.push(socket);
     }
-    Ok(Opened { sockets, export })
+    Ok(Opened {
+        address,
+        sockets,
+        export,
+    })
 }
 
 /// How many connections to make.

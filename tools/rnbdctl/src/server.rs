@@ -20,6 +20,19 @@ const MORE_TIME: &str = "--connect-timeout gives it more time.";
 ///
 /// `Unreachable`, with the step that failed for each address.
 pub fn reach(place: &Place, patience: Duration) -> Result<(Address, Handshake), Failure> {
+    reach_among(place, patience, |_| true)
+}
+
+/// As [`reach`], at the addresses that `may` accepts.
+///
+/// # Errors
+///
+/// `Unreachable`, also if there is no such address.
+pub fn reach_among(
+    place: &Place,
+    patience: Duration,
+    may: impl Fn(&Address) -> bool,
+) -> Result<(Address, Handshake), Failure> {
     let addresses = resolve(place, patience).map_err(|error| {
         Failure::new(
             Exit::Unreachable,
@@ -29,7 +42,7 @@ pub fn reach(place: &Place, patience: Duration) -> Result<(Address, Handshake), 
         .advise("Is the host's name right?")
     })?;
     let mut failures: Vec<Failure> = Vec::new();
-    for address in addresses {
+    for address in addresses.into_iter().filter(may) {
         match reach_at(&address, patience) {
             Ok(handshake) => return Ok((address, handshake)),
             Err(failure) => failures.push(failure),
@@ -38,6 +51,11 @@ pub fn reach(place: &Place, patience: Duration) -> Result<(Address, Handshake), 
     let earlier: Vec<String> = failures.iter().map(ToString::to_string).collect();
     match (failures.pop(), earlier.len()) {
         (Some(failure), 1) => Err(failure),
+        (None, _) => Err(Failure::new(
+            Exit::Unreachable,
+            format!("reaching {place}"),
+            "it is not the server that the device uses",
+        )),
         (_, _) => Err(Failure::new(
             Exit::Unreachable,
             format!("reaching {place}"),

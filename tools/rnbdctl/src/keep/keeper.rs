@@ -1,0 +1,378 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What is done for one device: it looks what the device lacks, has that dialled, and passes it on.
+//!
+//! Nothing is concluded from an event but that it is time to look. So neither an event that was missed nor a
+//! connection that dies while another one is dialled is lost: after each attempt comes another look. (nbd.ko has
+//! nothing to look at. There, dead connections are counted as they are told.)
+
+use std::path::PathBuf;
+use std::time::Instant;
+
+use super::backoff::Backoff;
+use super::config::{Config, name};
+use super::dial::{Dialled, Dialler, Order};
+use super::find::{Deaths, Found, Goal, find};
+use super::pass;
+use crate::failure::{Exit, Failure};
+use crate::handover::{check_allowed, check_driver, check_reconfigurable};
+use crate::kernel::Kernel;
+use crate::listen::{Event, Kind};
+use crate::negotiate::Export;
+use crate::text::tell;
+
+/// What it is doing.
+#[derive(Debug)]
+enum Task {
+    /// It waits for events.
+    Idle,
+    /// It is about to look.
+    Look,
+    /// It looks and dials then.
+    Wait(Instant),
+    Dial(Goal),
+    /// It does nothing any more.
+    Ended(Option<Exit>),
+}
+
+/// Why it does not go on.
+enum Trouble {
+    /// Another attempt may help.
+    Retry(Failure),
+    /// The device is not, or not any more, for this program to keep.
+    End(Failure),
+}
+
+impl From<Failure> for Trouble {
+    fn from(failure: Failure) -> Self {
+        match failure.exit {
+            Exit::NoDevice | Exit::Permission => Self::End(failure),
+            _ => Self::Retry(failure),
+        }
+    }
+}
+
+pub struct Keeper {
+    /// Its place among all.
+    number: usize,
+    name: String,
+    path: PathBuf,
+    pub(super) config: Config,
+    /// The device, once it was connected.
+    pub(super) index: Option<u32>,
+    /// What was last accepted as its export.
+    pub(super) known: Option<Export>,
+    /// Which URI was used last.
+    pub(super) in_use: Option<usize>,
+    /// What is to be replaced, where the driver does not list it.
+    deaths: Deaths,
+    task: Task,
+    backoff: Backoff,
+    /// The number of the last order. What comes of earlier ones is not wanted any more.
+    orders: u64,
+    wants_handover: bool,
+    /// What was said last, so that it is not said again and again.
+    complaint: Option<String>,
+    status: String,
+}
+
+impl Keeper {
+    /// # Errors
+    ///
+    /// Those of [`Config::read`].
+    pub fn new(number: usize, path: PathBuf) -> Result<Self, Failure> {
+        Ok(Self {
+            number,
+            name: name(&path),
+            config: Config::read(&path)?,
+            path,
+            index: None,
+            known: None,
+            in_use: None,
+            deaths: Deaths::default(),
+            task: Task::Look,
+            backoff: Backoff::default(),
+            orders: 0,
+            wants_handover: false,
+            complaint: None,
+            status: "looking for the device".into(),
+        })
+    }
+
+    /// In one line.
+    pub fn status(&self) -> String {
+        format!("{}: {}", self.name, self.status)
+    }
+
+    /// Whether it has a device, and does what it was last told to.
+    pub fn is_settled(&self) -> bool {
+        match self.task {
+            Task::Ended(_) => true,
+            _ => self.index.is_some() && !self.wants_handover,
+        }
+    }
+
+    /// `Some(None)`: nothing is wrong, but somebody else has disconnected the device.
+    pub fn ended(&self) -> Option<Option<Exit>> {
+        match self.task {
+            Task::Ended(exit) => Some(exit),
+            _ => None,
+        }
+    }
+
+    /// When it has something to do if nothing happens; `None`: never.
+    pub fn due(&self, now: Instant) -> Option<Instant> {
+        match self.task {
+            Task::Look => Some(now),
+            Task::Wait(until) => Some(until),
+            _ => None,
+        }
+    }
+
+    /// Prints what has happened.
+    pub(super) fn say(&self, what: &str) {
+        tell(&format!("{}: {what}", self.name));
+    }
+
+    /// Something has happened to a device.
+    pub fn heard(&mut self, event: &Event) {
+        if Some(event.index) != self.index {
+            return;
+        }
+        if event.kind == Kind::ConnectionDead {
+            self.deaths.number = self.deaths.number.saturating_add(1);
+            let place = event
+                .connection
+                .map_or("a connection".into(), |place| format!("connection {place}"));
+            self.say(&match event.reason {
+                Some("replaced") => format!("{place} has ended, which was replaced"),
+                reason => format!("{place} is dead ({})", reason.unwrap_or("why is not told")),
+            });
+        }
+        self.look_soon();
+    }
+
+    /// Nobody knows what has happened.
+    pub fn missed(&mut self) {
+        self.deaths.more = true;
+        self.look_soon();
+    }
+
+    /// Whoever waits or dials looks after that.
+    fn look_soon(&mut self) {
+        if matches!(self.task, Task::Idle) {
+            self.task = Task::Look;
+        }
+    }
+
+    /// Reads the configuration again, and has all connections handed over to the server that it names.
+    pub fn reload(&mut self) {
+        if self.ended().is_some() {
+            return;
+        }
+        let config = match Config::read(&self.path) {
+            Ok(config) => config,
+            Err(failure) => return self.say(&format!("the old configuration stays: {failure}")),
+        };
+        let is_same =
+            |new: &Config, old: &Config| (new.device, new.backend()) == (old.device, old.backend());
+        if !is_same(&config, &self.config) {
+            return self.say(
+                "the old configuration stays: another device or identifier takes a restart of the program",
+            );
+        }
+        self.say("the configuration was read again");
+        self.in_use = self
+            .in_use
+            .filter(|place| config.uris.get(*place) == self.config.uris.get(*place));
+        self.config = config;
+        self.complaint = None;
+        self.wants_handover = self.index.is_some();
+        // What was ordered before is not wanted any more.
+        self.orders += 1;
+        self.backoff = Backoff::default();
+        self.task = Task::Look;
+        if let Err(failure) = self.set_timeouts() {
+            self.complain(&failure);
+        }
+    }
+
+    fn set_timeouts(&self) -> Result<(), Failure> {
+        match self.index {
+            Some(index) => pass::timeouts(index, &self.config),
+            None => Ok(()),
+        }
+    }
+
+    /// Does what is to be done now.
+    pub fn run(&mut self, now: Instant, dialler: &Dialler) {
+        let after_wait = match self.task {
+            Task::Look => false,
+            Task::Wait(until) if until <= now => true,
+            _ => return,
+        };
+        match self.look() {
+            Ok(None) => self.task = Task::Idle,
+            Ok(Some(goal)) => self.pursue(goal, after_wait, now, dialler),
+            Err(trouble) => self.give_way(trouble, now),
+        }
+    }
+
+    /// Dials, or waits first.
+    fn pursue(&mut self, goal: Goal, after_wait: bool, now: Instant, dialler: &Dialler) {
+        if !after_wait && !matches!(goal, Goal::HandOver { .. }) {
+            self.backoff.lost(now);
+            let delay = self.backoff.delay(self.config.max_retry_delay);
+            if !delay.is_zero() {
+                self.task = Task::Wait(now + delay);
+                return;
+            }
+        }
+        self.orders += 1;
+        match dialler.dial(self.number, self.orders, self.order(&goal)) {
+            Ok(()) => {
+                // What dies from now on comes on top.
+                self.deaths = Deaths::default();
+                self.task = Task::Dial(goal);
+            }
+            Err(failure) => self.retry(&failure, now),
+        }
+    }
+
+    fn order(&self, goal: &Goal) -> Order {
+        let uris = self.config.uris.iter().cloned().enumerate();
+        let (wanted, peers) = match goal {
+            Goal::Connect => (self.config.connections(), Vec::new()),
+            Goal::Replace { dead, peers, .. } => {
+                (dead.or(self.config.connections()), peers.clone())
+            }
+            Goal::HandOver { connections } => (Some(*connections), Vec::new()),
+        };
+        // While a connection is alive, another server could be another store.
+        let only = match goal {
+            Goal::Replace { all: false, .. } => self.in_use,
+            _ => None,
+        };
+        Order {
+            uris: uris
+                .filter(|(place, _)| only.is_none_or(|only| only == *place))
+                .collect(),
+            wanted,
+            patience: self.config.connect_timeout,
+            peers,
+        }
+    }
+
+    /// Looks what the device lacks.
+    fn look(&mut self) -> Result<Option<Goal>, Trouble> {
+        let kernel = Kernel::look()?;
+        let found = find(&kernel.devices()?, &self.config).map_err(Trouble::End)?;
+        let device = match found {
+            Found::Device(device) => device,
+            Found::Nothing if self.index.is_none() => {
+                self.status = "not connected yet".into();
+                return Ok(Some(Goal::Connect));
+            }
+            Found::Nothing => {
+                return Err(Trouble::End(Failure::new(
+                    Exit::NoDevice,
+                    "device",
+                    "somebody else has disconnected it",
+                )));
+            }
+        };
+        if self.index.is_none() {
+            check_reconfigurable(&device).map_err(Trouble::End)?;
+            self.say(&format!("{} is connected already", device.device));
+            self.index = Some(device.index);
+            self.missed();
+            self.set_timeouts()?;
+        }
+        let (goal, status) = Goal::of(&kernel, &device, &self.deaths)?;
+        self.status = status;
+        if !self.wants_handover {
+            return Ok(goal);
+        }
+        if matches!(goal, Some(Goal::Replace { all: true, .. })) {
+            // All connections are made anew.
+            self.wants_handover = false;
+            return Ok(goal);
+        }
+        match check_driver(&kernel).and_then(|()| check_allowed(&device)) {
+            Ok(()) => Ok(Some(Goal::HandOver {
+                connections: device.connections.unwrap_or(1),
+            })),
+            Err(failure) => {
+                self.wants_handover = false;
+                self.complain(&failure);
+                Ok(goal)
+            }
+        }
+    }
+
+    /// What was ordered is there, or cannot be had.
+    pub fn dialled(&mut self, dialled: Dialled, now: Instant) {
+        if dialled.number != self.orders {
+            return;
+        }
+        let Task::Dial(goal) = std::mem::replace(&mut self.task, Task::Look) else {
+            return;
+        };
+        let is_handover = matches!(goal, Goal::HandOver { .. });
+        let outcome = match dialled.outcome {
+            Ok((place, opened)) => pass::on(self, &goal, place, opened),
+            Err(failure) => Err(failure),
+        };
+        match outcome {
+            Ok(()) => {
+                self.complaint = None;
+                self.backoff.succeeded(now);
+            }
+            // An earlier one is not over yet.
+            Err(failure) if is_handover && failure.exit == Exit::Busy => {
+                return self.retry(&failure, now);
+            }
+            // Nothing is lost: whoever wants a handover asks again.
+            Err(failure) if is_handover => {
+                self.complain(&failure);
+                self.say("the connections stay as they are");
+            }
+            Err(failure) => {
+                self.deaths.put_back(&goal);
+                self.give_way(failure.into(), now);
+            }
+        }
+        if is_handover {
+            self.wants_handover = false;
+        }
+    }
+
+    fn give_way(&mut self, trouble: Trouble, now: Instant) {
+        match trouble {
+            Trouble::Retry(failure) => self.retry(&failure, now),
+            Trouble::End(failure) => {
+                self.complain(&failure);
+                self.status = failure.to_string();
+                // That somebody has disconnected it is as good an end as another.
+                let was_kept = self.index.is_some() && failure.exit == Exit::NoDevice;
+                self.task = Task::Ended((!was_kept).then_some(failure.exit));
+            }
+        }
+    }
+
+    fn retry(&mut self, failure: &Failure, now: Instant) {
+        self.backoff.failed();
+        let delay = self.backoff.delay(self.config.max_retry_delay);
+        self.task = Task::Wait(now + delay);
+        self.complain(failure);
+        self.status = format!("trying again: {failure}");
+    }
+
+    fn complain(&mut self, failure: &Failure) {
+        let words = failure.to_string();
+        if self.complaint.as_ref() != Some(&words) {
+            self.say(&words);
+            self.complaint = Some(words);
+        }
+    }
+}

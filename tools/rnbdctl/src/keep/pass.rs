@@ -1,0 +1,180 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Gives connections that were dialled to the kernel.
+
+use super::config::Config;
+use super::find::{Found, Goal, find};
+use super::keeper::Keeper;
+use crate::connect::{open_family, prepare, start};
+use crate::device::Device;
+use crate::failure::{Exit, Failure};
+use crate::family_nbd::Change;
+use crate::handover::{check_export, count_dead, hand_over};
+use crate::kernel::Kernel;
+use crate::negotiate::Export;
+use crate::opening::Opened;
+use crate::wire;
+
+const PASSING: &str = "passing the connections to the device";
+
+/// Passes on what was opened with the URI at `place`, if it is the device's export.
+///
+/// # Errors
+///
+/// `Refused`: it is another export. Or the kernel's reason.
+pub fn on(keeper: &mut Keeper, goal: &Goal, place: usize, opened: Opened) -> Result<(), Failure> {
+    if let Some(known) = &keeper.known {
+        check_known(known, &opened.export)?;
+    }
+    let export = opened.export.clone();
+    match goal {
+        Goal::Connect => connect(keeper, opened)?,
+        Goal::Replace { .. } => replace(keeper, &opened)?,
+        Goal::HandOver { .. } => all(keeper, &opened)?,
+    }
+    keeper.known = Some(export);
+    keeper.in_use = Some(place);
+    Ok(())
+}
+
+/// What a device does not tell is compared with what was told when it was connected.
+fn check_known(known: &Export, export: &Export) -> Result<(), Failure> {
+    let told = |export: &Export| (wire::effective(export.flags), export.block_sizes);
+    if told(known) == told(export) {
+        return Ok(());
+    }
+    Err(Failure::new(
+        Exit::Refused,
+        "comparing the export",
+        format!(
+            "its flags are {:#x} and its block sizes {:?}; they were {:#x} and {:?}",
+            export.flags, export.block_sizes, known.flags, known.block_sizes
+        ),
+    ))
+}
+
+fn connect(keeper: &mut Keeper, opened: Opened) -> Result<(), Failure> {
+    let (config, number) = (&keeper.config, opened.sockets.len());
+    let (address, export) = (opened.address.clone(), opened.export.clone());
+    let mut setup = prepare(opened, config.block_size, config.read_only)?;
+    setup.index = config.device;
+    setup.timeout = config.timeout;
+    setup.dead_conn_timeout = config.dead_conn_timeout;
+    setup.backend = config.backend().map(str::to_owned);
+    let index = start(&open_family()?, &setup, &export)?;
+    keeper.index = Some(index);
+    keeper.say(&format!(
+        "connected /dev/nbd{index} to {address}, {number} {}",
+        connections(number)
+    ));
+    Ok(())
+}
+
+fn replace(keeper: &mut Keeper, opened: &Opened) -> Result<(), Failure> {
+    let (kernel, device) = look_again(keeper)?;
+    check_export(&kernel, &device, &opened.export)?;
+    let dead = count_dead(&kernel, device.index)?;
+    // With more sockets than are dead, rnbd may replace stuck ones, if it was told so.
+    let number = opened
+        .sockets
+        .len()
+        .min(dead.map_or(usize::MAX, |dead| dead as usize));
+    let sockets = opened.sockets.get(..number).unwrap_or_default();
+    let change = Change {
+        sockets,
+        timeout: keeper.config.timeout,
+        dead_conn_timeout: keeper.config.dead_conn_timeout,
+    };
+    reconfigure(device.index, keeper.config.backend(), &change)?;
+    let what = if dead.is_some() {
+        "replaced"
+    } else {
+        "offered"
+    };
+    let (named, address) = (connections(number), &opened.address);
+    keeper.say(&format!("{what} {number} {named}, to {address}"));
+    Ok(())
+}
+
+fn all(keeper: &Keeper, opened: &Opened) -> Result<(), Failure> {
+    let (kernel, device) = look_again(keeper)?;
+    check_export(&kernel, &device, &opened.export)?;
+    let (sockets, drain) = (&opened.sockets, keeper.config.drain);
+    hand_over(&kernel, &device, None, sockets, drain)?;
+    keeper.say(&format!(
+        "handed {} {} over to {}",
+        sockets.len(),
+        connections(sockets.len()),
+        opened.address
+    ));
+    Ok(())
+}
+
+/// Sets the timeouts of a device.
+///
+/// # Errors
+///
+/// The kernel's reason.
+pub fn timeouts(index: u32, config: &Config) -> Result<(), Failure> {
+    let change = Change {
+        sockets: &[],
+        timeout: config.timeout,
+        dead_conn_timeout: config.dead_conn_timeout,
+    };
+    reconfigure(index, config.backend(), &change)
+}
+
+fn reconfigure(index: u32, backend: Option<&str>, change: &Change<'_>) -> Result<(), Failure> {
+    open_family()?
+        .reconfigure(index, backend, change)
+        .map_err(|error| error.during(PASSING))
+}
+
+/// Dialling takes time.
+fn look_again(keeper: &Keeper) -> Result<(Kernel, Device), Failure> {
+    let kernel = Kernel::look()?;
+    match find(&kernel.devices()?, &keeper.config)? {
+        Found::Device(device) => Ok((kernel, device)),
+        Found::Nothing => Err(Failure::new(
+            Exit::Failed,
+            PASSING,
+            "the device is gone meanwhile",
+        )),
+    }
+}
+
+fn connections(number: usize) -> &'static str {
+    match number {
+        1 => "connection",
+        _ => "connections",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::negotiate::BlockSizes;
+
+    #[test]
+    fn what_was_told_before_counts() {
+        let known = Export {
+            size: 1,
+            flags: wire::HAS_FLAGS | 4,
+            block_sizes: Some(BlockSizes {
+                minimum: 1,
+                preferred: 4096,
+                max_payload: 1 << 25,
+            }),
+            description: None,
+        };
+        let mut other = known.clone();
+        // The device tells its size, which may have been changed since.
+        other.size = 2;
+        assert!(check_known(&known, &other).is_ok());
+        other.flags = wire::HAS_FLAGS;
+        assert!(check_known(&known, &other).is_err());
+        other = known.clone();
+        other.block_sizes = None;
+        assert!(check_known(&known, &other).is_err());
+    }
+}
