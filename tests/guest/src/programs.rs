@@ -57,7 +57,8 @@ impl Daemon {
 
     /// Its output so far.
     pub fn said(&self) -> String {
-        let mut said = vec![0; 4096];
+        let len = self.said.metadata().expect("a memfd").len();
+        let mut said = vec![0; len as usize];
         let len = self.said.read_at(&mut said, 0).expect("to read a memfd");
         String::from_utf8_lossy(&said[..len]).into_owned()
     }
@@ -73,7 +74,11 @@ impl Daemon {
 
     /// Asks it to end.
     pub fn terminate(&self) {
-        kill_process(Pid::from_child(&self.child), Signal::TERM).expect("kill");
+        self.signal(Signal::TERM);
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill_process(Pid::from_child(&self.child), signal).expect("kill");
     }
 
     /// Waits for it to end by itself, and answers whether it was content.

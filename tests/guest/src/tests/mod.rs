@@ -19,6 +19,7 @@ mod integrity;
 mod io;
 mod ioctl;
 mod journals;
+mod keep;
 mod late_writes;
 mod leftovers;
 mod limits;
@@ -79,6 +80,7 @@ pub fn all() -> Vec<Test> {
         udev::tests(),
         user_space::tests(),
         rnbdctl::tests(),
+        keep::tests(),
         differential::tests(),
         fsx::tests(),
         outages::tests(),

@@ -35,8 +35,8 @@ pub fn tests() -> Vec<Test> {
     ]
 }
 
-const STORAGE: &str = "/tmp/storage.img";
-const SIZE: u64 = 16 << 20;
+pub const STORAGE: &str = "/tmp/storage.img";
+pub const SIZE: u64 = 16 << 20;
 
 /// How long requests of a stuck connection wait (and of a dead one, with nbd.ko).
 const TIMEOUT_SECONDS: u64 = 3;
@@ -92,7 +92,7 @@ impl Host {
     }
 
     /// kill -9
-    fn kill(&mut self) {
+    pub fn kill(&mut self) {
         self.server = None;
     }
 

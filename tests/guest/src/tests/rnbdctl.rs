@@ -45,8 +45,8 @@ const URI: &str = "nbd+unix:///?socket=/tmp/rnbdctl.sock";
 
 /// What the tool has said, and how it has ended.
 #[derive(Debug)]
-struct Said {
-    status: i32,
+pub struct Said {
+    pub status: i32,
     out: String,
     err: String,
 }
@@ -64,7 +64,7 @@ fn run(program: &str, arguments: &[&str]) -> Said {
     }
 }
 
-fn rnbdctl(arguments: &str) -> Said {
+pub fn rnbdctl(arguments: &str) -> Said {
     run(
         "/rnbd/rnbdctl",
         &arguments.split_whitespace().collect::<Vec<_>>(),
@@ -72,14 +72,14 @@ fn rnbdctl(arguments: &str) -> Said {
 }
 
 /// Runs the tool, which must succeed.
-fn ok(arguments: &str) -> String {
+pub fn ok(arguments: &str) -> String {
     let said = rnbdctl(arguments);
     assert_eq!(said.status, 0, "{arguments}: {said:?}");
     said.out
 }
 
 /// Runs the tool, which must fail in this way and say this.
-fn fails(arguments: &str, status: i32, words: &[&str]) {
+pub fn fails(arguments: &str, status: i32, words: &[&str]) {
     let said = rnbdctl(arguments);
     assert_eq!(said.status, status, "{arguments}: {said:?}");
     for words in words {
