@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, value_parser};
 use clap_complete::Shell;
 
+use crate::tls::TlsArgs;
 use crate::uri::NbdUri;
 
 const STATUSES: &str = "\
@@ -74,16 +75,19 @@ pub enum Command {
 }
 
 /// How a server is reached.
-#[derive(Args)]
+#[derive(Args, Clone, Debug)]
 pub struct ServerArgs {
     /// Give up a server that takes longer for a step: resolving, connecting, greeting, an option
     #[arg(long, value_name = "SECONDS", default_value = "10", value_parser = seconds)]
     pub connect_timeout: Duration,
+    #[command(flatten)]
+    pub tls: TlsArgs,
 }
 
 #[derive(Args)]
 pub struct ConnectArgs {
-    /// nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH or nbd+vsock://CID[:PORT]/EXPORT
+    /// nbd://HOST[:PORT]/EXPORT, nbd+unix:///EXPORT?socket=PATH or nbd+vsock://CID[:PORT]/EXPORT; with TLS,
+    /// nbds:// in place of nbd://
     #[arg(value_parser = NbdUri::parse)]
     pub uri: NbdUri,
     /// Which device, such as /dev/nbd0 [default: an unused one]
@@ -115,7 +119,7 @@ pub struct ConnectArgs {
 
 #[derive(Args)]
 pub struct ExportsArgs {
-    /// As for "connect". An export's name limits the list to that export
+    /// As for "connect"; nbds+unix and nbds+vsock, too. An export's name limits the list to that export
     #[arg(value_parser = NbdUri::parse)]
     pub uri: NbdUri,
     /// Print JSON
@@ -355,13 +359,12 @@ mod tests {
     }
 
     #[test]
-    fn tls_is_refused_in_clear_words() {
-        let outcome = Cli::try_parse_from(["rnbdctl", "connect", "nbds://h/x"]);
-        let error = outcome.err().expect("no TLS");
-        assert!(
-            error.to_string().contains("TLS is not there yet"),
-            "{error}"
-        );
-        assert_eq!(error.exit_code(), 2);
+    fn a_certificate_takes_its_key() {
+        let parse = |args: &[&str]| {
+            Cli::try_parse_from([&["rnbdctl", "exports", "nbds://h/x"], args].concat())
+        };
+        assert!(parse(&["--tls-cert", "c", "--tls-key", "k"]).is_ok());
+        assert!(parse(&["--tls-cert", "c"]).is_err());
+        assert!(parse(&["--tls-key", "k"]).is_err());
     }
 }

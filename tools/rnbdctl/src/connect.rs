@@ -9,7 +9,7 @@ use crate::negotiate::Export;
 use crate::opening::{Opened, open};
 use crate::sysfs::{Driver, Sysfs};
 use crate::text::say;
-use crate::uri::Place;
+use crate::uri::{NbdUri, Place};
 use crate::wire;
 
 const KERNEL: &str = "connecting the device";
@@ -22,9 +22,8 @@ const LARGEST_REQUEST: u32 = 32 << 20;
 /// The step that failed, and why.
 pub fn run(args: &ConnectArgs) -> Result<(), Failure> {
     let nbd = open_family()?;
-    check_transport(&args.uri.place, Sysfs::new().driver())?;
-    let patience = args.server.connect_timeout;
-    let opened = open(&args.uri, args.connections, patience)?;
+    check_transport(&args.uri, Sysfs::new().driver())?;
+    let opened = open(&args.uri, args.connections, &args.server)?;
     let export = opened.export.clone();
     let mut setup = prepare(opened, args.block_size, args.read_only)?;
     setup.index = args.device;
@@ -92,8 +91,14 @@ pub fn no_driver() -> Failure {
 }
 
 /// nbd.ko would refuse the sockets, and say why in its log only.
-fn check_transport(place: &Place, driver: Option<Driver>) -> Result<(), Failure> {
-    match (place, driver) {
+fn check_transport(uri: &NbdUri, driver: Option<Driver>) -> Result<(), Failure> {
+    match (&uri.place, driver) {
+        (Place::Unix(_) | Place::Vsock(..), _) if uri.tls.is_some() => Err(Failure::new(
+            Exit::Failed,
+            KERNEL,
+            "the kernel has TLS for TCP only",
+        )
+        .advise("A proxy can encrypt such a connection, as nbdkit's plugin \"nbd\" does.")),
         (Place::Vsock(..), Some(Driver::Nbd)) => {
             Err(
                 Failure::new(Exit::Failed, KERNEL, "nbd.ko takes no vsock sockets")

@@ -32,7 +32,7 @@ pub fn resize(args: &ResizeArgs) -> Result<(), Failure> {
     check_connected(&sysfs, args.device)?;
     let nbd = open_family()?;
     let bytes = match (&args.from_server, args.bytes) {
-        (Some(uri), _) => size_of(uri, args.server.connect_timeout)?,
+        (Some(uri), _) => size_of(uri, &args.server)?,
         (None, Some(bytes)) => bytes,
         (None, None) => return Err(Failure::new(Exit::Usage, "resize", "a size is missing")),
     };

@@ -2,14 +2,12 @@
 
 //! Lists the exports of a server.
 
-use std::time::Duration;
-
 use serde::Serialize;
 
-use crate::cli::ExportsArgs;
+use crate::cli::{ExportsArgs, ServerArgs};
 use crate::failure::Failure;
 use crate::negotiate::{Export, Handshake, Listed, Problem};
-use crate::server::{explain_option, reach};
+use crate::server::{Server, explain_option};
 use crate::text::{or_dash, plain, say, say_json, size, table};
 use crate::uri::NbdUri;
 use crate::wire::{Opt, flag_names};
@@ -30,7 +28,7 @@ struct Line {
 ///
 /// The step that failed, and why.
 pub fn run(args: &ExportsArgs) -> Result<(), Failure> {
-    let (_, mut handshake) = reach(&args.uri.place, args.server.connect_timeout)?;
+    let (_, mut handshake) = Server::new(&args.uri, &args.server)?.reach()?;
     let lines = ask(&mut handshake, &args.uri.export)?;
     handshake.abort();
     if args.json {
@@ -45,8 +43,8 @@ pub fn run(args: &ExportsArgs) -> Result<(), Failure> {
 /// # Errors
 ///
 /// The step that failed, and why.
-pub fn size_of(uri: &NbdUri, patience: Duration) -> Result<u64, Failure> {
-    let (_, mut handshake) = reach(&uri.place, patience)?;
+pub fn size_of(uri: &NbdUri, args: &ServerArgs) -> Result<u64, Failure> {
+    let (_, mut handshake) = Server::new(uri, args)?.reach()?;
     let info = |problem| explain_option(problem, Opt::Info);
     let export = handshake.info(&uri.export).map_err(info)?;
     handshake.abort();

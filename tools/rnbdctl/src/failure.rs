@@ -59,6 +59,15 @@ impl Failure {
         }
     }
 
+    /// A step of which this one was a part; the status and the advice stay.
+    pub fn within(self, step: impl Into<String>, what: impl Into<String>) -> Self {
+        Self {
+            step: step.into(),
+            what: what.into(),
+            ..self
+        }
+    }
+
     /// Prints it for people.
     pub fn report(&self) {
         eprintln!("rnbdctl: {self}");

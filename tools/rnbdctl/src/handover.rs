@@ -40,7 +40,7 @@ pub fn run(args: &HandoverArgs) -> Result<(), Failure> {
         return Err(Failure::new(Exit::Usage, &device.device, what));
     }
     let number = if args.connection.is_some() { 1 } else { all };
-    let opened = open(&args.uri, Some(number), args.server.connect_timeout)?;
+    let opened = open(&args.uri, Some(number), &args.server)?;
     check_export(&kernel, &device, &opened.export)?;
     hand_over(
         &kernel,
@@ -77,7 +77,7 @@ pub fn reconnect(args: &ReconnectArgs) -> Result<(), Failure> {
         say(&format!("{}: no connection is dead\n", device.device));
         return Ok(());
     }
-    let opened = open(&args.uri, Some(number), args.server.connect_timeout)?;
+    let opened = open(&args.uri, Some(number), &args.server)?;
     check_export(&kernel, &device, &opened.export)?;
     let change = Change {
         sockets: &opened.sockets,

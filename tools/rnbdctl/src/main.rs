@@ -5,8 +5,8 @@
 //! - `cli` has the command line, `pages` makes the manual page and the completion of it
 //! - `failure` says why a command has failed, and has the exit statuses
 //! - `uri`, `dial`, `stream`, `wire` and `negotiate` are the way to a server: its name, its addresses, a
-//!   socket with time limits, the protocol's numbers, and the handshake; `server` walks it, and `opening`
-//!   as often as a device has connections
+//!   socket with time limits, the protocol's numbers, and the handshake; `tls` encrypts it; `server` walks it,
+//!   and `opening` as often as a device has connections
 //! - `connect`, `exports`, `control`, `handover`, `show`, `stats`, `watch`, `events` and `keep` are the commands;
 //!   `same` compares an export with a device
 //! - `kernel` knows the devices: from `family_rnbd` where the driver has that family, else from `sysfs`;
@@ -42,6 +42,7 @@ mod stats;
 mod stream;
 mod sysfs;
 mod text;
+mod tls;
 mod uri;
 mod watch;
 mod wire;

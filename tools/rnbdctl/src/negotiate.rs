@@ -13,6 +13,7 @@ use std::os::fd::OwnedFd;
 
 use crate::stream::Stream;
 use crate::text::plain;
+use crate::tls;
 use crate::wire::{self, Fields, Opt, Refusal};
 
 /// What a reply to an option may have at most, in bytes.
@@ -28,7 +29,9 @@ const MAX_WORDS: usize = 500;
 #[derive(Debug, thiserror::Error)]
 pub enum Problem {
     #[error("{}", io_text(.0))]
-    Io(#[from] io::Error),
+    Io(io::Error),
+    #[error(transparent)]
+    Tls(tls::Problem),
     #[error("what answers there does not speak NBD")]
     NotNbd,
     #[error("the server speaks the old style of the protocol only")]
@@ -43,10 +46,23 @@ pub enum Problem {
     NoSuchExport,
 }
 
+/// What TLS has to say comes through reading and writing as well.
+impl From<io::Error> for Problem {
+    fn from(error: io::Error) -> Self {
+        error.downcast().map_or_else(Self::Io, Self::Tls)
+    }
+}
+
+/// Whether the other side has ended the connection.
+pub fn is_end(error: &io::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
+    matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
+}
+
 fn io_text(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::TimedOut => "the server does not answer in time".into(),
-        io::ErrorKind::UnexpectedEof => "the server has closed the connection".into(),
+        _ if is_end(error) => "the server has closed the connection".into(),
         _ => error.to_string(),
     }
 }
@@ -116,6 +132,31 @@ impl Handshake {
             fixed: agreed & wire::FIXED_NEWSTYLE != 0,
             no_zeroes: agreed & wire::NO_ZEROES != 0,
         })
+    }
+
+    /// Asks for TLS (`NBD_OPT_STARTTLS`), which must come before any other option.
+    ///
+    /// # Errors
+    ///
+    /// As those of the others: the server refuses, or breaks the protocol, or is gone.
+    pub fn ask_for_tls(&mut self) -> Result<(), Problem> {
+        self.send(Opt::StartTls, &[])?;
+        match self.reply(Opt::StartTls)? {
+            None => Ok(()),
+            Some(_) => Err(Problem::Broken("it answers STARTTLS with something else")),
+        }
+    }
+
+    /// Does the handshake of TLS, for which the server waits after [`Self::ask_for_tls()`].
+    ///
+    /// Nothing that was received before counts any more: the stream has no buffer in which it could have
+    /// come too early, and nothing but the greeting was asked for.
+    ///
+    /// # Errors
+    ///
+    /// One of the two does not accept the other, or the server is gone. The connection cannot be used then.
+    pub fn start_tls(&mut self, client: &tls::Client) -> Result<(), Problem> {
+        Ok(self.stream.start_tls(client)?)
     }
 
     /// Chooses an export and ends the handshake: the socket is ready for requests then.
@@ -188,6 +229,7 @@ impl Handshake {
     /// Says goodbye. The answer does not matter.
     pub fn abort(mut self) {
         let _ = self.send(Opt::Abort, &[]);
+        self.stream.end();
     }
 
     /// `NBD_OPT_GO`, or `NBD_OPT_INFO`, which has the same form.

@@ -4,12 +4,12 @@
 
 use std::os::fd::OwnedFd;
 use std::thread;
-use std::time::Duration;
 
+use crate::cli::ServerArgs;
 use crate::dial::Address;
 use crate::failure::{Exit, Failure};
 use crate::negotiate::Export;
-use crate::server::{explain_option, reach_among, reach_at};
+use crate::server::{Server, explain_option};
 use crate::uri::NbdUri;
 use crate::wire::{self, Opt};
 
@@ -27,14 +27,13 @@ pub struct Opened {
 
 /// Opens connections to an export, all to one address, since another one could be another store.
 ///
-/// `wanted` is how many; `None`: as many as help, if the server allows several. Each step may take
-/// `patience`.
+/// `wanted` is how many; `None`: as many as help, if the server allows several.
 ///
 /// # Errors
 ///
 /// The step that failed, and why.
-pub fn open(uri: &NbdUri, wanted: Option<u32>, patience: Duration) -> Result<Opened, Failure> {
-    open_among(uri, wanted, patience, |_| true)
+pub fn open(uri: &NbdUri, wanted: Option<u32>, args: &ServerArgs) -> Result<Opened, Failure> {
+    open_among(uri, wanted, args, |_| true)
 }
 
 /// As [`open`], to one of the addresses that `may` accepts.
@@ -45,15 +44,16 @@ pub fn open(uri: &NbdUri, wanted: Option<u32>, patience: Duration) -> Result<Ope
 pub fn open_among(
     uri: &NbdUri,
     wanted: Option<u32>,
-    patience: Duration,
+    args: &ServerArgs,
     may: impl Fn(&Address) -> bool,
 ) -> Result<Opened, Failure> {
     let go = |problem| explain_option(problem, Opt::Go);
-    let (address, handshake) = reach_among(&uri.place, patience, may)?;
+    let server = Server::new(uri, args)?;
+    let (address, handshake) = server.reach_among(may)?;
     let (socket, export) = handshake.go(&uri.export).map_err(go)?;
     let mut sockets = vec![socket];
     for number in 1..connections(wanted, &export)? {
-        let (socket, same) = reach_at(&address, patience)?.go(&uri.export).map_err(go)?;
+        let (socket, same) = server.reach_at(&address)?.go(&uri.export).map_err(go)?;
         compare(number + 1, &export, &same)?;
         sockets.push(socket);
     }

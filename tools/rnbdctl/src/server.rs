@@ -5,81 +5,133 @@
 use std::io;
 use std::time::Duration;
 
+use crate::cli::ServerArgs;
 use crate::dial::{Address, resolve};
 use crate::failure::{Exit, Failure};
-use crate::negotiate::{Handshake, Problem};
+use crate::negotiate::{Handshake, Problem, is_end};
 use crate::stream::Stream;
-use crate::uri::Place;
+use crate::tls::{self, TlsArgs};
+use crate::uri::{NbdUri, Place};
 use crate::wire::{Opt, Refusal};
 
 const MORE_TIME: &str = "--connect-timeout gives it more time.";
 
-/// Connects to the first address of a server that answers, and has it greet.
-///
-/// # Errors
-///
-/// `Unreachable`, with the step that failed for each address.
-pub fn reach(place: &Place, patience: Duration) -> Result<(Address, Handshake), Failure> {
-    reach_among(place, patience, |_| true)
+/// A server, and what it takes to reach it.
+#[derive(Debug)]
+pub struct Server<'a> {
+    place: &'a Place,
+    patience: Duration,
+    tls: Option<tls::Client>,
 }
 
-/// As [`reach`], at the addresses that `may` accepts.
-///
-/// # Errors
-///
-/// `Unreachable`, also if there is no such address.
-pub fn reach_among(
-    place: &Place,
-    patience: Duration,
-    may: impl Fn(&Address) -> bool,
-) -> Result<(Address, Handshake), Failure> {
-    let addresses = resolve(place, patience).map_err(|error| {
-        Failure::new(
-            Exit::Unreachable,
-            format!("resolving {place}"),
-            io_words(&error),
+impl<'a> Server<'a> {
+    /// Reads the files that TLS takes, if the URI asks for TLS.
+    ///
+    /// # Errors
+    ///
+    /// `Usage`: there are options for TLS, and no TLS. `Failed`: a file cannot be used.
+    pub fn new(uri: &'a NbdUri, args: &ServerArgs) -> Result<Self, Failure> {
+        Ok(Self {
+            place: &uri.place,
+            patience: args.connect_timeout,
+            tls: tls_client(uri, &args.tls)?,
+        })
+    }
+
+    /// Connects to the first of its addresses that answers, has it greet, and starts TLS if that is wanted.
+    ///
+    /// # Errors
+    ///
+    /// `Unreachable`, with the step that failed for each address; `Refused`: it refuses TLS, or the client.
+    pub fn reach(&self) -> Result<(Address, Handshake), Failure> {
+        self.reach_among(|_| true)
+    }
+
+    /// As [`Self::reach()`], at the addresses that `may` accepts.
+    ///
+    /// # Errors
+    ///
+    /// The same, and `Unreachable` if there is no such address.
+    pub fn reach_among(
+        &self,
+        may: impl Fn(&Address) -> bool,
+    ) -> Result<(Address, Handshake), Failure> {
+        let place = self.place;
+        let addresses = resolve(place, self.patience).map_err(|error| {
+            Failure::new(
+                Exit::Unreachable,
+                format!("resolving {place}"),
+                io_words(&error),
+            )
+            .advise("Is the host's name right?")
+        })?;
+        let mut failures: Vec<Failure> = Vec::new();
+        for address in addresses.into_iter().filter(may) {
+            match self.reach_at(&address) {
+                Ok(handshake) => return Ok((address, handshake)),
+                Err(failure) => failures.push(failure),
+            }
+        }
+        let earlier: Vec<String> = failures.iter().map(ToString::to_string).collect();
+        let step = format!("reaching {place}");
+        Err(match (failures.pop(), earlier.len()) {
+            (Some(failure), 1) => failure,
+            (Some(failure), _) => failure.within(step, earlier.join("; ")),
+            (None, _) => Failure::new(
+                Exit::Unreachable,
+                step,
+                "it is not the server that the device uses",
+            ),
+        })
+    }
+
+    /// As [`Self::reach()`], where the address is known.
+    ///
+    /// # Errors
+    ///
+    /// The same.
+    pub fn reach_at(&self, address: &Address) -> Result<Handshake, Failure> {
+        let socket = address.connect(self.patience).map_err(|error| {
+            Failure::new(
+                Exit::Unreachable,
+                format!("connecting to {address}"),
+                io_words(&error),
+            )
+            .advise_if_any(advice_on_connecting(&error))
+        })?;
+        let stream = Stream::new(socket, self.patience);
+        let mut handshake = Handshake::begin(stream)
+            .map_err(|problem| explain(problem, &format!("greeting of {address}")))?;
+        if let Some(client) = &self.tls {
+            handshake.ask_for_tls().map_err(explain_starttls)?;
+            handshake
+                .start_tls(client)
+                .map_err(|problem| explain(problem, &format!("TLS handshake with {address}")))?;
+        }
+        Ok(handshake)
+    }
+}
+
+/// Whoever gives options for TLS must not get a connection without it.
+fn tls_client(uri: &NbdUri, args: &TlsArgs) -> Result<Option<tls::Client>, Failure> {
+    const STEP: &str = "preparing TLS";
+    match (&uri.tls, args.given()) {
+        (None, Some(option)) => Err(Failure::new(
+            Exit::Usage,
+            option,
+            "the URI asks for a connection without TLS",
         )
-        .advise("Is the host's name right?")
-    })?;
-    let mut failures: Vec<Failure> = Vec::new();
-    for address in addresses.into_iter().filter(may) {
-        match reach_at(&address, patience) {
-            Ok(handshake) => return Ok((address, handshake)),
-            Err(failure) => failures.push(failure),
+        .advise("One with TLS begins with nbds.")),
+        (None, None) => Ok(None),
+        (Some(parameters), _) => {
+            let client = tls::Client::new(args, parameters, uri.place.host());
+            let client = client.map_err(|error| {
+                let advice = error.advice();
+                Failure::new(Exit::Failed, STEP, error).advise_if_any(advice)
+            })?;
+            Ok(Some(client))
         }
     }
-    let earlier: Vec<String> = failures.iter().map(ToString::to_string).collect();
-    match (failures.pop(), earlier.len()) {
-        (Some(failure), 1) => Err(failure),
-        (None, _) => Err(Failure::new(
-            Exit::Unreachable,
-            format!("reaching {place}"),
-            "it is not the server that the device uses",
-        )),
-        (_, _) => Err(Failure::new(
-            Exit::Unreachable,
-            format!("reaching {place}"),
-            earlier.join("; "),
-        )),
-    }
-}
-
-/// As [`reach`], where the address is known.
-///
-/// # Errors
-///
-/// `Unreachable`.
-pub fn reach_at(address: &Address, patience: Duration) -> Result<Handshake, Failure> {
-    let socket = address.connect(patience).map_err(|error| {
-        Failure::new(
-            Exit::Unreachable,
-            format!("connecting to {address}"),
-            io_words(&error),
-        )
-        .advise_if_any(advice_on_connecting(&error))
-    })?;
-    let stream = Stream::new(socket, patience);
-    Handshake::begin(stream).map_err(|problem| explain(problem, &format!("greeting of {address}")))
 }
 
 fn io_words(error: &io::Error) -> String {
@@ -103,21 +155,37 @@ pub fn explain_option(problem: Problem, option: Opt) -> Failure {
     explain(problem, &format!("option {}", option.name()))
 }
 
+fn explain_starttls(problem: Problem) -> Failure {
+    let step = "option STARTTLS";
+    match problem {
+        Problem::Refused { .. } => Failure::new(Exit::Refused, step, problem)
+            .advise("Is it configured for TLS? It was asked for nothing else."),
+        problem => explain(problem, step),
+    }
+}
+
 fn explain(problem: Problem, step: &str) -> Failure {
-    let exit = match problem {
+    let exit = match &problem {
+        Problem::Tls(problem) => problem.exit(),
         Problem::Refused { .. } | Problem::NoSuchExport => Exit::Refused,
         _ => Exit::Unreachable,
     };
     let advice = match &problem {
         Problem::Io(error) if error.kind() == io::ErrorKind::TimedOut => Some(MORE_TIME),
-        Problem::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-            Some("The server's log may say why. Some servers require TLS, which is not there yet.")
-        }
+        Problem::Io(error) if is_end(error) => Some(
+            "The server's log may say why. It may require TLS (nbds), or a certificate of the client \
+                 (--tls-cert).",
+        ),
         Problem::NoSuchExport => {
             Some("Is the export's name right? \"rnbdctl exports\" lists them.")
         }
         Problem::Refused { refusal, .. } => advice_on_refusal(*refusal),
+        Problem::Tls(problem) => problem.advice(),
         _ => None,
+    };
+    let step = match &problem {
+        Problem::Tls(problem) => problem.step().unwrap_or(step),
+        _ => step,
     };
     Failure::new(exit, step, problem).advise_if_any(advice)
 }
@@ -125,7 +193,7 @@ fn explain(problem: Problem, step: &str) -> Failure {
 fn advice_on_refusal(refusal: Refusal) -> Option<&'static str> {
     match refusal {
         Refusal::Unknown => Some("Is the export's name right? \"rnbdctl exports\" lists them."),
-        Refusal::TlsRequired => Some("TLS is not there yet: nbd-client has it."),
+        Refusal::TlsRequired => Some("The URI must begin with nbds in place of nbd."),
         Refusal::Policy => Some("The server's configuration decides who may do what."),
         Refusal::Shutdown => Some("Try again when the server is back."),
         _ => None,

@@ -7,9 +7,18 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
-/// A connection. A step of the handshake may take `patience`, however slowly the bytes come.
+use crate::tls::{Client, Session};
+
+/// A connection, which may be encrypted.
 #[derive(Debug)]
 pub struct Stream {
+    wire: Wire,
+    tls: Option<Box<Session>>,
+}
+
+/// What carries it. A step of the handshake may take `patience`, however slowly the bytes come.
+#[derive(Debug)]
+struct Wire {
     /// It can be any kind of socket: reading, writing and time limits are the same calls for each.
     socket: UnixStream,
     patience: Duration,
@@ -19,28 +28,56 @@ pub struct Stream {
 impl Stream {
     pub fn new(socket: OwnedFd, patience: Duration) -> Self {
         Self {
-            socket: UnixStream::from(socket),
-            patience,
-            deadline: Instant::now() + patience,
+            wire: Wire {
+                socket: UnixStream::from(socket),
+                patience,
+                deadline: Instant::now() + patience,
+            },
+            tls: None,
         }
     }
 
     /// Begins a step, which has all the time again.
     pub fn begin_step(&mut self) {
-        self.deadline = Instant::now() + self.patience;
+        self.wire.deadline = Instant::now() + self.wire.patience;
     }
 
-    /// Gives the socket away, without time limits.
+    /// Encrypts what follows, in a step of its own.
     ///
     /// # Errors
     ///
-    /// Those of setting a socket option.
-    pub fn into_socket(self) -> io::Result<OwnedFd> {
-        self.socket.set_read_timeout(None)?;
-        self.socket.set_write_timeout(None)?;
-        Ok(self.socket.into())
+    /// Those of [`Session::begin()`].
+    pub fn start_tls(&mut self, client: &Client) -> io::Result<()> {
+        self.begin_step();
+        let session = Session::begin(client, &mut self.wire)?;
+        self.tls = Some(Box::new(session));
+        Ok(())
     }
 
+    /// Gives the socket away, without time limits. If it is encrypted, the kernel does that now.
+    ///
+    /// # Errors
+    ///
+    /// Those of setting a socket option, and of [`Session::into_kernel()`].
+    pub fn into_socket(self) -> io::Result<OwnedFd> {
+        let socket = self.wire.socket;
+        if let Some(session) = self.tls {
+            session.into_kernel(&socket)?;
+        }
+        socket.set_read_timeout(None)?;
+        socket.set_write_timeout(None)?;
+        Ok(socket.into())
+    }
+
+    /// Ends the connection in the way that the other side expects.
+    pub fn end(mut self) {
+        if let Some(session) = self.tls {
+            session.end(&mut self.wire);
+        }
+    }
+}
+
+impl Wire {
     fn left(&self) -> io::Result<Duration> {
         let left = self.deadline.saturating_duration_since(Instant::now());
         if left.is_zero() {
@@ -60,12 +97,34 @@ fn name_timeout(error: io::Error) -> io::Error {
 
 impl Read for Stream {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        match &mut self.tls {
+            Some(session) => session.read(&mut self.wire, bytes),
+            None => self.wire.read(bytes),
+        }
+    }
+}
+
+impl Write for Stream {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match &mut self.tls {
+            Some(session) => session.write(&mut self.wire, bytes),
+            None => self.wire.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Read for Wire {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
         self.socket.set_read_timeout(Some(self.left()?))?;
         self.socket.read(bytes).map_err(name_timeout)
     }
 }
 
-impl Write for Stream {
+impl Write for Wire {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.socket.set_write_timeout(Some(self.left()?))?;
         self.socket.write(bytes).map_err(name_timeout)

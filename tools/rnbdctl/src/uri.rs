@@ -7,6 +7,7 @@ use std::fmt;
 use fluent_uri::component::{Authority, Host};
 
 use crate::text::plain;
+use crate::tls::UriTls;
 
 /// The port that IANA has assigned to NBD.
 const DEFAULT_PORT: u16 = 10809;
@@ -33,6 +34,8 @@ pub enum Place {
 pub struct NbdUri {
     pub place: Place,
     pub export: String,
+    /// `None`: without TLS.
+    pub tls: Option<UriTls>,
 }
 
 /// Why a text is no URI of an export.
@@ -40,9 +43,9 @@ pub struct NbdUri {
 pub enum UriError {
     #[error("it is not a URI: {0}")]
     Syntax(String),
-    #[error("TLS is not there yet")]
-    Tls,
-    #[error("the scheme is {0:?}, but must be nbd, nbd+unix or nbd+vsock")]
+    #[error(
+        "the scheme is {0:?}, but must be nbd, nbd+unix or nbd+vsock, or one of these with nbds"
+    )]
     Scheme(String),
     #[error("the socket's path is missing: nbd+unix:///EXPORT?socket=PATH")]
     NoSocket,
@@ -54,6 +57,8 @@ pub enum UriError {
     Cid(String),
     #[error("nothing is known of the parameter {0:?}")]
     Parameter(String),
+    #[error("{0:?}: {1}")]
+    TlsParameter(String, &'static str),
     #[error("the export's name {0}")]
     Name(&'static str),
 }
@@ -66,13 +71,22 @@ impl NbdUri {
     /// The text is no URI, or not one of NBD, or asks for what is not there.
     pub fn parse(text: &str) -> Result<Self, UriError> {
         let uri = fluent_uri::Uri::parse(text).map_err(|e| UriError::Syntax(e.to_string()))?;
-        let socket = socket_of(uri.query().map(|query| query.as_str()).unwrap_or_default())?;
         let scheme = uri.scheme().as_str().to_ascii_lowercase();
-        let place = match scheme.as_str() {
-            "nbd" => tcp(uri.authority(), socket)?,
-            "nbd+unix" => unix(uri.authority(), socket)?,
-            "nbd+vsock" => vsock(uri.authority(), socket)?,
-            "nbds" | "nbds+unix" | "nbds+vsock" => return Err(UriError::Tls),
+        let (base, transport) = match scheme.split_once('+') {
+            Some((base, transport)) => (base, Some(transport)),
+            None => (scheme.as_str(), None),
+        };
+        let mut tls = match base {
+            "nbd" => None,
+            "nbds" => Some(UriTls::default()),
+            _ => return Err(UriError::Scheme(scheme)),
+        };
+        let query = uri.query().map(|query| query.as_str()).unwrap_or_default();
+        let socket = parameters(query, tls.as_mut())?;
+        let place = match transport {
+            None => tcp(uri.authority(), socket)?,
+            Some("unix") => unix(uri.authority(), socket)?,
+            Some("vsock") => vsock(uri.authority(), socket)?,
             _ => return Err(UriError::Scheme(scheme)),
         };
         let path = uri.path().decode().to_string();
@@ -80,6 +94,7 @@ impl NbdUri {
         Ok(Self {
             place,
             export: export_of(&path)?,
+            tls,
         })
     }
 }
@@ -96,14 +111,18 @@ fn export_of(path: &str) -> Result<String, UriError> {
     Ok(name.to_owned())
 }
 
-/// The value of the only parameter that is known.
-fn socket_of(query: &str) -> Result<Option<Vec<u8>>, UriError> {
+/// Takes the parameters, and answers the value of "socket".
+fn parameters(query: &str, mut tls: Option<&mut UriTls>) -> Result<Option<Vec<u8>>, UriError> {
     let mut socket = None;
     for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
         let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
         match name {
             "socket" => socket = Some(decode(value)),
-            _ if name.starts_with("tls-") => return Err(UriError::Tls),
+            _ if name.starts_with("tls-") => tls
+                .as_mut()
+                .ok_or("it is for nbds, which encrypts")
+                .and_then(|tls| tls.take(name, &decode(value)))
+                .map_err(|why| UriError::TlsParameter(name.to_owned(), why))?,
             _ => return Err(UriError::Parameter(name.to_owned())),
         }
     }
@@ -173,6 +192,16 @@ fn refuse_socket(socket: Option<Vec<u8>>) -> Result<(), UriError> {
     match socket {
         Some(_) => Err(UriError::Parameter("socket".into())),
         None => Ok(()),
+    }
+}
+
+impl Place {
+    /// The host, where there is one that a certificate can be for.
+    pub fn host(&self) -> Option<&str> {
+        match self {
+            Self::Tcp(host, _) => Some(host),
+            Self::Unix(_) | Self::Vsock(..) => None,
+        }
     }
 }
 
@@ -270,18 +299,52 @@ mod tests {
     }
 
     #[test]
-    fn what_is_refused() {
-        for text in [
-            "nbds://h/x",
-            "nbds+unix:///x?socket=s",
-            "nbds+vsock://2/x",
-            "nbd://h/x?tls-type=psk",
-        ] {
-            assert_eq!(parse(text), Err(UriError::Tls), "{text}");
+    fn tls() {
+        let tls = |text: &str| NbdUri::parse(text).map(|uri| uri.tls);
+        let is = |hostname: Option<&str>, certificates: Option<&str>| {
+            Ok(Some(UriTls {
+                hostname: hostname.map(str::to_owned),
+                certificates: certificates.map(Into::into),
+            }))
+        };
+        assert_eq!(tls("nbd://h/x"), Ok(None));
+        for text in ["nbds://h/x", "NBDS+unix:///x?socket=s", "nbds+vsock://2/x"] {
+            assert_eq!(tls(text), is(None, None), "{text}");
         }
+        assert_eq!(parse("nbds://h/x"), tcp("h", 10809, "x"));
+        assert_eq!(
+            tls("nbds://h/?tls-type=x509&tls-verify-peer=1&tls-hostname=a.b"),
+            is(Some("a.b"), None)
+        );
+        assert_eq!(
+            tls("nbds+unix:///?socket=s&tls-certificates=/etc/p%20ki"),
+            is(None, Some("/etc/p ki"))
+        );
+        for parameter in [
+            "tls-verify-peer=0",
+            "tls-type=anon",
+            "tls-type=psk",
+            "tls-psk-file=f",
+            "tls-username=u",
+            "tls-else=x",
+            "tls-hostname=%ff",
+        ] {
+            for scheme in ["nbd", "nbds"] {
+                let outcome = tls(&format!("{scheme}://h/?{parameter}"));
+                let refused = matches!(outcome, Err(UriError::TlsParameter(..)));
+                assert!(refused, "{scheme} {parameter}: {outcome:?}");
+            }
+        }
+        let outcome = tls("nbd://h/?tls-hostname=h");
+        assert!(matches!(outcome, Err(UriError::TlsParameter(..))));
+    }
+
+    #[test]
+    fn what_is_refused() {
         let scheme = |scheme: &str| Err(UriError::Scheme(scheme.into()));
         assert_eq!(parse("http://h/x"), scheme("http"));
         assert_eq!(parse("nbd+ssh://h/x"), scheme("nbd+ssh"));
+        assert_eq!(parse("nbd+tcp://h/x"), scheme("nbd+tcp"));
         assert_eq!(parse("nbd+unix:///x"), Err(UriError::NoSocket));
         assert_eq!(parse("nbd+unix:///x?socket="), Err(UriError::NoSocket));
         assert_eq!(

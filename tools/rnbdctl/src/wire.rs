@@ -70,6 +70,7 @@ pub enum Opt {
     ExportName = 1,
     Abort = 2,
     List = 3,
+    StartTls = 5,
     Info = 6,
     Go = 7,
 }
@@ -80,6 +81,7 @@ impl Opt {
             Self::ExportName => "EXPORT_NAME",
             Self::Abort => "ABORT",
             Self::List => "LIST",
+            Self::StartTls => "STARTTLS",
             Self::Info => "INFO",
             Self::Go => "GO",
         }

@@ -4,9 +4,9 @@
 
 use std::sync::mpsc::Sender;
 use std::thread;
-use std::time::Duration;
 
 use super::Message;
+use crate::cli::ServerArgs;
 use crate::failure::{Exit, Failure};
 use crate::opening::{Opened, open_among};
 use crate::uri::NbdUri;
@@ -18,8 +18,8 @@ pub struct Order {
     pub uris: Vec<(usize, NbdUri)>,
     /// How many connections; `None`: as many as help.
     pub wanted: Option<u32>,
-    /// How long each step may take.
-    pub patience: Duration,
+    /// How they are reached.
+    pub server: ServerArgs,
     /// Addresses that the device is connected to. Others could be other stores. Empty: any will do.
     pub peers: Vec<String>,
 }
@@ -66,7 +66,7 @@ fn dial(order: &Order) -> Result<(usize, Opened), Failure> {
     };
     let mut failures: Vec<Failure> = Vec::new();
     for (place, uri) in &order.uris {
-        match open_among(uri, order.wanted, order.patience, may) {
+        match open_among(uri, order.wanted, &order.server, may) {
             Ok(opened) => return Ok((*place, opened)),
             Err(failure) => failures.push(failure),
         }
@@ -85,7 +85,9 @@ fn dial(order: &Order) -> Result<(usize, Opened), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::tls::TlsArgs;
     use std::net::TcpListener;
+    use std::time::Duration;
 
     /// An address at which nobody listens.
     fn refused() -> NbdUri {
@@ -98,7 +100,10 @@ mod tests {
         Order {
             uris: uris.into_iter().enumerate().collect(),
             wanted: Some(1),
-            patience: Duration::from_secs(5),
+            server: ServerArgs {
+                connect_timeout: Duration::from_secs(5),
+                tls: TlsArgs::default(),
+            },
             peers: peers.iter().map(ToString::to_string).collect(),
         }
     }

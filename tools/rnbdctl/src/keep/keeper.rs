@@ -14,12 +14,14 @@ use super::config::{Config, name};
 use super::dial::{Dialled, Dialler, Order};
 use super::find::{Deaths, Found, Goal, find};
 use super::pass;
+use crate::cli::ServerArgs;
 use crate::failure::{Exit, Failure};
 use crate::handover::{check_allowed, check_driver, check_reconfigurable};
 use crate::kernel::Kernel;
 use crate::listen::{Event, Kind};
 use crate::negotiate::Export;
 use crate::text::tell;
+use crate::tls::TlsArgs;
 
 /// What it is doing.
 #[derive(Debug)]
@@ -258,7 +260,11 @@ impl Keeper {
                 .filter(|(place, _)| only.is_none_or(|only| only == *place))
                 .collect(),
             wanted,
-            patience: self.config.connect_timeout,
+            server: ServerArgs {
+                connect_timeout: self.config.connect_timeout,
+                // The URI says what is needed for TLS.
+                tls: TlsArgs::default(),
+            },
             peers,
         }
     }

@@ -1,0 +1,234 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! What is known before a connection is made: whom to trust, who this is, and which ciphers are offered.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustls::client::{Resumption, WebPkiServerVerifier};
+use rustls::crypto::{CryptoProvider, ring};
+use rustls::pki_types::pem::{Error as PemError, PemObject};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer, ServerName};
+use rustls::version::{TLS12, TLS13};
+use rustls::{CipherSuite, ClientConfig, ClientConnection, RootCertStore};
+
+use super::options::{Files, TlsArgs, UriTls};
+
+/// Why nothing can be begun.
+#[derive(Debug, thiserror::Error)]
+pub enum ClientError {
+    #[error("{}: {}", .0.display(), pem_text(.1))]
+    Pem(PathBuf, PemError),
+    #[error("{}: {}", .0.display(), .1)]
+    File(PathBuf, String),
+    #[error("{}: it is no directory", .0.display())]
+    Directory(PathBuf),
+    #[error("the system has no certificates of issuers{0}")]
+    NobodyTrusted(String),
+    #[error("the server's certificate must have a name, which is not known")]
+    NoName,
+    #[error("{0:?} is no name of a server")]
+    Name(String),
+    #[error(transparent)]
+    Tls(#[from] rustls::Error),
+}
+
+impl ClientError {
+    /// What the reader can do.
+    pub fn advice(&self) -> Option<&'static str> {
+        match self {
+            Self::NobodyTrusted(_) => {
+                Some("--tls-ca names a file with the certificate of the issuer.")
+            }
+            Self::NoName => Some("--tls-hostname says it."),
+            _ => None,
+        }
+    }
+}
+
+fn pem_text(error: &PemError) -> String {
+    match error {
+        PemError::Io(error) => error.to_string(),
+        PemError::NoItemsFound => "nothing in it is what is looked for, in PEM".into(),
+        error => format!("it is no PEM: {error}"),
+    }
+}
+
+/// What all connections to a server begin with.
+#[derive(Debug)]
+pub struct Client {
+    config: Arc<ClientConfig>,
+    name: ServerName<'static>,
+}
+
+impl Client {
+    /// Reads certificates and keys. `host` is the server's name, where its address has one.
+    ///
+    /// # Errors
+    ///
+    /// A file cannot be used, or there is no name or nobody to trust.
+    pub fn new(args: &TlsArgs, uri: &UriTls, host: Option<&str>) -> Result<Self, ClientError> {
+        let named = args.tls_hostname.as_deref().or(uri.hostname.as_deref());
+        let name = named.or(host).ok_or(ClientError::NoName)?;
+        let name = ServerName::try_from(name)
+            .map_err(|_| ClientError::Name(name.to_owned()))?
+            .to_owned();
+        check_directory(args.tls_certificates.as_ref().or(uri.certificates.as_ref()))?;
+        Ok(Self {
+            config: Arc::new(config(&Files::choose(args, uri))?),
+            name,
+        })
+    }
+
+    /// A connection that has not begun.
+    ///
+    /// # Errors
+    ///
+    /// The configuration cannot be used.
+    pub fn connection(&self) -> Result<ClientConnection, rustls::Error> {
+        ClientConnection::new(Arc::clone(&self.config), self.name.clone())
+    }
+}
+
+/// Each of its files may be missing, so a wrong name would not be noticed.
+fn check_directory(directory: Option<&PathBuf>) -> Result<(), ClientError> {
+    match directory {
+        Some(path) if !path.is_dir() => Err(ClientError::Directory(path.clone())),
+        _ => Ok(()),
+    }
+}
+
+fn config(files: &Files) -> Result<ClientConfig, ClientError> {
+    let provider = Arc::new(provider());
+    let trusted = Arc::new(trusted(files.ca.as_deref())?);
+    let mut verifier = WebPkiServerVerifier::builder_with_provider(trusted, Arc::clone(&provider));
+    if let Some(path) = &files.crl {
+        let lists: Vec<CertificateRevocationListDer<'static>> = read_all(path)?;
+        // There is no list for each issuer on the way.
+        verifier = verifier.with_crls(lists).allow_unknown_revocation_status();
+    }
+    let verifier = verifier
+        .build()
+        .map_err(|error| rustls::Error::General(error.to_string()))?;
+    let builder = ClientConfig::builder_with_provider(provider)
+        .with_protocol_versions(&[&TLS13, &TLS12])?
+        .with_webpki_verifier(verifier);
+    let mut config = match &files.identity {
+        Some((cert, key)) => {
+            let chain = read_all(cert)?;
+            builder
+                .with_client_auth_cert(chain, read_key(key)?)
+                .map_err(|error| ClientError::File(key.clone(), error.to_string()))?
+        }
+        None => builder.with_no_client_auth(),
+    };
+    config.enable_secret_extraction = true;
+    config.resumption = Resumption::disabled();
+    Ok(config)
+}
+
+/// The ciphers, all of which the kernel has, in the order of their speed there. A server usually takes the
+/// first one that it has.
+fn provider() -> CryptoProvider {
+    let mut provider = ring::default_provider();
+    provider
+        .cipher_suites
+        .sort_by_key(|suite| rank(suite.suite(), has_aes()));
+    provider
+}
+
+/// Less is better. Of the instructions for AES those that processors have serve both sizes of keys.
+fn rank(suite: CipherSuite, has_aes: bool) -> u8 {
+    use CipherSuite::*;
+    let (old, suite) = match suite {
+        TLS13_AES_128_GCM_SHA256 => (0, 0),
+        TLS13_AES_256_GCM_SHA384 => (0, 1),
+        TLS13_CHACHA20_POLY1305_SHA256 => (0, 2),
+        TLS_ECDHE_ECDSA_WITH_AES_128_GCM_SHA256 | TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256 => (10, 0),
+        TLS_ECDHE_ECDSA_WITH_AES_256_GCM_SHA384 | TLS_ECDHE_RSA_WITH_AES_256_GCM_SHA384 => (10, 1),
+        _ => (10, 2),
+    };
+    match has_aes {
+        true => old + suite,
+        false => old + (suite + 1) % 3,
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn has_aes() -> bool {
+    std::arch::is_x86_feature_detected!("aes")
+}
+
+#[cfg(target_arch = "aarch64")]
+fn has_aes() -> bool {
+    std::arch::is_aarch64_feature_detected!("aes")
+}
+
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+fn has_aes() -> bool {
+    true
+}
+
+/// Who may issue the server's certificate.
+fn trusted(ca: Option<&Path>) -> Result<RootCertStore, ClientError> {
+    let mut store = RootCertStore::empty();
+    let Some(path) = ca else {
+        let system = rustls_native_certs::load_native_certs();
+        store.add_parsable_certificates(system.certs);
+        if store.is_empty() {
+            let why = system.errors.first();
+            let why = why.map_or_else(String::new, |error| format!(": {error}"));
+            return Err(ClientError::NobodyTrusted(why));
+        }
+        return Ok(store);
+    };
+    for certificate in read_all::<CertificateDer<'static>>(path)? {
+        store
+            .add(certificate)
+            .map_err(|error| ClientError::File(path.to_owned(), error.to_string()))?;
+    }
+    Ok(store)
+}
+
+/// Everything of a kind that is in a file; at least one.
+fn read_all<T: PemObject>(path: &Path) -> Result<Vec<T>, ClientError> {
+    let all = T::pem_file_iter(path).and_then(Iterator::collect);
+    let all: Vec<T> = all.map_err(|error| ClientError::Pem(path.to_owned(), error))?;
+    if all.is_empty() {
+        return Err(ClientError::Pem(path.to_owned(), PemError::NoItemsFound));
+    }
+    Ok(all)
+}
+
+fn read_key(path: &Path) -> Result<PrivateKeyDer<'static>, ClientError> {
+    PrivateKeyDer::from_pem_file(path).map_err(|error| match error {
+        PemError::NoItemsFound => ClientError::File(
+            path.to_owned(),
+            "it has no private key in PEM, or one with a passphrase, which cannot be used".into(),
+        ),
+        error => ClientError::Pem(path.to_owned(), error),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ciphers_are_those_of_the_kernel_in_its_order() {
+        let order = |has_aes| {
+            let mut suites = ring::default_provider().cipher_suites;
+            suites.sort_by_key(|suite| rank(suite.suite(), has_aes));
+            let names = suites.iter().map(|suite| format!("{:?}", suite.suite()));
+            names.collect::<Vec<_>>()
+        };
+        let (with, without) = (order(true), order(false));
+        assert_eq!(with[0], "TLS13_AES_128_GCM_SHA256");
+        assert_eq!(with[1], "TLS13_AES_256_GCM_SHA384");
+        assert_eq!(with[2], "TLS13_CHACHA20_POLY1305_SHA256");
+        assert_eq!(without[0], "TLS13_CHACHA20_POLY1305_SHA256");
+        for name in with {
+            assert!(name.contains("GCM") || name.contains("CHACHA20"), "{name}");
+        }
+    }
+}

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! A connection that this process encrypts.
+
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
+
+use rustls::{ClientConnection, Error, InvalidMessage};
+
+use super::{Client, Problem, kernel};
+
+/// What a record begins with: its type, a version, and its length.
+const HEADER: usize = 5;
+
+/// What a record may have besides, at most, in bytes: 16 KiB, and what encryption adds.
+const MAX_RECORD: u16 = (16 << 10) + 2048;
+
+/// Types of records, from change_cipher_spec to application_data.
+const TYPES: std::ops::RangeInclusive<u8> = 20..=23;
+
+/// A connection on which the handshake of TLS is done. What carries it is passed to each call.
+#[derive(Debug)]
+pub struct Session {
+    pub(super) connection: ClientConnection,
+}
+
+impl Session {
+    /// Does the handshake.
+    ///
+    /// # Errors
+    ///
+    /// Those of `wire`; and a [`Problem`], if either side does not accept the other.
+    pub fn begin(client: &Client, wire: &mut (impl Read + Write)) -> io::Result<Self> {
+        let connection = client.connection().map_err(Problem::from)?;
+        let mut session = Self { connection };
+        session.flush(wire)?;
+        while session.connection.is_handshaking() {
+            session.receive(wire)?;
+        }
+        Ok(session)
+    }
+
+    /// As [`Read::read()`]: what the server has sent, decrypted.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::begin()`].
+    pub fn read(&mut self, wire: &mut (impl Read + Write), bytes: &mut [u8]) -> io::Result<usize> {
+        loop {
+            match self.connection.reader().read(bytes) {
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.receive(wire)?,
+                outcome => return outcome,
+            }
+        }
+    }
+
+    /// As [`Write::write()`].
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::begin()`].
+    pub fn write(&mut self, wire: &mut (impl Read + Write), bytes: &[u8]) -> io::Result<usize> {
+        let taken = self.connection.writer().write(bytes)?;
+        match self.flush(wire) {
+            Ok(()) => Ok(taken),
+            Err(error) => Err(self.last_words(wire).map_or(error, io::Error::from)),
+        }
+    }
+
+    /// What a server that has closed the connection said before.
+    ///
+    /// With TLS 1.3 a client may go on before the server has seen its certificate.
+    fn last_words(&mut self, wire: &mut impl Read) -> Option<Problem> {
+        loop {
+            let record = read_record(wire).ok()?;
+            if let Err(error) = self.process(&record) {
+                return error.downcast().ok();
+            }
+        }
+    }
+
+    /// Says goodbye. Whether that arrives does not matter.
+    pub fn end(mut self, wire: &mut impl Write) {
+        self.connection.send_close_notify();
+        let _ = self.flush(wire);
+    }
+
+    /// Has the kernel encrypt from here on.
+    ///
+    /// # Errors
+    ///
+    /// A [`Problem`]: the server has sent what nobody will read, or the kernel refuses.
+    pub fn into_kernel(mut self, socket: impl AsFd) -> io::Result<()> {
+        match self.connection.reader().read(&mut [0]) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => (),
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            _ => return Err(Problem::Early.into()),
+        }
+        let version = self.connection.protocol_version();
+        let secrets = self.connection.dangerous_extract_secrets();
+        let secrets = secrets.map_err(Problem::from)?;
+        Ok(kernel::install(socket, version, secrets)?)
+    }
+
+    /// Reads one record, and sends what it has to be answered with. The server is told of errors.
+    fn receive(&mut self, wire: &mut (impl Read + Write)) -> io::Result<()> {
+        let record = read_record(wire)?;
+        let outcome = self.process(&record);
+        let flushed = self.flush(wire);
+        outcome.and(flushed)
+    }
+
+    fn process(&mut self, mut record: &[u8]) -> io::Result<()> {
+        while !record.is_empty() {
+            self.connection.read_tls(&mut record)?;
+            self.connection
+                .process_new_packets()
+                .map_err(Problem::from)?;
+        }
+        Ok(())
+    }
+
+    fn flush(&mut self, wire: &mut impl Write) -> io::Result<()> {
+        while self.connection.wants_write() {
+            self.connection.write_tls(wire)?;
+        }
+        wire.flush()
+    }
+}
+
+/// Reads a record, and nothing of what follows it.
+fn read_record(wire: &mut impl Read) -> io::Result<Vec<u8>> {
+    let mut header = [0; HEADER];
+    wire.read_exact(&mut header)?;
+    let [kind, _, _, high, low] = header;
+    let len = u16::from_be_bytes([high, low]);
+    if !TYPES.contains(&kind) {
+        return Err(not_tls(InvalidMessage::InvalidContentType));
+    }
+    if len > MAX_RECORD {
+        return Err(not_tls(InvalidMessage::MessageTooLarge));
+    }
+    let mut record = header.to_vec();
+    record.resize(HEADER + usize::from(len), 0);
+    if let Some(body) = record.get_mut(HEADER..) {
+        wire.read_exact(body)?;
+    }
+    Ok(record)
+}
+
+fn not_tls(how: InvalidMessage) -> io::Error {
+    Problem::from(Error::from(how)).into()
+}

@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! Which files are used, and what is said of those that cannot be.
+
+use std::fs;
+
+use super::pki::Pki;
+use crate::tls::client::ClientError;
+use crate::tls::options::{Files, TlsArgs, UriTls};
+
+#[test]
+fn files_that_cannot_be_used() {
+    let pki = Pki::new("files");
+    let none = TlsArgs::default();
+    assert!(matches!(
+        pki.try_client(&none, None),
+        Err(ClientError::NoName)
+    ));
+    assert!(matches!(
+        pki.try_client(&none, Some("a b")),
+        Err(ClientError::Name(_))
+    ));
+    let with = |ca: &str| TlsArgs {
+        tls_ca: Some(pki.dir.join(ca)),
+        ..TlsArgs::default()
+    };
+    let text = |args| {
+        let outcome = pki.try_client(&args, Some("server.test"));
+        outcome.map(|_| ()).unwrap_err().to_string()
+    };
+    assert!(text(with("missing")).contains("No such file"));
+    fs::write(pki.dir.join("text"), "this is no certificate").unwrap();
+    assert!(text(with("text")).contains("nothing in it"));
+    // A certificate without its key.
+    fs::copy(pki.dir.join("ca-cert.pem"), pki.dir.join("client-cert.pem")).unwrap();
+    assert!(text(none).contains("client-key.pem: No such file"));
+    let directory = TlsArgs {
+        tls_certificates: Some(pki.dir.join("missing")),
+        ..TlsArgs::default()
+    };
+    assert!(text(directory).contains("it is no directory"));
+}
+
+#[test]
+fn the_command_line_comes_first() {
+    let pki = Pki::new("choice");
+    pki.issue_for_client();
+    let uri = UriTls {
+        certificates: Some(pki.dir.clone()),
+        ..UriTls::default()
+    };
+    let found = Files::choose(&TlsArgs::default(), &uri);
+    assert_eq!(found.ca, Some(pki.dir.join("ca-cert.pem")));
+    assert_eq!(found.crl, None);
+    let cert = pki.dir.join("client-cert.pem");
+    assert_eq!(found.identity, Some((cert, pki.dir.join("client-key.pem"))));
+    let args = TlsArgs {
+        tls_ca: Some("ca".into()),
+        tls_cert: Some("cert".into()),
+        tls_key: Some("key".into()),
+        ..TlsArgs::default()
+    };
+    let given = Files::choose(&args, &uri);
+    assert_eq!(given.ca, Some("ca".into()));
+    assert_eq!(given.identity, Some(("cert".into(), "key".into())));
+    assert_eq!(Files::choose(&args, &UriTls::default()), given);
+    assert_eq!(args.given(), Some("--tls-ca"));
+    assert_eq!(TlsArgs::default().given(), None);
+}
