@@ -2,6 +2,8 @@
 
 //! The operators' tool, as operators use it, with either driver.
 
+mod tls;
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
@@ -16,6 +18,13 @@ use crate::programs::{Daemon, sh};
 use crate::test;
 
 pub fn tests() -> Vec<Test> {
+    [of_every_kind(), tls::tests()]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+fn of_every_kind() -> Vec<Test> {
     vec![
         test!(over_tcp),
         test!(over_the_second_address_of_a_name),
@@ -383,11 +392,6 @@ fn nobody_there(_: &Guest) {
         "connect nbd://no.such.host.invalid/ nbd0",
         6,
         &["resolving no.such.host.invalid"],
-    );
-    fails(
-        "connect nbds://127.0.0.1/ nbd0",
-        2,
-        &["TLS is not there yet"],
     );
     // It accepts connections, and says nothing.
     let _ = fs::remove_file(SOCKET);
