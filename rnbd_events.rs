@@ -55,8 +55,10 @@ pub(crate) enum Reason {
     Replaced = 6,
     /// It was given up for a new connection, which could not be used.
     ReplacementFailed = 7,
+    /// The server uses another TLS key. Only user space could give that to the kernel.
+    WantsRekeying = 8,
     /// The session has ended. Nobody is told of the connection then.
-    Ended = 8,
+    Ended = 9,
 }
 
 /// Why a connection has died, with the error number if there is one.

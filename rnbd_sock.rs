@@ -17,6 +17,7 @@
 mod draining;
 mod ending;
 mod receiving;
+mod records;
 mod report;
 mod sending;
 mod staging;
@@ -26,7 +27,6 @@ mod trimming;
 
 use crate::{
     kapi::{
-        errno::EPROTO,
         net::{
             arrival::Arrival,
             hook::{
@@ -43,14 +43,15 @@ use crate::{
         },
     },
     rnbd_events::{
-        Death,
         Incarnation,
-        Notice,
-        Reason, //
+        Notice, //
     },
     rnbd_table::Table, //
 };
-use ending::DeathReport;
+use ending::{
+    death_of_stream,
+    DeathReport, //
+};
 use kernel::{
     impl_has_delayed_work,
     impl_has_work,
@@ -302,8 +303,10 @@ impl Connection {
     pub(crate) fn prepare(
         position: Position,
         table: Arc<Table>,
-        socket: Socket,
+        mut socket: Socket,
     ) -> Result<Prepared> {
+        // TLS may have been set up since the socket was passed.
+        socket.update_input();
         let memory = HookMemory::new()?;
         let notice = Notice::new(&table.origin)?;
         let addresses = Addresses::of(&socket);
@@ -477,16 +480,5 @@ impl Connection {
         }
         self.table.remove_connection();
         self.reaped.complete_all();
-    }
-}
-
-/// Returns the death of a connection of whose stream nothing more can be received because of `error`.
-fn death_of_stream(error: Error) -> Death {
-    if error == EPROTO {
-        Death::of(Reason::ProtocolViolated)
-    } else if error == EPIPE {
-        Death::of(Reason::Closed)
-    } else {
-        Death::by(Reason::ReceiveFailed, error)
     }
 }

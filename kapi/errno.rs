@@ -31,3 +31,7 @@ pub(crate) const EOPNOTSUPP: Errno = Errno(bindings::EOPNOTSUPP);
 pub(crate) const ENOBUFS: Errno = Errno(bindings::ENOBUFS);
 /// Transport endpoint is not connected.
 pub(crate) const ENOTCONN: Errno = Errno(bindings::ENOTCONN);
+/// Key has expired: TLS cannot decrypt what follows.
+pub(crate) const EKEYEXPIRED: Errno = Errno(bindings::EKEYEXPIRED);
+/// Remote I/O error.
+pub(crate) const EREMOTEIO: Errno = Errno(bindings::EREMOTEIO);

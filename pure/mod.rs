@@ -13,3 +13,4 @@ pub(crate) mod fate;
 pub(crate) mod proto;
 pub(crate) mod ring;
 pub(crate) mod time;
+pub(crate) mod tls;

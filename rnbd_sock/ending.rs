@@ -14,6 +14,10 @@ use super::{
 };
 use crate::{
     kapi::{
+        errno::{
+            EKEYEXPIRED,
+            EPROTO, //
+        },
         net::sock::Ending,
         try_lock::TryLock, //
     },
@@ -24,15 +28,18 @@ use crate::{
         Reason, //
     }, //
 };
-use kernel::sync::{
-    atomic::{
-        Acquire,
-        Atomic,
-        Full,
-        Release, //
+use kernel::{
+    prelude::*,
+    sync::{
+        atomic::{
+            Acquire,
+            Atomic,
+            Full,
+            Release, //
+        },
+        Arc,
+        ArcBorrow, //
     },
-    Arc,
-    ArcBorrow, //
 };
 
 /// What is told of a connection's death to listeners of the family "rnbd", at most once.
@@ -77,12 +84,26 @@ impl DeathReport {
             Reason::ShuttingDown,
             Reason::Replaced,
             Reason::ReplacementFailed,
+            Reason::WantsRekeying,
         ];
         let reason = all.into_iter().find(|r| *r as u32 + 1 == word >> 16);
         Death {
             reason: reason.unwrap_or(Reason::Ended),
             errno: word as u16,
         }
+    }
+}
+
+/// Returns the death of a connection of whose stream nothing more can be received because of `error`.
+pub(super) fn death_of_stream(error: Error) -> Death {
+    if error == EPROTO {
+        Death::of(Reason::ProtocolViolated)
+    } else if error == EPIPE {
+        Death::of(Reason::Closed)
+    } else if error == EKEYEXPIRED {
+        Death::of(Reason::WantsRekeying)
+    } else {
+        Death::by(Reason::ReceiveFailed, error)
     }
 }
 

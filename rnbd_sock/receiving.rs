@@ -51,7 +51,11 @@ use crate::{
                 Unanswered, //
             },
         },
-        errno::EPROTO,
+        errno::{
+            EKEYEXPIRED,
+            EPROTO,
+            EREMOTEIO, //
+        },
         net::arrival::{
             Arrival,
             Segment, //
@@ -95,15 +99,19 @@ impl Connection {
     /// Logs why nothing more can be received, unless the reason was logged already or the end was
     /// expected.
     pub(super) fn receive_failed(&self, error: Error) {
-        // Violations of the protocol were logged where they were found.
-        let reported =
-            error == EPROTO || self.table.fate.snapshot().is_end_wanted() || !self.is_alive();
-        if reported || !self.table.log.allow() {
+        // Violations of the protocol, and alerts of TLS, were logged where they were found.
+        let logged = error == EPROTO || error == EREMOTEIO;
+        let expected = self.table.fate.snapshot().is_end_wanted() || !self.is_alive();
+        if logged || expected || !self.table.log.allow() {
             return;
         }
         let (device, index) = (self.table.device, self.index());
         if error == EPIPE {
             pr_warn!("nbd{device}: connection {index}: the server has closed it\n");
+        } else if error == EKEYEXPIRED {
+            pr_warn!(
+                "nbd{device}: connection {index}: the server has changed its TLS key, closing it\n"
+            );
         } else {
             pr_err!("nbd{device}: connection {index}: receive failed ({error:?}), closing it\n");
         }
@@ -184,6 +192,7 @@ impl Connection {
     ///
     /// - `EPROTO`: the server has violated the protocol.
     /// - `EPIPE`: the server has closed the connection.
+    /// - Those of [`Self::receive_record()`], over TLS.
     /// - Those of the socket. In each case, nothing more can be received.
     ///
     /// # Context
@@ -208,6 +217,10 @@ impl Connection {
             let (got, all) = match receive.fill(&self.socket) {
                 Ok(filled) => filled,
                 Err(e) if e == EAGAIN => return Ok(false),
+                Err(e) if e == EIO && self.socket.has_upper_layer() => {
+                    self.receive_record(receive)?;
+                    continue;
+                }
                 Err(e) => return Err(e),
             };
             self.traffic.received(got);
@@ -297,7 +310,7 @@ impl Connection {
     }
 
     /// Logs a violation of the protocol, for which the connection is closed.
-    fn report_violation(&self, what: core::fmt::Arguments<'_>) {
+    pub(super) fn report_violation(&self, what: core::fmt::Arguments<'_>) {
         if self.table.log.allow() {
             pr_err!(
                 "nbd{}: connection {}: {what}, closing it\n",

@@ -33,7 +33,11 @@ use crate::{
             REPLY_BYTES,
             REQUEST_BYTES, //
         },
-        ring::Ring, //
+        ring::Ring,
+        tls::{
+            Meaning,
+            Records, //
+        }, //
     },
 };
 use kernel::prelude::*;
@@ -49,6 +53,10 @@ const FRAGS: usize = 64;
 /// copied twice, so it should not be more. It should not be less either, or it would not hold the
 /// headers of a busy server's replies to writes.
 const READ_AHEAD_BYTES: usize = 512;
+/// The size of the part of a TLS record, other than one of data, that is received at a time. A session ticket has
+/// some hundred bytes.
+const RECORD_BYTES: usize = 256;
+
 /// A message that is being sent.
 struct Outgoing {
     /// The offset of the unsent rest of the header in the page, and its length.
@@ -102,6 +110,8 @@ pub(crate) struct Receive {
     /// The range of the bytes in the buffer that were received and not parsed yet.
     start: usize,
     end: usize,
+    /// What was received of TLS records that are no data.
+    records: Records,
     /// The command whose data is being received.
     pub(crate) current: Option<Payload<Unanswered>>,
     /// The reason why nothing more can be received, if that was found outside of the receive work.
@@ -250,6 +260,7 @@ impl Receive {
             pieces: Pieces::new(PIECES)?,
             start: 0,
             end: 0,
+            records: Records::new(),
             current: None,
             failed: None,
         })
@@ -292,6 +303,27 @@ impl Receive {
         }
         self.end += ahead;
         Ok((got, got == offered))
+    }
+
+    /// Receives a TLS record that is no data, or the next part of one, and returns what it means.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Socket::receive_record()`].
+    ///
+    /// # Context
+    ///
+    /// May sleep for the socket's lock.
+    #[inline(never)]
+    pub(crate) fn take_record(&mut self, socket: &Socket) -> Result<Meaning> {
+        let mut iov = RecvIov::new(&mut self.pieces);
+        // Behind what was received ahead.
+        iov.push_room(&mut self.buffer, READ_AHEAD_BYTES, RECORD_BYTES);
+        let record = socket.receive_record(iov)?;
+        let mut bytes = [0; RECORD_BYTES];
+        let (bytes, _) = bytes.split_at_mut(record.bytes.min(RECORD_BYTES));
+        self.buffer.read(READ_AHEAD_BYTES, bytes)?;
+        Ok(self.records.take(record.kind, bytes))
     }
 
     /// Takes from `segment` what is needed next, which is data or a header. Returns the number of

@@ -63,6 +63,35 @@ pub(crate) enum Ending {
 pub(crate) struct Socket {
     socket: NonNull<bindings::socket>,
     kind: Kind,
+    input: Input,
+}
+
+/// How to learn whether there is something to receive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Input {
+    /// It is in the receive queue of the socket.
+    Queue,
+    /// The transport of vsock has it. The socket has to be polled.
+    Transport,
+    /// TLS may have decrypted it already, and keeps that in a queue of its own. A poll does not tell of a key
+    /// update there.
+    Tls,
+}
+
+impl Input {
+    /// Returns how it is with a socket of this kind.
+    ///
+    /// # Safety
+    ///
+    /// `sk` must be a valid socket.
+    unsafe fn of(kind: Kind, sk: *mut bindings::sock) -> Self {
+        match kind {
+            Kind::Vsock => Input::Transport,
+            // SAFETY: By this function's safety requirements, `sk` is valid.
+            Kind::Tcp if unsafe { has_upper_layer(sk) } => Input::Tls,
+            Kind::Tcp | Kind::Mptcp | Kind::Unix => Input::Queue,
+        }
+    }
 }
 
 // SAFETY: A socket may be used by any task. The socket calls take the locks that they need.
@@ -88,13 +117,20 @@ impl Socket {
             return Err(BadSocket::Fd(to_result(err).err().unwrap_or(EBADF)));
         };
         // SAFETY: `sockfd_lookup()` has taken a reference to the file of a valid socket.
-        let Some(kind) = (unsafe { Kind::of((*socket.as_ptr()).sk.cast()) }) else {
+        let sk = unsafe { (*socket.as_ptr()).sk.cast() };
+        // SAFETY: As above.
+        let Some(kind) = (unsafe { Kind::of(sk) }) else {
             // SAFETY: The reference is given up here. As `sockfd_put()`.
             unsafe { bindings::fput((*socket.as_ptr()).file) };
             return Err(BadSocket::Kind);
         };
         // INVARIANT: `sockfd_lookup()` has taken a reference to the file, and `kind` is that of the socket.
-        let socket = Socket { socket, kind };
+        let socket = Socket {
+            socket,
+            kind,
+            // SAFETY: As above.
+            input: unsafe { Input::of(kind, sk) },
+        };
         // SAFETY: By the type invariant, `sk` is valid and this refers to its file.
         if !unsafe { was_connected(socket.sk()) } {
             return Err(BadSocket::NotConnected);
@@ -139,18 +175,24 @@ impl Socket {
         }
     }
 
-    /// Whether there is something to receive: data, the end of the stream, or an error. The answer may miss
-    /// what arrives at the same time, which
+    /// Takes notice of TLS that was set up since the socket was passed.
+    pub(crate) fn update_input(&mut self) {
+        // SAFETY: By the type invariant, `sk` is valid.
+        self.input = unsafe { Input::of(self.kind, self.sk()) };
+    }
+
+    /// Whether there may be something to receive: data, the end of the stream, or an error. With TLS, only an
+    /// attempt can tell. The answer may miss what arrives at the same time, which
     /// [`Events::input_ready()`](super::hook::Events::input_ready) then announces.
     ///
     /// # Context
     ///
     /// Process context. May sleep to get the socket's lock.
     pub(crate) fn has_input(&self) -> bool {
-        match self.kind {
-            Kind::Tcp | Kind::Mptcp | Kind::Unix => {}
-            // Its transport has the data.
-            Kind::Vsock => {
+        match self.input {
+            Input::Queue => {}
+            Input::Tls => return true,
+            Input::Transport => {
                 let input = bindings::EPOLLIN
                     | bindings::EPOLLRDHUP
                     | bindings::EPOLLHUP
@@ -344,6 +386,7 @@ impl Clone for Socket {
         Socket {
             socket: self.socket,
             kind: self.kind,
+            input: self.input,
         }
     }
 }

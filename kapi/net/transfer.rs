@@ -36,6 +36,31 @@ pub(crate) enum Next {
     Nothing,
 }
 
+/// A TLS record that was received, or a part of it.
+pub(crate) struct Record {
+    /// The type of the record (`TLS_RECORD_TYPE_*`).
+    pub(crate) kind: u8,
+    /// The number of bytes that were received.
+    pub(crate) bytes: usize,
+}
+
+/// Room for the control message by which TLS tells the type of a record (`CMSG_SPACE(sizeof(u8))`).
+#[repr(C)]
+#[derive(Default)]
+struct RecordType {
+    header: bindings::cmsghdr,
+    kind: u8,
+}
+
+impl RecordType {
+    /// Returns the type of the record, if there is one (`tls_get_record_type()`).
+    fn get(&self) -> Option<u8> {
+        let is_told = self.header.cmsg_level == bindings::SOL_TLS as i32
+            && self.header.cmsg_type == bindings::TLS_GET_RECORD_TYPE as i32;
+        is_told.then_some(self.kind)
+    }
+}
+
 impl Socket {
     /// Sends as much of `data` as the socket has room for, and returns the number of bytes. A protocol copies
     /// it to `frags`.
@@ -149,19 +174,56 @@ impl Socket {
         let data = data.into_inner();
         let mut msg = MaybeUninit::uninit();
         let msg = init_message(&mut msg, &data, bindings::ITER_DEST);
+        // SAFETY: `msg` describes memory that lives during the call.
+        match unsafe { self.receive_message(msg)? } {
+            0 => Err(EPIPE),
+            got => Ok(got),
+        }
+    }
+
+    /// Receives a TLS record that is no data, or as much of it as `data` has room for. The next call returns the
+    /// rest. To be called after [`Self::receive()`] has failed with `EIO`, because such a record is next.
+    ///
+    /// # Errors
+    ///
+    /// - `EIO`: no such record is next.
+    /// - Anything else: the connection is broken.
+    ///
+    /// # Context
+    ///
+    /// As for [`Self::receive()`].
+    pub(crate) fn receive_record(&self, data: RecvIov<'_>) -> Result<Record> {
+        let data = data.into_inner();
+        let mut msg = MaybeUninit::uninit();
+        let msg = init_message(&mut msg, &data, bindings::ITER_DEST);
+        let mut control = RecordType::default();
+        msg.__bindgen_anon_1.msg_control = (&raw mut control).cast();
+        msg.msg_controllen = size_of::<RecordType>();
+        // SAFETY: `msg` describes memory that lives during the call. So does `control`, which has that size.
+        let got = match unsafe { self.receive_message(msg) } {
+            Err(e) if e == EAGAIN => return Err(EIO),
+            got => got?,
+        };
+        let kind = control.get().ok_or(EIO)?;
+        Ok(Record { kind, bytes: got })
+    }
+
+    /// Receives a message, and returns the number of bytes. Does not wait for data.
+    ///
+    /// # Safety
+    ///
+    /// What `msg` points to must live during the call.
+    unsafe fn receive_message(&self, msg: &mut bindings::msghdr) -> Result<usize> {
         let flags = bindings::MSG_DONTWAIT | bindings::MSG_NOSIGNAL;
         let receive = || {
-            // SAFETY: By the type invariant, the socket is valid. `msg` describes memory that lives during the
-            // call.
+            // SAFETY: By the type invariant, the socket is valid, and by this function's safety requirements, so
+            // is what `msg` describes.
             unsafe { bindings::sock_recvmsg(self.as_ptr(), msg, flags as i32) }
         };
         // It sends at most an acknowledgement, but must not meet the fragment of the task either.
         let got = in_io_context(|| PageFrag::empty().lend(receive));
         to_result(got)?;
-        match got {
-            0 => Err(EPIPE),
-            got => Ok(got as usize),
-        }
+        Ok(got as usize)
     }
 }
 

@@ -20,6 +20,7 @@ pub(crate) mod prelude {
 
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub(crate) struct Error(i32);
+    pub(crate) const EIO: Error = Error(5);
     pub(crate) const EAGAIN: Error = Error(11);
     pub(crate) const EINVAL: Error = Error(22);
     pub(crate) const EPROTO: Error = Error(71);
@@ -264,6 +265,11 @@ pub(crate) mod kapi {
     }
 
     pub(crate) mod transfer {
+        pub(crate) struct Record {
+            pub(crate) kind: u8,
+            pub(crate) bytes: usize,
+        }
+
         #[derive(Clone, Copy, PartialEq, Eq)]
         pub(crate) enum Next {
             More,
@@ -278,7 +284,7 @@ pub(crate) mod kapi {
             page_frag::FragPool,
             payload::Payload,
             request::{Side, Unanswered},
-            transfer::Next,
+            transfer::{Next, Record},
         };
         use crate::prelude::*;
         use std::cell::{Cell, RefCell};
@@ -397,6 +403,8 @@ pub(crate) mod kapi {
             pub(crate) outgoing: RefCell<Vec<u8>>,
             /// At most so much goes over with one call.
             pub(crate) limit: Cell<usize>,
+            /// TLS records that are no data: their type, and what is left of them.
+            pub(crate) records: RefCell<VecDeque<(u8, Vec<u8>)>>,
             /// It was told last that more follows.
             pub(crate) more: Cell<bool>,
         }
@@ -437,6 +445,29 @@ pub(crate) mod kapi {
                     0 => Err(EAGAIN),
                     got => Ok(got),
                 }
+            }
+        }
+
+        impl Socket {
+            pub(crate) fn receive_record(&self, data: Iov<'_>) -> Result<Record> {
+                let mut records = self.records.borrow_mut();
+                let Some((kind, bytes)) = records.front_mut() else {
+                    return Err(EIO);
+                };
+                let kind = *kind;
+                let got = bytes.len().min(data.bytes());
+                let mut taken = bytes.drain(..got);
+                for Piece(memory, at, end) in data.pieces.iter() {
+                    let piece = taken.by_ref().take(end - at);
+                    for (place, byte) in memory.borrow_mut()[*at..*end].iter_mut().zip(piece) {
+                        *place = byte;
+                    }
+                }
+                drop(taken);
+                if bytes.is_empty() {
+                    records.pop_front();
+                }
+                Ok(Record { kind, bytes: got })
             }
         }
 

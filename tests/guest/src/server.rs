@@ -27,15 +27,17 @@ use rustix::net::{
 
 use crate::debug_kernel::patient;
 use crate::proto::{self, Command, REQUEST_LEN, REQUEST_MAGIC, Request};
-use crate::sys::{bind_vsock, connect_vsock, set_socket_option};
+use crate::sys::{bind_vsock, connect_vsock, send_tls_record, set_socket_option};
 
 /// What carries a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Transport {
     Tcp4,
     Tcp6,
-    /// TCP that the kernel encrypts.
+    /// TCP that the kernel encrypts, as TLS 1.2.
     Tls,
+    /// As TLS 1.3.
+    Tls13,
     Unix,
     /// Multipath TCP at both ends.
     Mptcp,
@@ -146,12 +148,8 @@ impl Server {
         let (client, served) = match transport {
             Transport::Tcp4 => try_tcp_pair((Ipv4Addr::LOCALHOST, 0).into())?,
             Transport::Tcp6 => try_tcp_pair((Ipv6Addr::LOCALHOST, 0).into())?,
-            Transport::Tls => {
-                let (client, served) = try_tcp_pair((Ipv4Addr::LOCALHOST, 0).into())?;
-                encrypt(&client);
-                encrypt(&served);
-                (client, served)
-            }
+            Transport::Tls => try_tls_pair(TLS_1_2)?,
+            Transport::Tls13 => try_tls_pair(TLS_1_3)?,
             Transport::Unix => {
                 let (client, served) = UnixStream::pair()?;
                 (client.into(), served)
@@ -378,19 +376,33 @@ pub fn listen_on_vsock() -> io::Result<(OwnedFd, u32)> {
     Ok((listener, port))
 }
 
+fn try_tls_pair(version: u16) -> io::Result<(OwnedFd, UnixStream)> {
+    let (client, served) = try_tcp_pair((Ipv4Addr::LOCALHOST, 0).into())?;
+    encrypt_as(version, &client);
+    encrypt_as(version, &served);
+    Ok((client, served))
+}
+
+/// Versions of TLS.
+const TLS_1_2: u16 = 0x0303;
+const TLS_1_3: u16 = 0x0304;
+
 /// Has the kernel encrypt what goes over a TCP socket, and decrypt what comes: what is left to do after a
 /// TLS handshake. (include/uapi/linux/tls.h)
 pub fn encrypt(socket: impl AsFd) {
+    encrypt_as(TLS_1_2, socket);
+}
+
+fn encrypt_as(version: u16, socket: impl AsFd) {
     const TCP_ULP: i32 = 31;
     const SOL_TLS: i32 = 282;
     const TLS_TX: i32 = 1;
     const TLS_RX: i32 = 2;
-    const TLS_1_2_VERSION: u16 = 0x0303;
     const TLS_CIPHER_AES_GCM_128: u16 = 51;
     // Initialization vector, key, salt, number of the next record: the same for both directions, which
     // is good enough for a test.
     let secrets = [0x5a; 8 + 16 + 4 + 8];
-    let info = [TLS_1_2_VERSION, TLS_CIPHER_AES_GCM_128].map(u16::to_ne_bytes);
+    let info = [version, TLS_CIPHER_AES_GCM_128].map(u16::to_ne_bytes);
     let info = [info.as_flattened(), &secrets].concat();
     set_socket_option(&socket, libc::IPPROTO_TCP, TCP_ULP, b"tls\0").expect("TCP_ULP");
     set_socket_option(&socket, SOL_TLS, TLS_TX, &info).expect("TLS_TX");
@@ -523,6 +535,13 @@ impl Conn {
 
     pub fn send(&mut self, bytes: &[u8]) -> io::Result<()> {
         self.socket.write_all(bytes)
+    }
+
+    /// Sends bytes that are no data, in TLS records of this type.
+    pub fn send_record(&mut self, kind: u8, bytes: &[u8]) -> io::Result<()> {
+        let sent = send_tls_record(&self.socket, kind, bytes)?;
+        assert_eq!(sent, bytes.len());
+        Ok(())
     }
 
     /// Sends a byte that is not part of the stream.

@@ -115,6 +115,41 @@ pub fn set_socket_option(fd: impl AsFd, level: i32, name: i32, value: &[u8]) -> 
     }
 }
 
+/// Sends bytes over a socket that the kernel encrypts, in records of this type (`TLS_SET_RECORD_TYPE`).
+pub fn send_tls_record(fd: impl AsFd, kind: u8, bytes: &[u8]) -> SysResult<usize> {
+    const SOL_TLS: i32 = 282;
+    const TLS_SET_RECORD_TYPE: i32 = 1;
+    #[repr(C)]
+    struct Control {
+        header: libc::cmsghdr,
+        kind: u8,
+    }
+    let mut control = Control {
+        header: libc::cmsghdr {
+            cmsg_len: size_of::<libc::cmsghdr>() + 1,
+            cmsg_level: SOL_TLS,
+            cmsg_type: TLS_SET_RECORD_TYPE,
+        },
+        kind,
+    };
+    let mut piece = libc::iovec {
+        iov_base: bytes.as_ptr().cast_mut().cast(),
+        iov_len: bytes.len(),
+    };
+    let message = libc::msghdr {
+        msg_name: ptr::null_mut(),
+        msg_namelen: 0,
+        msg_iov: &raw mut piece,
+        msg_iovlen: 1,
+        msg_control: (&raw mut control).cast(),
+        msg_controllen: size_of::<Control>(),
+        msg_flags: 0,
+    };
+    // SAFETY: what the message points to lives during the call, which only reads it.
+    let sent = unsafe { libc::sendmsg(fd.as_fd().as_raw_fd(), &message, libc::MSG_NOSIGNAL) };
+    usize::try_from(sent).map_err(|_| last_errno())
+}
+
 /// `getsockopt()` of an option whose value is a number.
 pub fn socket_option(fd: impl AsFd, level: i32, name: i32) -> SysResult<u32> {
     let mut value = 0;

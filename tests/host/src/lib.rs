@@ -2,6 +2,7 @@
 //! The tests of rnbd that need no kernel: they compile the module's own pure source files.
 //!
 //! - `wire`: what goes over the wire, against bytes written by hand from the protocol's text
+//! - `tls`: what a server sends over TLS that is no data
 //! - `ring`: the queue, against one that is known to work
 //! - `ownership`: who ends a command, in all interleavings that the memory model allows ([loom])
 //! - `fate`: whether a session goes on, by itself
@@ -50,5 +51,6 @@ mod sending;
 mod session;
 mod socket;
 mod time;
+mod tls;
 mod waits;
 mod wire;

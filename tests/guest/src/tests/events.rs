@@ -70,12 +70,13 @@ const PID: u16 = 12;
 
 /// Why a connection has died.
 pub const CLOSED: u32 = 0;
-const RECEIVE_FAILED: u32 = 1;
+pub const RECEIVE_FAILED: u32 = 1;
 const SEND_FAILED: u32 = 2;
-const PROTOCOL_VIOLATED: u32 = 3;
+pub const PROTOCOL_VIOLATED: u32 = 3;
 const TIMED_OUT: u32 = 4;
 const SHUTTING_DOWN: u32 = 5;
 pub const REPLACED: u32 = 6;
+pub const WANTS_REKEYING: u32 = 8;
 
 /// An event, as far as most tests look at it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

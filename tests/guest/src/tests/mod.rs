@@ -41,6 +41,7 @@ mod signals;
 mod soak;
 mod timeouts;
 mod tls;
+mod tls_records;
 mod transports;
 mod udev;
 mod user_space;
@@ -68,6 +69,7 @@ pub fn all() -> Vec<Test> {
         late_writes::tests(),
         signals::tests(),
         tls::tests(),
+        tls_records::tests(),
         transports::tests(),
         shared_sockets::tests(),
         netlink::tests(),
