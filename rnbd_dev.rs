@@ -24,7 +24,10 @@ use crate::{
                 GenDisk,
                 Numbers, //
             },
-            limits::FixedLimits,
+            limits::{
+                FixedLimits,
+                RequestSizes, //
+            },
             mq::{
                 Dispatch,
                 Expiry,
@@ -73,6 +76,12 @@ use running::Running;
 pub(crate) const MAJOR: u32 = 43;
 /// The number of tags of a hardware queue, which is that of nbd.c.
 pub(crate) const QUEUE_DEPTH: u32 = 128;
+/// The sizes of requests if the server asks for no others. These are nbd.c's limits.
+pub(crate) const USUAL_SIZES: RequestSizes = RequestSizes {
+    physical_block_bytes: 0,
+    io_opt_bytes: 256 << 9,
+    max_hw_sectors: 65536,
+};
 /// The request timeout in seconds if none is set. A request of the only connection is then logged as
 /// possibly stuck, and otherwise sent on another connection.
 pub(crate) const DEFAULT_TIMEOUT_SECONDS: u32 = 30;
@@ -245,10 +254,10 @@ pub(crate) fn add(
     let tags = Arc::pin_init(TagSet::new(layout.hw_queues, QUEUE_DEPTH), GFP_KERNEL)?;
     // These are nbd.c's limits.
     let limits = FixedLimits {
-        max_hw_sectors: 65536,
+        max_hw_sectors: USUAL_SIZES.max_hw_sectors,
         max_segments: u16::MAX,
         max_segment_size: u32::MAX,
-        io_opt_bytes: 256 << 9,
+        io_opt_bytes: USUAL_SIZES.io_opt_bytes,
     };
     let numbers = Numbers {
         major: MAJOR,

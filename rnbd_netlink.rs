@@ -7,6 +7,7 @@
 
 #![forbid(unsafe_code)]
 
+mod connect;
 pub(crate) mod events;
 mod handover;
 pub(crate) mod listing;
@@ -26,6 +27,7 @@ use crate::{
                 Policy, //
             },
         },
+        task, //
     },
     rnbd_dev::{
         connect::Setup,
@@ -118,52 +120,18 @@ impl Netlink {
         info.require(ATTR_SIZE_BYTES, c"a size in bytes is needed")?;
         let mut setup = self.parse_setup(info)?;
         setup.namespace = Some(Arc::new(info.namespace()?, GFP_KERNEL)?);
-        let device = loop {
-            let device = self.find_or_add(info, wanted, setup.sockets.len() as u32)?;
-            let connected = device.connect(&setup).inspect_err(|e| {
-                if *e == EBUSY {
-                    info.complain(Some(ATTR_SOCKETS), c"a socket or the device is in use");
-                }
-            })?;
-            if connected {
-                break device;
+        let device = connect_any(&self.registry, info, wanted, &setup).inspect_err(|e| {
+            if *e == EBUSY {
+                info.complain(Some(ATTR_SOCKETS), c"a socket or the device is in use");
             }
-            // Another task was faster. Another device will do, unless the message names this one.
-            if wanted.is_some() {
-                refuse_if_going_down(info, &device)?;
-                info.complain(Some(ATTR_INDEX), c"the device is in use");
-                return Err(EBUSY);
-            }
+        })?;
+        let Some(device) = device else {
+            info.complain(Some(ATTR_INDEX), c"the device is in use");
+            return Err(EBUSY);
         };
         // As in nbd.c, the device is connected even if the reply is lost.
         let _ = info.reply(CMD_CONNECT, ATTR_INDEX, &device.index.to_ne_bytes());
         Ok(())
-    }
-
-    /// Finds or adds the device `wanted`, or an unused one if the message names none.
-    ///
-    /// # Errors
-    ///
-    /// - `EINVAL`: the device is going down.
-    /// - Those of [`Registry::find_or_add()`].
-    fn find_or_add(
-        &self,
-        info: &Info<'_>,
-        wanted: Option<u32>,
-        sockets: u32,
-    ) -> Result<Arc<Disk<Nbd>>> {
-        let device = self
-            .registry
-            .find_or_add(wanted, Some(sockets.max(1)))
-            .inspect_err(|e| {
-                if *e == ENOSPC {
-                    info.complain(None, c"no index is left");
-                }
-            })?;
-        if wanted.is_some() {
-            refuse_if_going_down(info, &device)?;
-        }
-        Ok(device)
     }
 
     /// Disconnects a device (`nbd_genl_disconnect()`).
@@ -228,22 +196,19 @@ impl Netlink {
     /// - `ENOMEM`.
     fn parse_setup<'a>(&self, info: &Info<'a>) -> Result<Setup<'a>> {
         let number = |kind| info.attr(kind).and_then(|a: Attr<'a>| a.u64());
+        let jiffies = |kind| number(kind).map(task::seconds_to_jiffies);
         let mut setup = Setup {
             size_bytes: number(ATTR_SIZE_BYTES),
             block_bytes: number(ATTR_BLOCK_SIZE_BYTES),
-            timeout_seconds: number(ATTR_TIMEOUT),
-            dead_timeout_seconds: number(ATTR_DEAD_CONN_TIMEOUT),
+            timeout_jiffies: jiffies(ATTR_TIMEOUT),
+            dead_timeout_jiffies: jiffies(ATTR_DEAD_CONN_TIMEOUT),
             server_flags: number(ATTR_SERVER_FLAGS),
             client_flags: number(ATTR_CLIENT_FLAGS),
             sockets: sockets(info)?,
             backend: info.attr(ATTR_BACKEND_IDENTIFIER).map(|a| a.string()),
-            owner: None,
-            namespace: None,
+            ..Setup::default()
         };
-        if setup.makes_owner() {
-            self.registry.expect_owners();
-            setup.owner = Some(Arc::new(info.sender()?, GFP_KERNEL)?);
-        }
+        set_owner(&self.registry, info, &mut setup)?;
         Ok(setup)
     }
 
@@ -264,6 +229,71 @@ impl Netlink {
             Ok(())
         })?;
         info.reply(CMD_STATUS, ATTR_DEVICE_LIST, &list)
+    }
+}
+
+/// Checks that a message has no attributes but `known` ones. Others belong to other commands of the family: netlink has
+/// refused what none of them has.
+///
+/// # Errors
+///
+/// `EINVAL`: it has such an attribute.
+fn refuse_others(info: &Info<'_>, known: &[u16]) -> Result {
+    if let Some(other) = info.kind_other_than(known) {
+        info.complain(Some(other), c"the command does not have this attribute");
+        return Err(EINVAL);
+    }
+    Ok(())
+}
+
+/// Makes the sender the owner of the device, if it has asked for that.
+///
+/// # Errors
+///
+/// - `EINVAL`: the message does not come from a socket.
+/// - `ENOMEM`.
+fn set_owner(registry: &Registry, info: &Info<'_>, setup: &mut Setup<'_>) -> Result {
+    if setup.makes_owner() {
+        registry.expect_owners();
+        setup.owner = Some(Arc::new(info.sender()?, GFP_KERNEL)?);
+    }
+    Ok(())
+}
+
+/// Connects the device `wanted`, or an unused one, which is added if there is none. Returns the device, or nothing
+/// if `wanted` is in use.
+///
+/// # Errors
+///
+/// - `EINVAL`: the device is going down.
+/// - `ENOSPC`: no index is left.
+/// - Those of adding a device and of [`Device::connect()`].
+fn connect_any(
+    registry: &Arc<Registry>,
+    info: &Info<'_>,
+    wanted: Option<u32>,
+    setup: &Setup<'_>,
+) -> Result<Option<Arc<Disk<Nbd>>>> {
+    loop {
+        let sockets = setup.sockets.len() as u32;
+        let device = registry
+            .find_or_add(wanted, Some(sockets.max(1)))
+            .inspect_err(|e| {
+                if *e == ENOSPC {
+                    info.complain(None, c"no index is left");
+                }
+            })?;
+        if wanted.is_some() {
+            refuse_if_going_down(info, &device)?;
+        }
+        if device.connect(setup)? {
+            return Ok(Some(device));
+        }
+        // Another task was faster. Another device will do, unless the message names this one.
+        if wanted.is_some() {
+            refuse_if_going_down(info, &device)?;
+            return Ok(None);
+        }
     }
 }
 

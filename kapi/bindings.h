@@ -72,6 +72,7 @@ RNBD_CONST(u32, SOCK_STREAM);
 RNBD_CONST(u32, SOCK_MEMALLOC);
 RNBD_CONST(u32, TCP_NODELAY);
 RNBD_CONST(u32, TLS_GET_RECORD_TYPE);
+RNBD_CONST(u8, TLS_BASE);
 RNBD_CONST(u8, TCP_ESTABLISHED);
 RNBD_CONST(u8, TCP_SYN_SENT);
 RNBD_CONST(u8, TCP_LISTEN);
@@ -100,5 +101,7 @@ RNBD_OFFSET(struct nsproxy, net_ns, NSPROXY_NET);
 RNBD_OFFSET(struct genl_dumpit_info, info, DUMPIT_INFO);
 RNBD_OFFSET(struct tcp_ulp_ops, name, ULP_NAME);
 RNBD_OFFSET(struct tls_context, tx_lock, TLS_TX_LOCK);
+/* The byte with the bit fields tx_conf and rx_conf. */
+const size_t RNBD_CONST_OFFSET_TLS_CONF = offsetofend(struct tls_context, prot_info);
 RNBD_OFFSET(struct vsock_sock, peer_shutdown, PEER_SHUTDOWN);
 //bindgen: --allowlist-var RNBD_CONST_.*

@@ -29,9 +29,13 @@ pub(crate) const EPROTO: Errno = Errno(bindings::EPROTO);
 pub(crate) const EOPNOTSUPP: Errno = Errno(bindings::EOPNOTSUPP);
 /// No buffer space available.
 pub(crate) const ENOBUFS: Errno = Errno(bindings::ENOBUFS);
+/// Socket operation on non-socket.
+pub(crate) const ENOTSOCK: Errno = Errno(bindings::ENOTSOCK);
 /// Transport endpoint is not connected.
 pub(crate) const ENOTCONN: Errno = Errno(bindings::ENOTCONN);
 /// Key has expired: TLS cannot decrypt what follows.
 pub(crate) const EKEYEXPIRED: Errno = Errno(bindings::EKEYEXPIRED);
+/// Required key not available.
+pub(crate) const ENOKEY: Errno = Errno(bindings::ENOKEY);
 /// Remote I/O error.
 pub(crate) const EREMOTEIO: Errno = Errno(bindings::EREMOTEIO);

@@ -173,6 +173,16 @@ pub(crate) fn jiffies_to_ms(jiffies: usize) -> u64 {
     (jiffies as u64).saturating_mul(1000) / u64::from(HZ)
 }
 
+/// Converts seconds to jiffies.
+pub(crate) fn seconds_to_jiffies(seconds: u64) -> u64 {
+    seconds.saturating_mul(u64::from(HZ))
+}
+
+/// Converts milliseconds to jiffies, rounding up.
+pub(crate) fn ms_to_jiffies(ms: u64) -> u64 {
+    ms.saturating_mul(u64::from(HZ)).div_ceil(1000)
+}
+
 /// A point in time at which a wait ends, in jiffies.
 pub(crate) struct Deadline(usize);
 

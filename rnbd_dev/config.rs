@@ -3,10 +3,17 @@
 
 #![forbid(unsafe_code)]
 
-use super::running::Running;
+use super::{
+    running::Running,
+    USUAL_SIZES, //
+};
 use crate::{
     kapi::{
-        block::disk::DiskRef,
+        block::{
+            disk::DiskRef,
+            limits::RequestSizes, //
+        },
+        errno::ENOKEY,
         net::{
             namespace::Namespace,
             sock::{
@@ -57,6 +64,10 @@ pub(crate) struct Config {
     pub(super) flags: u32,
     pub(super) size_bytes: u64,
     pub(super) block_bytes: u32,
+    /// How large requests may be.
+    pub(super) sizes: RequestSizes,
+    /// All sockets must be encrypted by TLS in the kernel.
+    pub(super) needs_tls: bool,
     /// What the disk of a started device has.
     pub(super) disk_has: Geometry,
     pub(super) sockets: KVec<Socket>,
@@ -92,6 +103,8 @@ pub(crate) struct Config {
     /// The network namespace of whoever has connected the device by netlink.
     pub(super) namespace: Option<Arc<Namespace>>,
     pub(super) scan: Scan,
+    /// No partition table is looked for.
+    pub(super) never_scans: bool,
     /// How often in a row connections were lost while the partition table was read.
     pub(super) lost_scans: u32,
     /// One of the references is that of the open which reads the partition table.
@@ -215,6 +228,8 @@ impl Config {
             flags: 0,
             size_bytes: 0,
             block_bytes: DEFAULT_BLOCK_BYTES,
+            sizes: USUAL_SIZES,
+            needs_tls: false,
             disk_has: Geometry {
                 size_bytes: 0,
                 block_bytes: DEFAULT_BLOCK_BYTES,
@@ -236,12 +251,25 @@ impl Config {
             has_backend_file: false,
             namespace: None,
             scan: Scan::Done,
+            never_scans: false,
             lost_scans: 0,
             opened_by_scanner: false,
             running: None,
             dead_timeout_jiffies: 0,
             module,
         }
+    }
+
+    /// Checks that a socket may be used for the device.
+    ///
+    /// # Errors
+    ///
+    /// `ENOKEY`: it must be encrypted by TLS in the kernel, and is not.
+    pub(super) fn check_encryption(&self, socket: &Socket) -> Result {
+        if self.needs_tls && !socket.is_encrypted() {
+            return Err(ENOKEY.into());
+        }
+        Ok(())
     }
 
     /// Returns whether the device has sockets for a session and has had none yet.

@@ -8,12 +8,17 @@ use super::{
     config::Config,
     setup::checked_block_bytes,
     Device,
-    State, //
+    State,
+    USUAL_SIZES, //
 };
 use crate::kapi::{
     block::{
         disk::OpenMutexHeld,
-        gendisk::File, //
+        gendisk::File,
+        limits::{
+            RequestSizes,
+            SECTOR_BYTES, //
+        },
     },
     net::{
         namespace::Namespace,
@@ -28,21 +33,21 @@ use kernel::{
 };
 
 /// See `NBD_CFLAG_DESTROY_ON_DISCONNECT`.
-const CFLAG_DESTROY_ON_DISCONNECT: u64 = 1 << 0;
+pub(crate) const CFLAG_DESTROY_ON_DISCONNECT: u64 = 1 << 0;
 /// See `NBD_CFLAG_DISCONNECT_ON_CLOSE`.
-const CFLAG_DISCONNECT_ON_CLOSE: u64 = 1 << 1;
+pub(crate) const CFLAG_DISCONNECT_ON_CLOSE: u64 = 1 << 1;
 
 /// The device is disconnected when the netlink socket that has sent this is closed. nbd.c does not have
 /// this flag, and ignores it.
-const CFLAG_DISCONNECT_ON_RELEASE: u64 = 1 << 32;
+pub(crate) const CFLAG_DISCONNECT_ON_RELEASE: u64 = 1 << 32;
 
 /// The attributes of a netlink request. A setting whose attribute is absent stays as it is.
 #[derive(Default)]
 pub(crate) struct Setup<'a> {
     pub(crate) size_bytes: Option<u64>,
     pub(crate) block_bytes: Option<u64>,
-    pub(crate) timeout_seconds: Option<u64>,
-    pub(crate) dead_timeout_seconds: Option<u64>,
+    pub(crate) timeout_jiffies: Option<u64>,
+    pub(crate) dead_timeout_jiffies: Option<u64>,
     pub(crate) server_flags: Option<u64>,
     pub(crate) client_flags: Option<u64>,
     pub(crate) sockets: KVec<u32>,
@@ -51,6 +56,12 @@ pub(crate) struct Setup<'a> {
     pub(crate) owner: Option<Arc<Sender>>,
     /// The network namespace of the sender, if the device is to be connected.
     pub(crate) namespace: Option<Arc<Namespace>>,
+    /// How large requests may be, if the device is to be connected.
+    pub(crate) sizes: Option<RequestSizes>,
+    /// No partition table is looked for.
+    pub(crate) never_scans: bool,
+    /// All sockets must be encrypted by TLS in the kernel, also those that come later.
+    pub(crate) needs_tls: bool,
 }
 
 impl Setup<'_> {
@@ -76,6 +87,7 @@ impl Device {
     ///   layer does not accept.
     /// - `EBADF`, `ENOTSOCK`: a file descriptor is not that of a socket.
     /// - `ENOTCONN`: a socket is not connected, and never was.
+    /// - `ENOKEY`: a socket must be encrypted by TLS, and is not.
     /// - `EBUSY`: a socket is in use by another device or by another part of the kernel, or the
     ///   disk's limits are.
     /// - `ENODEV`: the module is being unloaded.
@@ -142,9 +154,13 @@ impl Device {
         if let Some(flags) = setup.server_flags {
             config.flags = flags as u32;
         }
+        config.sizes = setup.sizes.unwrap_or(USUAL_SIZES);
+        config.never_scans = setup.never_scans;
+        config.needs_tls = setup.needs_tls;
         for fd in &setup.sockets {
             let fd = i32::try_from(*fd).map_err(|_| EINVAL)?;
             let socket = self.socket_from_fd(fd)?;
+            config.check_encryption(&socket)?;
             config.sockets.push(socket, GFP_KERNEL)?;
         }
         if let Some(backend) = setup.backend {
@@ -163,7 +179,8 @@ impl Device {
     ///
     /// # Errors
     ///
-    /// - `EINVAL`: the size or the block size is not valid.
+    /// - `EINVAL`: the size or the block size is not valid, or a request of one block would be too large for the
+    ///   server.
     /// - `EBUSY`: see [`Self::set_size()`].
     /// - `ENODEV`: the device has no configuration.
     fn apply(
@@ -178,11 +195,18 @@ impl Device {
             Some(bytes) if bytes != u64::from(config.block_bytes) => checked_block_bytes(bytes)?,
             _ => config.block_bytes,
         };
+        if block_bytes > config.sizes.max_hw_sectors.saturating_mul(SECTOR_BYTES) {
+            pr_err!(
+                "nbd{}: cannot change the block size to {block_bytes}: the server takes less at once\n",
+                self.index
+            );
+            return Err(EINVAL);
+        }
         if size_bytes != config.size_bytes || block_bytes != config.block_bytes {
             self.set_size(config, held, size_bytes, block_bytes)?;
         }
-        if let Some(seconds) = setup.dead_timeout_seconds {
-            config.dead_timeout_jiffies = seconds.saturating_mul(u64::from(task::HZ));
+        if let Some(jiffies) = setup.dead_timeout_jiffies {
+            config.dead_timeout_jiffies = jiffies;
             if let Some(session) = &config.session {
                 session.set_dead_timeout_jiffies(config.dead_timeout_jiffies);
             }
@@ -192,8 +216,8 @@ impl Device {
             let destroy = flags & CFLAG_DESTROY_ON_DISCONNECT != 0;
             self.usage.lock().destroy_on_disconnect = destroy;
         }
-        if let Some(seconds) = setup.timeout_seconds {
-            self.apply_timeout(state, seconds);
+        if let Some(jiffies) = setup.timeout_jiffies {
+            self.apply_timeout(state, jiffies);
         }
         Ok(())
     }
@@ -209,6 +233,7 @@ impl Device {
     ///   of the new settings or sockets is not valid.
     /// - `EBADF`, `ENOTSOCK`: a file descriptor is not that of a socket.
     /// - `ENOTCONN`: a socket is not connected.
+    /// - `ENOKEY`: a socket must be encrypted by TLS, and is not.
     /// - `EBUSY`: a socket is in use, or the block size cannot be changed now (see
     ///   [`Self::set_size()`]).
     /// - `ENODEV`: the module is being unloaded.
@@ -250,6 +275,7 @@ impl Device {
         let session = session.ok_or(EINVAL)?;
         for fd in &setup.sockets {
             let socket = self.socket_from_fd(*fd as i32)?;
+            state.config_mut()?.check_encryption(&socket)?;
             if !session.reconnect(&self.disk, &socket, self.stuck_jiffies)? {
                 break;
             }

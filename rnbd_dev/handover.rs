@@ -10,7 +10,10 @@ use super::{
 };
 use crate::{
     kapi::{
-        errno::ENOTCONN,
+        errno::{
+            ENOKEY,
+            ENOTCONN, //
+        },
         net::sock::Socket,
         task, //
     },
@@ -50,6 +53,7 @@ impl Device {
     ///   MPTCP, nor a vsock or UNIX stream socket.
     /// - `EBADF`, `ENOTSOCK`: a file descriptor is not that of a socket.
     /// - `ENOTCONN`: the device is not connected, or a socket is not.
+    /// - `ENOKEY`: a socket must be encrypted by TLS, and is not.
     /// - Those of [`Session::hand_over()`].
     ///
     /// # Context
@@ -71,6 +75,10 @@ impl Device {
         let mut sockets: KVec<Socket> = KVec::with_capacity(wanted.sockets.len(), GFP_KERNEL)?;
         for fd in &wanted.sockets {
             let socket = self.socket_from_fd(*fd).map_err(unusable)?;
+            state
+                .config_mut()?
+                .check_encryption(&socket)
+                .map_err(unusable)?;
             sockets.push(socket, GFP_KERNEL)?;
         }
         session.hand_over(&self.disk, wanted.which, &sockets, wanted.drain_ms)?;
@@ -111,6 +119,7 @@ fn unusable(error: Error) -> Refusal {
         e if e == EBADF => c"a file descriptor is not open",
         e if e == EINVAL => c"a socket must be TCP, MPTCP, vsock or UNIX",
         e if e == ENOTCONN => c"a socket is not connected",
+        e if e == ENOKEY => c"a socket is not encrypted by TLS, as the device's must be",
         _ => c"a file descriptor is not that of a socket",
     };
     Refusal::new(error, About::Sockets, words)

@@ -8,7 +8,8 @@ use super::{
     disconnect::Target,
     Device,
     State,
-    DEFAULT_TIMEOUT_SECONDS, //
+    DEFAULT_TIMEOUT_SECONDS,
+    USUAL_SIZES, //
 };
 use crate::kapi::{
     block::{
@@ -204,7 +205,7 @@ impl Device {
         if let Some(held) = held {
             held.drop_partitions();
         }
-        self.disk.reset_limits();
+        self.disk.reset_limits(USUAL_SIZES);
         // The next session decides whether it is read-only.
         self.disk.clear_read_only_of_user();
         if config.started {

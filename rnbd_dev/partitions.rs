@@ -45,8 +45,8 @@ const MAX_LOST_SCANS: u32 = 3;
 
 impl Device {
     /// Makes the next open read the partition table, if partitions are looked for.
-    pub(super) fn scan_partitions_at_open(&self) {
-        if self.scans_partitions {
+    pub(super) fn scan_partitions_at_open(&self, config: &Config) {
+        if self.scans_partitions && !config.never_scans {
             self.disk.need_partition_scan();
         }
     }
@@ -54,9 +54,11 @@ impl Device {
     /// Records that the partition table is to be read, if partitions are looked for.
     pub(super) fn want_scan(&self, config: &mut Config) {
         if self.scans_partitions {
-            config.scan = Scan::Wanted;
             // Not by an open, before the server has replied.
             self.disk.cancel_partition_scan();
+        }
+        if self.scans_partitions && !config.never_scans {
+            config.scan = Scan::Wanted;
         }
     }
 

@@ -24,7 +24,8 @@ use crate::{
             limits::{
                 valid_block_size,
                 BlockSizeError,
-                Features, //
+                Features,
+                RequestSizes, //
             },
         },
         errno::ENOTCONN,
@@ -343,7 +344,7 @@ impl Device {
                     );
                     EBUSY
                 })?;
-                self.set_disk_block_bytes(held, block_bytes)?;
+                self.set_disk_block_bytes(held, block_bytes, config.sizes)?;
             }
             config.disk_has = Geometry {
                 size_bytes,
@@ -362,7 +363,7 @@ impl Device {
         }
         match self.disk.capacity() {
             Sectors(0) => self.want_scan(config),
-            size if size != Sectors(size_bytes >> 9) => self.scan_partitions_at_open(),
+            size if size != Sectors(size_bytes >> 9) => self.scan_partitions_at_open(config),
             _ => {}
         }
         Ok(self.disk.set_capacity_and_notify(Sectors(size_bytes >> 9)))
@@ -397,8 +398,10 @@ impl Device {
         &self,
         held: &OpenMutexHeld<'_>,
         block_bytes: u32,
+        sizes: RequestSizes,
     ) -> Result {
-        held.set_block_bytes(block_bytes).map_err(|e| match e {
+        let set = held.set_block_bytes(block_bytes, sizes.physical_block_bytes);
+        set.map_err(|e| match e {
             BlockSizeError::CacheInUse => {
                 pr_err!(
                     "nbd{}: cannot change the block size to {block_bytes} while the page cache is in use\n",
@@ -431,19 +434,18 @@ impl Device {
     /// Those of [`Self::set_up_by_ioctl()`].
     pub(crate) fn set_timeout_seconds(&self, seconds: usize) -> Result {
         let mut state = self.lock_for_ioctl()?;
-        self.apply_timeout(&mut state, seconds as u64);
+        self.apply_timeout(&mut state, task::seconds_to_jiffies(seconds as u64));
         state.config_mut()?.set_up_by_ioctl = true;
         Ok(())
     }
 
-    /// Sets the request timeout under the configuration lock.
-    pub(super) fn apply_timeout(&self, state: &mut State, seconds: u64) {
+    /// Sets the request timeout in jiffies under the configuration lock, 0 if none is set.
+    pub(super) fn apply_timeout(&self, state: &mut State, jiffies: u64) {
         // A value that is larger than the block layer's maximum must not wrap around to a short
         // timeout.
-        let jiffies = seconds.saturating_mul(u64::from(task::HZ));
         let jiffies = u32::try_from(jiffies).map_or(MAX_JIFFIES, |j| j.min(MAX_JIFFIES));
         state.timeout_jiffies = jiffies;
-        self.disk.set_request_timeout(match seconds {
+        self.disk.set_request_timeout(match jiffies {
             0 => DEFAULT_TIMEOUT_SECONDS * task::HZ,
             _ => jiffies,
         });

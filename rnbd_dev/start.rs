@@ -430,8 +430,8 @@ impl Device {
         // The image gets a `diskseq` of its own.
         self.disk.force_media_change();
         // A write to `queue/write_cache` since the last session must not keep this one from
-        // flushing.
-        self.disk.reset_limits();
+        // flushing. No request is sent yet that could be too large.
+        self.disk.reset_limits(config.sizes);
         self.session.publish(session.clone()).map_err(|_| EBUSY)?;
         self.apply_size(config, None, config.size_bytes, config.block_bytes)?;
         // udev looks at the device when it receives an event, so these come last. Until the disk is

@@ -3,15 +3,15 @@
 
 #![forbid(unsafe_code)]
 
-use super::check_capable;
+use super::{
+    check_capable,
+    refuse_others, //
+};
 use crate::{
     kapi::{
         net::{
             attr::Attr,
-            genl::{
-                Info,
-                Policy, //
-            },
+            genl::Info, //
         },
         task, //
     },
@@ -25,22 +25,12 @@ use crate::{
 };
 use kernel::prelude::*;
 
-/// The attributes of the command.
+/// The attributes of the command. Those that connect has, too, have the same numbers there.
 const DEVICE: u16 = 1;
 const CONNECTION: u16 = 2;
 const SOCKETS: u16 = 3;
 const DRAIN: u16 = 4;
 const BACKEND: u16 = 5;
-
-/// The requirements for them.
-pub(super) const POLICY: &[Policy] = &[
-    Policy::ANY,
-    Policy::U32,
-    Policy::U32,
-    Policy::BINARY,
-    Policy::U32,
-    Policy::BINARY,
-];
 
 /// Hands connections of a device over to new sockets.
 ///
@@ -56,6 +46,7 @@ pub(super) const POLICY: &[Policy] = &[
 /// May sleep, but does not wait for a server.
 pub(super) fn run(registry: &Registry, info: &Info<'_>) -> Result {
     check_capable(info)?;
+    refuse_others(info, &[DEVICE, CONNECTION, SOCKETS, DRAIN, BACKEND])?;
     let index = info.require(DEVICE, c"the index of a device is needed")?;
     let sockets = info.require(SOCKETS, c"at least one socket is needed")?;
     let drain = info.require(DRAIN, c"the time to drain is needed (0: none)")?;
@@ -64,7 +55,7 @@ pub(super) fn run(registry: &Registry, info: &Info<'_>) -> Result {
         which: number(CONNECTION).map_or(Which::All, Which::One),
         // Everybody who sends a netlink command waits for this one, perhaps also whoever brings a device back on
         // which writeback waits.
-        sockets: task::memalloc_noio(|| descriptors(info, sockets))?,
+        sockets: task::memalloc_noio(|| descriptors(info, SOCKETS, sockets))?,
         drain_ms: drain.u32().unwrap_or(0),
         backend: info.attr(BACKEND).map(|a| a.string()),
     };
@@ -78,16 +69,16 @@ pub(super) fn run(registry: &Registry, info: &Info<'_>) -> Result {
         .map_err(|refusal| refuse(info, &refusal))
 }
 
-/// Parses the file descriptors of the sockets.
+/// Parses the file descriptors of the sockets, which an attribute of this kind has.
 ///
 /// # Errors
 ///
 /// - `EINVAL`: they are not a list of numbers of 32 bits, or there is none.
 /// - `ENOMEM`.
-fn descriptors(info: &Info<'_>, list: Attr<'_>) -> Result<KVec<i32>> {
+pub(super) fn descriptors(info: &Info<'_>, kind: u16, list: Attr<'_>) -> Result<KVec<i32>> {
     let bytes = list.bytes();
     if bytes.is_empty() || bytes.len() % size_of::<i32>() != 0 {
-        info.complain(Some(SOCKETS), c"the sockets must be numbers of 32 bits");
+        info.complain(Some(kind), c"the sockets must be numbers of 32 bits");
         return Err(EINVAL);
     }
     let mut descriptors = KVec::new();

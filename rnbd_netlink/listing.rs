@@ -5,7 +5,13 @@
 
 #![forbid(unsafe_code)]
 
-use super::handover;
+use super::{
+    connect::{
+        self,
+        CMD_CONNECT, //
+    },
+    handover, //
+};
 use crate::{
     kapi::{
         errno::EOPNOTSUPP,
@@ -41,6 +47,9 @@ const CMD_DEVICE_GET: u8 = 1;
 const CMD_CONNECTION_GET: u8 = 2;
 /// The numbers in between are those of events.
 const CMD_HANDOVER: u8 = 8;
+
+/// The requirements for the attributes of all messages. A message may only have those of its command.
+const POLICY: &[Policy] = connect::POLICY;
 
 /// The index of a device, in each message and answer.
 const INDEX: u16 = 1;
@@ -99,8 +108,8 @@ pub(crate) struct Listing {
 impl Commands for Listing {
     const NAME: &'static CStr = c"rnbd";
     const VERSION: u32 = 1;
-    const POLICY: &'static [Policy] = handover::POLICY;
-    const COMMANDS: &'static [u8] = &[CMD_HANDOVER];
+    const POLICY: &'static [Policy] = POLICY;
+    const COMMANDS: &'static [u8] = &[CMD_HANDOVER, CMD_CONNECT];
     const DUMPS: &'static [List] = &[
         List {
             command: CMD_DEVICE_GET,
@@ -117,6 +126,7 @@ impl Commands for Listing {
     fn run(&self, command: u8, info: &Info<'_>) -> Result {
         match command {
             CMD_HANDOVER => handover::run(&self.registry, info),
+            CMD_CONNECT => connect::run(&self.registry, info),
             _ => Err(EOPNOTSUPP.into()),
         }
     }
@@ -130,7 +140,7 @@ impl Commands for Listing {
     /// - `ENOMEM`, and `EMSGSIZE` if this part of the answer is full.
     fn dump(&self, command: u8, dump: &mut Dump<'_>) -> Result {
         // Netlink has refused what no command of the family has.
-        let mut others = INDEX + 1..handover::POLICY.len() as u16;
+        let mut others = INDEX + 1..POLICY.len() as u16;
         if others.any(|kind| dump.attr(kind).is_some()) {
             return Err(EINVAL);
         }

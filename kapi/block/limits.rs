@@ -28,12 +28,27 @@ use kernel::{
     },
 };
 
+/// The size of a sector, in bytes.
+pub(crate) const SECTOR_BYTES: u32 = 1 << bindings::SECTOR_SHIFT;
+
 /// The limits with which a disk is created. All others have the block layer's defaults.
 pub(crate) struct FixedLimits {
     pub(crate) max_hw_sectors: u32,
     pub(crate) max_segments: u16,
     pub(crate) max_segment_size: u32,
     pub(crate) io_opt_bytes: u32,
+}
+
+/// How large requests may be, and how large they had better be.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct RequestSizes {
+    /// The physical block size. If the logical one is larger, that counts.
+    pub(crate) physical_block_bytes: u32,
+    /// The optimal size, which also determines how much is read ahead. The block layer rounds it down to
+    /// physical blocks.
+    pub(crate) io_opt_bytes: u32,
+    /// The largest size, which is at least a page and a logical block.
+    pub(crate) max_hw_sectors: u32,
 }
 
 /// The features of a disk that may change while it exists.
@@ -122,20 +137,24 @@ impl DiskRef {
         locked.commit()
     }
 
-    /// Clears the features of the disk, and what user space has written to `queue/write_cache`. The
-    /// block size stays, and so do the other settings that user space has made in sysfs.
+    /// Clears the features of the disk, and what user space has written to `queue/write_cache`, and sets the
+    /// sizes of requests. The logical block size stays, and so do the other settings that user space has made in
+    /// sysfs.
     ///
     /// # Context
     ///
     /// May sleep. Requests that are in flight or arrive must end without a server: another task that
     /// holds the lock of the limits may wait for them, and this function waits for that lock without
     /// a limit.
-    pub(crate) fn reset_limits(&self) {
+    pub(crate) fn reset_limits(&self, sizes: RequestSizes) {
         // SAFETY: By the type invariant, the queue is valid.
         unsafe { bindings::mutex_lock(&raw mut (*self.queue()).limits_lock) };
         // SAFETY: The lock was taken above.
         let mut locked = unsafe { self.locked_limits() };
-        locked.change(|limits| limits.with(Features::default()));
+        locked.change(|limits| ChangeableLimits {
+            sizes,
+            ..limits.with(Features::default())
+        });
         locked.new.flags &= !bindings::BLK_FLAG_WRITE_CACHE_DISABLED;
         // The block layer rejects only inconsistent limits, and these are consistent.
         let _ = locked.commit();
@@ -196,14 +215,14 @@ impl OpenMutexHeld<'_> {
         let usual = block_bytes.max(bindings::PAGE_SIZE as u32);
         let deadline = Deadline::after_seconds(TIMEOUT_SECONDS);
         let grown = self.set_cache_blocks(usual, &deadline, |now| now < block_bytes);
-        self.update_block_bytes(block_bytes)?;
+        self.update_block_bytes(block_bytes, block_bytes)?;
         // Blocks that are too large work, except for swap.
         let _ = self.set_cache_blocks(usual, &deadline, |now| now == last && now > usual);
         Ok(grown.is_ok())
     }
 
-    /// Sets the logical and the physical block size of the disk, in bytes. The blocks of its page
-    /// cache stay as they are: a page fault may be about to use them.
+    /// Sets the logical and the physical block size of the disk, in bytes. The latter is at least as large as the
+    /// former. The blocks of its page cache stay as they are: a page fault may be about to use them.
     ///
     /// If the disk may have I/O, the queue is frozen meanwhile.
     ///
@@ -217,18 +236,24 @@ impl OpenMutexHeld<'_> {
     pub(crate) fn set_block_bytes(
         &self,
         block_bytes: u32,
+        physical_block_bytes: u32,
     ) -> core::result::Result<(), BlockSizeError> {
         if self.has_cache_blocks_below(block_bytes) {
             return Err(BlockSizeError::CacheInUse);
         }
-        self.update_block_bytes(block_bytes)
+        self.update_block_bytes(block_bytes, physical_block_bytes)
             .map_err(BlockSizeError::Limits)
     }
 
-    fn update_block_bytes(&self, block_bytes: u32) -> Result {
-        self.disk().update(|limits| ChangeableLimits {
-            block_bytes,
-            ..limits
+    fn update_block_bytes(&self, block_bytes: u32, physical_block_bytes: u32) -> Result {
+        self.disk().update(|limits| {
+            let mut sizes = limits.sizes;
+            sizes.physical_block_bytes = physical_block_bytes.max(block_bytes);
+            ChangeableLimits {
+                block_bytes,
+                sizes,
+                ..limits
+            }
         })
     }
 }
@@ -288,8 +313,9 @@ struct ChangeableLimits {
     features: u32,
     max_hw_discard_sectors: u32,
     max_write_zeroes_sectors: u32,
-    /// The logical and the physical block size.
+    /// The logical block size.
     block_bytes: u32,
+    sizes: RequestSizes,
 }
 
 impl ChangeableLimits {
@@ -309,6 +335,12 @@ impl ChangeableLimits {
                 max_write_zeroes_sectors: (&raw const (*limits).max_write_zeroes_sectors)
                     .read_volatile(),
                 block_bytes: (&raw const (*limits).logical_block_size).read_volatile(),
+                sizes: RequestSizes {
+                    physical_block_bytes: (&raw const (*limits).physical_block_size)
+                        .read_volatile(),
+                    io_opt_bytes: (&raw const (*limits).io_opt).read_volatile(),
+                    max_hw_sectors: (&raw const (*limits).max_hw_sectors).read_volatile(),
+                },
             }
         }
     }
@@ -319,10 +351,13 @@ impl ChangeableLimits {
         limits.max_hw_discard_sectors = self.max_hw_discard_sectors;
         limits.max_write_zeroes_sectors = self.max_write_zeroes_sectors;
         limits.logical_block_size = self.block_bytes;
-        limits.physical_block_size = self.block_bytes;
+        let physical = self.sizes.physical_block_bytes.max(self.block_bytes);
+        limits.physical_block_size = physical;
+        limits.io_opt = self.sizes.io_opt_bytes;
+        limits.max_hw_sectors = self.sizes.max_hw_sectors;
         // The block layer would only raise these.
-        limits.io_min = self.block_bytes;
-        limits.discard_granularity = self.block_bytes;
+        limits.io_min = physical;
+        limits.discard_granularity = physical;
         // A user's limit below one block, which the block layer does not refuse, stops all I/O.
         if limits.max_user_sectors != 0 {
             let block_sectors = self.block_bytes >> bindings::SECTOR_SHIFT;

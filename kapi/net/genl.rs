@@ -108,6 +108,7 @@ impl Policy {
     pub(crate) const U64: Policy = Self::of(bindings::NLA_U64);
     pub(crate) const BINARY: Policy = Self::of(bindings::NLA_BINARY);
     pub(crate) const STRING: Policy = Self::of(bindings::NLA_STRING);
+    pub(crate) const FLAG: Policy = Self::of(bindings::NLA_FLAG);
     pub(crate) const NESTED: Policy = Self::of(bindings::NLA_NESTED);
 
     const fn of(kind: u32) -> Policy {
@@ -381,6 +382,12 @@ impl<'a> Info<'a> {
         (!attr.is_null()).then(|| unsafe { Attr::from_raw(attr) })
     }
 
+    /// Returns the kind of an attribute of the message that is none of `known`, if there is one.
+    pub(crate) fn kind_other_than(&self, known: &[u16]) -> Option<u16> {
+        let mut others = (1..=self.max).filter(|kind| !known.contains(kind));
+        others.find(|kind| self.attr(*kind).is_some())
+    }
+
     /// Returns an attribute of the message. If the message does not have it, reports to the sender which
     /// attribute is missing, with `message` (`GENL_REQ_ATTR_CHECK()`).
     ///
@@ -409,6 +416,12 @@ impl<'a> Info<'a> {
                 ack.bad_attr = bad.raw;
             }
         }
+    }
+
+    /// Whether the sender was told no words yet, of those that it may want.
+    pub(crate) fn has_no_words(&self) -> bool {
+        // SAFETY: By the type invariant, `raw` is valid. Its `extack` is valid or null.
+        unsafe { (*self.raw).extack.as_ref() }.is_none_or(|ack| ack._msg.is_null())
     }
 
     /// Replies to the sender with a message that has one attribute.

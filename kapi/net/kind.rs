@@ -4,6 +4,7 @@
 //! C header: [`include/net/sock.h`](srctree/include/net/sock.h)
 
 use crate::kapi::bindings;
+use core::ptr::NonNull;
 
 /// A kind of socket that a connection can use: a connected, reliable stream.
 ///
@@ -69,6 +70,49 @@ pub(super) unsafe fn has_upper_layer(sk: *mut bindings::sock) -> bool {
             .read_volatile()
     };
     !ops.is_null()
+}
+
+/// Returns the `struct tls_context` of a socket, if TLS is on top of it (`tls_get_ctx()`). It stays until the
+/// socket is closed.
+///
+/// # Safety
+///
+/// `sk` must be a valid socket.
+pub(super) unsafe fn tls_context(sk: *mut bindings::sock) -> Option<NonNull<u8>> {
+    // SAFETY: By this function's safety requirements, `sk` is valid.
+    if unsafe { Kind::of(sk) } != Some(Kind::Tcp) {
+        return None;
+    }
+    // SAFETY: A TCP socket is a `struct inet_connection_sock`, which has pointers at both offsets used below.
+    let field = |offset| unsafe { sk.byte_add(offset).cast::<*mut u8>().read_volatile() };
+    let ops = field(bindings::OFFSET_ULP_OPS);
+    if ops.is_null() {
+        return None;
+    }
+    // The protocol sets its data before its operations, and both stay until the socket is closed.
+    let context = field(bindings::OFFSET_ULP_DATA);
+    // SAFETY: `ops` points to a static `struct tcp_ulp_ops`, whose name is longer than four bytes.
+    let name = unsafe { *ops.add(bindings::OFFSET_ULP_NAME).cast::<[u8; 4]>() };
+    NonNull::new(context).filter(|_| name == *b"tls\0")
+}
+
+/// Whether TLS has keys for both directions. They stay until the socket is closed, or are replaced by others.
+///
+/// # Safety
+///
+/// `sk` must be a valid socket.
+pub(super) unsafe fn is_encrypted(sk: *mut bindings::sock) -> bool {
+    // SAFETY: By this function's safety requirements, `sk` is valid.
+    let Some(context) = (unsafe { tls_context(sk) }) else {
+        return false;
+    };
+    // SAFETY: The pointer is that of a `struct tls_context`, which has a byte there.
+    let configured = unsafe { context.add(bindings::OFFSET_TLS_CONF).read_volatile() };
+    // `tx_conf` and `rx_conf` have three bits each, the first one in the lowest bits on machines that are little
+    // endian, as all are for which this driver is built.
+    const { assert!(cfg!(target_endian = "little")) };
+    let (tx, rx) = (configured & 7, configured >> 3 & 7);
+    tx != bindings::TLS_BASE && rx != bindings::TLS_BASE
 }
 
 /// Whether the socket is connected, or was until it was shut down. No other socket may be hooked: a TCP

@@ -10,7 +10,7 @@
 use crate::kapi::bindings;
 #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
 use {
-    super::kind::Kind,
+    super::kind::tls_context,
     crate::kapi::barrier::smp_mb,
     core::ptr::NonNull,
     kernel::{
@@ -181,24 +181,9 @@ impl LockClass {
 #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
 unsafe fn tls_lock(sk: *mut bindings::sock) -> Option<NonNull<bindings::mutex>> {
     // SAFETY: By this function's safety requirements, `sk` is valid.
-    if unsafe { Kind::of(sk) } != Some(Kind::Tcp) {
-        return None;
-    }
-    // SAFETY: A TCP socket is a `struct inet_connection_sock`, which has pointers at both offsets used below.
-    let field = |offset| unsafe { sk.byte_add(offset).cast::<*mut u8>().read_volatile() };
-    let ops = field(bindings::OFFSET_ULP_OPS);
-    if ops.is_null() {
-        return None;
-    }
-    // The protocol sets its data before its operations, and both stay until the socket is closed.
-    let context = field(bindings::OFFSET_ULP_DATA);
-    // SAFETY: `ops` points to a static `struct tcp_ulp_ops`, whose name is longer than four bytes.
-    let name = unsafe { *ops.add(bindings::OFFSET_ULP_NAME).cast::<[u8; 4]>() };
-    if name != *b"tls\0" || context.is_null() {
-        return None;
-    }
-    // SAFETY: The data of the protocol with this name is a `struct tls_context`.
-    NonNull::new(unsafe { context.add(bindings::OFFSET_TLS_TX_LOCK) }.cast())
+    let context = unsafe { tls_context(sk) }?;
+    // SAFETY: The pointer is that of a `struct tls_context`.
+    Some(unsafe { context.add(bindings::OFFSET_TLS_TX_LOCK) }.cast())
 }
 
 /// Locks a socket. If `tls` is given, takes that lock before, in the same order as TLS. May sleep.

@@ -15,6 +15,7 @@ use super::{
     context::outside_bpf,
     kind::{
         has_upper_layer,
+        is_encrypted,
         was_connected,
         Kind, //
     },
@@ -229,6 +230,12 @@ impl Socket {
     pub(crate) fn has_upper_layer(&self) -> bool {
         // SAFETY: By the type invariant, `sk` is valid.
         unsafe { has_upper_layer(self.sk()) }
+    }
+
+    /// Whether TLS encrypts what is sent, and decrypts what is received. It stays so.
+    pub(crate) fn is_encrypted(&self) -> bool {
+        // SAFETY: By the type invariant, `sk` is valid.
+        unsafe { is_encrypted(self.sk()) }
     }
 
     /// Ends the connection: nothing can be sent or received any more. May be called again.

@@ -394,10 +394,21 @@ pub fn encrypt(socket: impl AsFd) {
 }
 
 fn encrypt_as(version: u16, socket: impl AsFd) {
+    encrypt_directions(version, socket, &[TLS_TX, TLS_RX]);
+}
+
+/// The directions of TLS.
+const TLS_TX: i32 = 1;
+const TLS_RX: i32 = 2;
+
+/// Has the kernel encrypt what is sent, and nothing else.
+pub fn encrypt_sending(socket: impl AsFd) {
+    encrypt_directions(TLS_1_3, socket, &[TLS_TX]);
+}
+
+fn encrypt_directions(version: u16, socket: impl AsFd, directions: &[i32]) {
     const TCP_ULP: i32 = 31;
     const SOL_TLS: i32 = 282;
-    const TLS_TX: i32 = 1;
-    const TLS_RX: i32 = 2;
     const TLS_CIPHER_AES_GCM_128: u16 = 51;
     // Initialization vector, key, salt, number of the next record: the same for both directions, which
     // is good enough for a test.
@@ -405,8 +416,9 @@ fn encrypt_as(version: u16, socket: impl AsFd) {
     let info = [version, TLS_CIPHER_AES_GCM_128].map(u16::to_ne_bytes);
     let info = [info.as_flattened(), &secrets].concat();
     set_socket_option(&socket, libc::IPPROTO_TCP, TCP_ULP, b"tls\0").expect("TCP_ULP");
-    set_socket_option(&socket, SOL_TLS, TLS_TX, &info).expect("TLS_TX");
-    set_socket_option(&socket, SOL_TLS, TLS_RX, &info).expect("TLS_RX");
+    for direction in directions {
+        set_socket_option(&socket, SOL_TLS, *direction, &info).expect("TLS_TX, TLS_RX");
+    }
 }
 
 /// One connection, in the hands of a script.

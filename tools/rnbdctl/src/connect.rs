@@ -5,7 +5,9 @@
 use crate::cli::ConnectArgs;
 use crate::failure::{Exit, Failure};
 use crate::family_nbd::{Nbd, Setup};
+use crate::family_rnbd::Rnbd;
 use crate::negotiate::Export;
+use crate::netlink::NetlinkError;
 use crate::opening::{Opened, open};
 use crate::sysfs::{Driver, Sysfs};
 use crate::text::say;
@@ -16,6 +18,9 @@ const KERNEL: &str = "connecting the device";
 
 /// The largest request that a driver sends, in bytes.
 const LARGEST_REQUEST: u32 = 32 << 20;
+
+/// The block layer cannot do with less data at once.
+const PAGE: u32 = 4096;
 
 /// # Errors
 ///
@@ -50,6 +55,8 @@ pub fn prepare(opened: Opened, block_size: Option<u32>, read_only: bool) -> Resu
         index: None,
         size: export.size,
         block_size,
+        preferred_block_size: preferred_block_size(block_size, &export),
+        max_payload: max_payload(block_size, &export),
         flags: flags(&export, read_only),
         timeout: None,
         dead_conn_timeout: None,
@@ -58,13 +65,20 @@ pub fn prepare(opened: Opened, block_size: Option<u32>, read_only: bool) -> Resu
     })
 }
 
-/// Connects a device, and returns its index.
+/// Connects a device, and returns its index. Tells rnbd all that the server has told. The family of both drivers
+/// has less.
 ///
 /// # Errors
 ///
 /// The kernel's reason.
 pub fn start(nbd: &Nbd, setup: &Setup, export: &Export) -> Result<u32, Failure> {
-    let index = nbd.connect(setup).map_err(|error| error.during(KERNEL))?;
+    let refused = |error: NetlinkError| error.during(KERNEL);
+    if let Some(rnbd) = Rnbd::open().map_err(refused)? {
+        if let Some(index) = rnbd.connect(setup).map_err(refused)? {
+            return Ok(index);
+        }
+    }
+    let index = nbd.connect(setup).map_err(refused)?;
     limit_requests(index, export);
     Ok(index)
 }
@@ -137,7 +151,21 @@ fn flags(export: &Export, read_only: bool) -> u16 {
     wire::effective(export.flags) | added
 }
 
-/// The family has no attribute for the largest payload that a server takes.
+/// What the server prefers, if that makes sense.
+fn preferred_block_size(block_size: u32, export: &Export) -> Option<u32> {
+    let preferred = export.block_sizes?.preferred;
+    let largest = max_payload(block_size, export).unwrap_or(LARGEST_REQUEST);
+    let valid = preferred.is_power_of_two() && (block_size..=largest).contains(&preferred);
+    valid.then_some(preferred)
+}
+
+/// The most data that the server takes, if the driver can keep to that.
+fn max_payload(block_size: u32, export: &Export) -> Option<u32> {
+    let payload = export.block_sizes?.max_payload;
+    (payload >= block_size.max(PAGE)).then_some(payload.min(LARGEST_REQUEST))
+}
+
+/// The family of both drivers has no attribute for the largest payload that a server takes.
 fn limit_requests(index: u32, export: &Export) {
     let Some(sizes) = export.block_sizes else {
         return;
@@ -179,6 +207,26 @@ mod tests {
         assert_eq!(choose_block_size(Some(4096), &export(1, 1)).unwrap(), 4096);
         let failure = choose_block_size(Some(512), &export(1, 4096)).unwrap_err();
         assert_eq!(failure.exit, Exit::Usage);
+    }
+
+    #[test]
+    fn sizes_are_those_that_make_sense() {
+        let with = |minimum, preferred, max_payload| Export {
+            block_sizes: Some(BlockSizes {
+                minimum,
+                preferred,
+                max_payload,
+            }),
+            ..Export::default()
+        };
+        let both = |export: &Export| (preferred_block_size(512, export), max_payload(512, export));
+        assert_eq!(both(&Export::default()), (None, None));
+        assert_eq!(both(&with(1, 4096, 65536)), (Some(4096), Some(65536)));
+        assert_eq!(both(&with(1, 1, u32::MAX)), (None, Some(LARGEST_REQUEST)));
+        assert_eq!(both(&with(1, 3000, 4096)), (None, Some(4096)));
+        assert_eq!(both(&with(1, 65536, 4096)), (None, Some(4096)));
+        assert_eq!(both(&with(1, 4096, 1024)), (Some(4096), None));
+        assert_eq!(max_payload(65536, &with(1, 4096, 32768)), None);
     }
 
     #[test]

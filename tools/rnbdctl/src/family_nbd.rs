@@ -28,6 +28,9 @@ pub struct Setup {
     pub index: Option<u32>,
     pub size: u64,
     pub block_size: u32,
+    /// For rnbd only, as the next one.
+    pub preferred_block_size: Option<u32>,
+    pub max_payload: Option<u32>,
     pub flags: u16,
     /// In seconds.
     pub timeout: Option<u64>,

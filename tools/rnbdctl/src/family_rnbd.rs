@@ -5,7 +5,11 @@
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::time::Duration;
 
+use neli::types::Buffer;
+use rustix::io::Errno;
+
 use crate::device::{Connection, ConnectionState, Device, Interface, State};
+use crate::family_nbd::Setup;
 use crate::netlink::{Answer, Attrs, Family, NetlinkError};
 use crate::sockaddr;
 use crate::wire;
@@ -13,6 +17,7 @@ use crate::wire;
 const DEVICE_GET: u8 = 1;
 const CONNECTION_GET: u8 = 2;
 const HANDOVER: u8 = 8;
+const CONNECT: u8 = 9;
 
 /// Attributes of a device.
 mod of_device {
@@ -71,6 +76,20 @@ pub struct Handover<'a> {
     pub backend: Option<&'a str>,
 }
 
+/// Attributes of a command that connects a device.
+mod to_connect {
+    pub const DEVICE: u16 = 1;
+    pub const SOCKETS: u16 = 3;
+    pub const BACKEND: u16 = 5;
+    pub const SIZE: u16 = 6;
+    pub const FLAGS: u16 = 7;
+    pub const TIMEOUT: u16 = 8;
+    pub const DEAD_CONN_TIMEOUT: u16 = 9;
+    pub const MINIMUM_BLOCK_SIZE: u16 = 10;
+    pub const PREFERRED_BLOCK_SIZE: u16 = 11;
+    pub const MAXIMUM_PAYLOAD: u16 = 12;
+}
+
 const IPPROTO_TCP: u32 = 6;
 const IPPROTO_MPTCP: u32 = 262;
 
@@ -85,6 +104,40 @@ impl Rnbd {
     /// Those of [`Family::open`].
     pub fn open() -> Result<Option<Self>, NetlinkError> {
         Ok(Family::open("rnbd")?.map(Self))
+    }
+
+    /// Connects a device, and returns its index. `None`: the driver is older than the command.
+    ///
+    /// # Errors
+    ///
+    /// `Refused`: the kernel's reason. Others: those of [`Family::ask`].
+    pub fn connect(&self, setup: &Setup) -> Result<Option<u32>, NetlinkError> {
+        use to_connect::*;
+        let numbers = setup.sockets.iter().map(|socket| socket.as_raw_fd());
+        let sockets: Vec<u8> = numbers.flat_map(i32::to_ne_bytes).collect();
+        let ms = |seconds: u64| seconds.saturating_mul(1000);
+        let attrs = Attrs::default()
+            .with_some(DEVICE, setup.index)?
+            .with(SOCKETS, Buffer::from(sockets))?
+            .with_some(BACKEND, setup.backend.as_deref())?
+            .with(SIZE, setup.size)?
+            .with(FLAGS, u64::from(setup.flags))?
+            .with_some(TIMEOUT, setup.timeout.map(ms))?
+            .with_some(DEAD_CONN_TIMEOUT, setup.dead_conn_timeout.map(ms))?
+            .with(MINIMUM_BLOCK_SIZE, setup.block_size)?
+            .with_some(PREFERRED_BLOCK_SIZE, setup.preferred_block_size)?
+            .with_some(MAXIMUM_PAYLOAD, setup.max_payload)?;
+        let answer = match self.0.ask(CONNECT, attrs) {
+            Err(NetlinkError::Refused {
+                errno: Errno::OPNOTSUPP,
+                ..
+            }) => return Ok(None),
+            answer => answer?,
+        };
+        match answer.number(DEVICE) {
+            None => Err(NetlinkError::Malformed("the reply names no device".into())),
+            index => Ok(index),
+        }
     }
 
     /// All devices, unused ones among them.

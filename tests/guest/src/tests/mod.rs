@@ -4,6 +4,7 @@
 
 mod block_sizes;
 mod completions;
+mod connecting;
 mod differential;
 mod do_it;
 mod endings;
@@ -76,6 +77,7 @@ pub fn all() -> Vec<Test> {
         listing::tests(),
         events::tests(),
         handover::tests(),
+        connecting::tests(),
         shutdowns::tests(),
         races::tests(),
         faults::tests(),
