@@ -442,7 +442,11 @@ impl Connection {
             return false;
         }
         match self.receive_up_to(receive, WORKER_CALLS, usize::MAX) {
-            Ok(true) => return true,
+            Ok(true) => {
+                // What is left may be endless, and no reply.
+                self.check_drained(receive);
+                return true;
+            }
             Ok(false) => self.check_drained(receive),
             Err(e) => {
                 self.receive_failed(e);

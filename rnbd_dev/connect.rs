@@ -15,10 +15,7 @@ use crate::kapi::{
     block::{
         disk::OpenMutexHeld,
         gendisk::File,
-        limits::{
-            RequestSizes,
-            SECTOR_BYTES, //
-        },
+        limits::RequestSizes, //
     },
     net::{
         namespace::Namespace,
@@ -195,13 +192,6 @@ impl Device {
             Some(bytes) if bytes != u64::from(config.block_bytes) => checked_block_bytes(bytes)?,
             _ => config.block_bytes,
         };
-        if block_bytes > config.sizes.max_hw_sectors.saturating_mul(SECTOR_BYTES) {
-            pr_err!(
-                "nbd{}: cannot change the block size to {block_bytes}: the server takes less at once\n",
-                self.index
-            );
-            return Err(EINVAL);
-        }
         if size_bytes != config.size_bytes || block_bytes != config.block_bytes {
             self.set_size(config, held, size_bytes, block_bytes)?;
         }

@@ -258,7 +258,7 @@ impl Device {
         if served || self.disk.capacity() == Sectors(0) {
             return Ok(());
         }
-        if self.disk.cancel_partition_scan() {
+        if self.disk.cancel_partition_scan() && !config.never_scans {
             config.scan = Scan::Wanted;
         }
         match purpose {

@@ -25,7 +25,8 @@ use crate::{
                 valid_block_size,
                 BlockSizeError,
                 Features,
-                RequestSizes, //
+                RequestSizes,
+                SECTOR_BYTES, //
             },
         },
         errno::ENOTCONN,
@@ -332,6 +333,13 @@ impl Device {
         if i64::try_from(size_bytes).is_err() {
             return Err(EINVAL);
         }
+        if block_bytes > config.sizes.max_hw_sectors.saturating_mul(SECTOR_BYTES) {
+            pr_err!(
+                "nbd{}: cannot change the block size to {block_bytes}: the server takes less at once\n",
+                self.index
+            );
+            return Err(EINVAL);
+        }
         let running = config.is_running();
         if running {
             let set = self.disk.set_features(features(config.flags));
@@ -400,7 +408,7 @@ impl Device {
         block_bytes: u32,
         sizes: RequestSizes,
     ) -> Result {
-        let set = held.set_block_bytes(block_bytes, sizes.physical_block_bytes);
+        let set = held.set_block_bytes(block_bytes, sizes);
         set.map_err(|e| match e {
             BlockSizeError::CacheInUse => {
                 pr_err!(

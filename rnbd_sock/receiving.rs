@@ -223,6 +223,9 @@ impl Connection {
                 }
                 Err(e) => return Err(e),
             };
+            if got == 0 {
+                continue;
+            }
             self.traffic.received(got);
             if !all && !self.socket.has_input() {
                 // The callback reports the next bytes.

@@ -2,8 +2,8 @@
 //! Receives what a server sends over TLS that is no data: alerts, session tickets, key updates.
 //!
 //! `recvmsg()` fails with `EIO` if the next record is none of data and there is no room for control messages.
-//! The record stays. It is then received by another call, into memory of its own, as sunrpc and nvme-tcp do: the
-//! memory of a request must never receive anything but data.
+//! The record stays. It is then received by another call, into memory of its own, as sunrpc and nvme-tcp do: what
+//! is no data must never be taken for a request's data.
 //!
 //! After a key update the kernel decrypts nothing until user space has given the socket the next key, which
 //! nobody here could do in time: what was handed over is the socket, not the secrets. So no reply to a request in
@@ -67,9 +67,10 @@ impl Connection {
         }
     }
 
-    /// Logs an alert, because of which the connection is closed.
+    /// Logs an alert, because of which the connection is closed, unless the end was expected.
     fn report_alert(&self, alert: Alert) {
-        if self.table.log.allow() {
+        let expected = self.table.fate.snapshot().is_end_wanted() || !self.is_alive();
+        if !expected && self.table.log.allow() {
             pr_err!(
                 "nbd{}: connection {}: the server has sent the TLS alert {} ({}, {}), closing it\n",
                 self.table.device,

@@ -215,14 +215,17 @@ impl OpenMutexHeld<'_> {
         let usual = block_bytes.max(bindings::PAGE_SIZE as u32);
         let deadline = Deadline::after_seconds(TIMEOUT_SECONDS);
         let grown = self.set_cache_blocks(usual, &deadline, |now| now < block_bytes);
-        self.update_block_bytes(block_bytes, block_bytes)?;
+        self.update_block_bytes(block_bytes, |limits| RequestSizes {
+            physical_block_bytes: block_bytes,
+            ..limits
+        })?;
         // Blocks that are too large work, except for swap.
         let _ = self.set_cache_blocks(usual, &deadline, |now| now == last && now > usual);
         Ok(grown.is_ok())
     }
 
-    /// Sets the logical and the physical block size of the disk, in bytes. The latter is at least as large as the
-    /// former. The blocks of its page cache stay as they are: a page fault may be about to use them.
+    /// Sets the block size of the disk in bytes, and the sizes of requests, which the block layer has rounded for
+    /// the last one. The blocks of its page cache stay as they are: a page fault may be about to use them.
     ///
     /// If the disk may have I/O, the queue is frozen meanwhile.
     ///
@@ -236,24 +239,24 @@ impl OpenMutexHeld<'_> {
     pub(crate) fn set_block_bytes(
         &self,
         block_bytes: u32,
-        physical_block_bytes: u32,
+        sizes: RequestSizes,
     ) -> core::result::Result<(), BlockSizeError> {
         if self.has_cache_blocks_below(block_bytes) {
             return Err(BlockSizeError::CacheInUse);
         }
-        self.update_block_bytes(block_bytes, physical_block_bytes)
+        self.update_block_bytes(block_bytes, |_| sizes)
             .map_err(BlockSizeError::Limits)
     }
 
-    fn update_block_bytes(&self, block_bytes: u32, physical_block_bytes: u32) -> Result {
-        self.disk().update(|limits| {
-            let mut sizes = limits.sizes;
-            sizes.physical_block_bytes = physical_block_bytes.max(block_bytes);
-            ChangeableLimits {
-                block_bytes,
-                sizes,
-                ..limits
-            }
+    fn update_block_bytes(
+        &self,
+        block_bytes: u32,
+        sizes: impl Fn(RequestSizes) -> RequestSizes,
+    ) -> Result {
+        self.disk().update(|limits| ChangeableLimits {
+            block_bytes,
+            sizes: sizes(limits.sizes),
+            ..limits
         })
     }
 }

@@ -111,8 +111,8 @@ pub(super) unsafe fn is_encrypted(sk: *mut bindings::sock) -> bool {
     // `tx_conf` and `rx_conf` have three bits each, the first one in the lowest bits on machines that are little
     // endian, as all are for which this driver is built.
     const { assert!(cfg!(target_endian = "little")) };
-    let (tx, rx) = (configured & 7, configured >> 3 & 7);
-    tx != bindings::TLS_BASE && rx != bindings::TLS_BASE
+    let has_keys = |direction| matches!(direction & 7, bindings::TLS_SW | bindings::TLS_HW);
+    has_keys(configured) && has_keys(configured >> 3)
 }
 
 /// Whether the socket is connected, or was until it was shut down. No other socket may be hooked: a TCP

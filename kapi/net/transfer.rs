@@ -159,7 +159,8 @@ impl Socket {
         Ok(sent as usize)
     }
 
-    /// Receives at most as many bytes as `data` has room for, and returns their number.
+    /// Receives at most as many bytes as `data` has room for, and returns their number. With TLS, that may be 0, which
+    /// says nothing about what follows.
     ///
     /// # Errors
     ///
@@ -176,6 +177,8 @@ impl Socket {
         let msg = init_message(&mut msg, &data, bindings::ITER_DEST);
         // SAFETY: `msg` describes memory that lives during the call.
         match unsafe { self.receive_message(msg)? } {
+            // There was a record of TLS, but an empty one, with one that is no data behind it.
+            0 if msg.msg_flags & bindings::MSG_CTRUNC != 0 => Ok(0),
             0 => Err(EPIPE),
             got => Ok(got),
         }

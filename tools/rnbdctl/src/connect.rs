@@ -19,8 +19,9 @@ const KERNEL: &str = "connecting the device";
 /// The largest request that a driver sends, in bytes.
 const LARGEST_REQUEST: u32 = 32 << 20;
 
-/// The block layer cannot do with less data at once.
-const PAGE: u32 = 4096;
+/// A larger block size that a server prefers is not passed on: it would decide how much is read ahead, and keep
+/// smaller discards from being sent.
+const LARGEST_PREFERRED: u32 = 1 << 20;
 
 /// # Errors
 ///
@@ -75,6 +76,9 @@ pub fn start(nbd: &Nbd, setup: &Setup, export: &Export) -> Result<u32, Failure> 
     let refused = |error: NetlinkError| error.during(KERNEL);
     if let Some(rnbd) = Rnbd::open().map_err(refused)? {
         if let Some(index) = rnbd.connect(setup).map_err(refused)? {
+            if setup.max_payload.is_none() {
+                limit_requests(index, export);
+            }
             return Ok(index);
         }
     }
@@ -154,15 +158,18 @@ fn flags(export: &Export, read_only: bool) -> u16 {
 /// What the server prefers, if that makes sense.
 fn preferred_block_size(block_size: u32, export: &Export) -> Option<u32> {
     let preferred = export.block_sizes?.preferred;
-    let largest = max_payload(block_size, export).unwrap_or(LARGEST_REQUEST);
+    let largest = max_payload(block_size, export)
+        .map_or(LARGEST_PREFERRED, |payload| payload.min(LARGEST_PREFERRED));
     let valid = preferred.is_power_of_two() && (block_size..=largest).contains(&preferred);
     valid.then_some(preferred)
 }
 
-/// The most data that the server takes, if the driver can keep to that.
+/// The most data that the server takes, if the driver can keep to that: the block layer cannot do with less than a
+/// page at once.
 fn max_payload(block_size: u32, export: &Export) -> Option<u32> {
     let payload = export.block_sizes?.max_payload;
-    (payload >= block_size.max(PAGE)).then_some(payload.min(LARGEST_REQUEST))
+    let page = rustix::param::page_size().try_into().unwrap_or(u32::MAX);
+    (payload >= block_size.max(page)).then_some(payload.min(LARGEST_REQUEST))
 }
 
 /// The family of both drivers has no attribute for the largest payload that a server takes.
