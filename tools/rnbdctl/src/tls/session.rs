@@ -18,6 +18,9 @@ const MAX_RECORD: u16 = (16 << 10) + 2048;
 /// Types of records, from change_cipher_spec to application_data.
 const TYPES: std::ops::RangeInclusive<u8> = 20..=23;
 
+/// How many records are read for what a server that is gone has said: session tickets can come before it.
+const LAST_RECORDS: usize = 16;
+
 /// A connection on which the handshake of TLS is done. What carries it is passed to each call.
 #[derive(Debug)]
 pub struct Session {
@@ -71,12 +74,14 @@ impl Session {
     ///
     /// With TLS 1.3 a client may go on before the server has seen its certificate.
     fn last_words(&mut self, wire: &mut impl Read) -> Option<Problem> {
-        loop {
+        for _ in 0..LAST_RECORDS {
             let record = read_record(wire).ok()?;
-            if let Err(error) = self.process(&record) {
-                return error.downcast().ok();
+            match self.process(&record) {
+                Ok(()) => (),
+                Err(error) => return error.downcast().ok(),
             }
         }
+        None
     }
 
     /// Says goodbye. Whether that arrives does not matter.
@@ -110,9 +115,12 @@ impl Session {
         outcome.and(flushed)
     }
 
+    /// Decrypts a record. Behind `close_notify` nothing counts, and the library does not take it.
     fn process(&mut self, mut record: &[u8]) -> io::Result<()> {
         while !record.is_empty() {
-            self.connection.read_tls(&mut record)?;
+            if self.connection.read_tls(&mut record)? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
             self.connection
                 .process_new_packets()
                 .map_err(Problem::from)?;

@@ -5,6 +5,7 @@
 
 mod files;
 mod pki;
+mod session;
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -13,13 +14,9 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use nix::errno::Errno;
-use rustls::{
-    CertificateError, ConnectionTrafficSecrets, Error, ProtocolVersion, ServerConnection,
-    StreamOwned,
-};
+use rustls::{CertificateError, Error, ServerConnection, StreamOwned};
 
-use super::kernel::crypto_info;
-use super::{Client, Problem as TlsProblem, Session};
+use super::{Client, Problem as TlsProblem};
 use crate::failure::Exit;
 use crate::negotiate::{Export, Handshake, Problem};
 use crate::stream::Stream;
@@ -132,47 +129,6 @@ fn an_export_over_tls() {
             assert_eq!(export.size, 4096);
             server.join().unwrap();
         }
-    }
-}
-
-#[test]
-fn both_sides_have_the_same_keys_and_numbers() {
-    let pki = Pki::new("keys");
-    for old_tls in [false, true] {
-        let config = Arc::new(pki.server(&Special {
-            old_tls,
-            ..Special::default()
-        }));
-        let (mut ours, theirs) = UnixStream::pair().unwrap();
-        let server = thread::spawn(move || {
-            let connection = ServerConnection::new(config).unwrap();
-            let mut stream = StreamOwned::new(connection, theirs);
-            hear(&mut stream, b"question");
-            stream.write_all(b"answer").unwrap();
-            // This one belongs to whoever has the keys by then.
-            stream.write_all(b"request").unwrap();
-            stream.conn.dangerous_extract_secrets().unwrap()
-        });
-        let mut session = Session::begin(&pki.client("server.test"), &mut ours).unwrap();
-        session.write(&mut ours, b"question").unwrap();
-        let mut answer = [0; 64];
-        assert_eq!(session.read(&mut ours, &mut answer).unwrap(), 6);
-        let (client, server) = (
-            session.connection.dangerous_extract_secrets().unwrap(),
-            server.join().unwrap(),
-        );
-        let same = |one: (u64, ConnectionTrafficSecrets), other: (u64, _)| {
-            let version = Some(ProtocolVersion::TLSv1_3);
-            let text = |secrets| format!("{:?}", crypto_info(version, secrets, 0).unwrap());
-            assert_eq!(text(&one.1), text(&other.1));
-            other.0 - one.0
-        };
-        assert_eq!(same(client.tx, server.rx), 0);
-        assert_eq!(same(client.rx, server.tx), 1, "one record is not read");
-        let mut record = Vec::new();
-        ours.read_to_end(&mut record).unwrap();
-        let len = u16::from_be_bytes([record[3], record[4]]);
-        assert_eq!(record.len(), 5 + usize::from(len), "it is still there");
     }
 }
 

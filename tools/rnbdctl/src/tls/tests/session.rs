@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: GPL-2.0
+
+//! The connection while this process encrypts, and what the kernel gets of it.
+
+use std::io::{self, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, mpsc};
+use std::thread::{self, JoinHandle};
+
+use rustls::{ConnectionTrafficSecrets, ProtocolVersion, ServerConnection, StreamOwned};
+
+use super::pki::{Pki, Special};
+use super::{Encrypted, PATIENCE, hear};
+use crate::tls::Session;
+use crate::tls::kernel::crypto_info;
+
+/// A connection whose server runs `talk` in a thread after the handshake.
+fn begin<T: Send + 'static>(
+    pki: &Pki,
+    old_tls: bool,
+    talk: impl FnOnce(Encrypted) -> T + Send + 'static,
+) -> (Session, UnixStream, JoinHandle<T>) {
+    let config = Arc::new(pki.server(&Special {
+        old_tls,
+        ..Special::default()
+    }));
+    let (mut ours, theirs) = UnixStream::pair().unwrap();
+    ours.set_read_timeout(Some(PATIENCE)).unwrap();
+    theirs.set_read_timeout(Some(PATIENCE)).unwrap();
+    let server = thread::spawn(move || {
+        let connection = ServerConnection::new(config).unwrap();
+        let mut stream = StreamOwned::new(connection, theirs);
+        while stream.conn.is_handshaking() {
+            stream.conn.complete_io(&mut stream.sock).unwrap();
+        }
+        talk(stream)
+    });
+    let session = Session::begin(&pki.client("server.test"), &mut ours).unwrap();
+    (session, ours, server)
+}
+
+/// What `work` gives; a failure if it takes for ever.
+fn in_time<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+    let (done, outcome) = mpsc::channel();
+    thread::spawn(move || done.send(work()));
+    outcome.recv_timeout(PATIENCE).expect("it hangs")
+}
+
+#[test]
+fn both_sides_have_the_same_keys_and_numbers() {
+    let pki = Pki::new("keys");
+    for (old_tls, version) in [
+        (false, ProtocolVersion::TLSv1_3),
+        (true, ProtocolVersion::TLSv1_2),
+    ] {
+        let (mut session, mut ours, server) = begin(&pki, old_tls, |mut stream| {
+            hear(&mut stream, b"question");
+            stream.write_all(b"answer").unwrap();
+            // This one belongs to whoever has the keys by then.
+            stream.write_all(b"request").unwrap();
+            stream.conn.dangerous_extract_secrets().unwrap()
+        });
+        assert_eq!(session.connection.protocol_version(), Some(version));
+        session.write(&mut ours, b"question").unwrap();
+        let mut answer = [0; 64];
+        assert_eq!(session.read(&mut ours, &mut answer).unwrap(), 6);
+        let (client, server) = (
+            session.connection.dangerous_extract_secrets().unwrap(),
+            server.join().unwrap(),
+        );
+        let same = |one: (u64, ConnectionTrafficSecrets), other: (u64, _)| {
+            let text = |secrets| format!("{:?}", crypto_info(Some(version), secrets, 0).unwrap());
+            assert_eq!(text(&one.1), text(&other.1));
+            other.0 - one.0
+        };
+        assert_eq!(same(client.tx, server.rx), 0);
+        assert_eq!(same(client.rx, server.tx), 1, "one record is not read");
+        let mut record = Vec::new();
+        ours.read_to_end(&mut record).unwrap();
+        let len = u16::from_be_bytes([record[3], record[4]]);
+        assert_eq!(record.len(), 5 + usize::from(len), "it is still there");
+    }
+}
+
+/// The library takes nothing behind `close_notify`; whoever waits for that waits for ever.
+#[test]
+fn nothing_counts_behind_a_goodbye() {
+    let pki = Pki::new("behind");
+    for old_tls in [false, true] {
+        let talk = |mut stream: Encrypted| {
+            stream.conn.send_close_notify();
+            stream.conn.complete_io(&mut stream.sock).unwrap();
+            stream.sock.write_all(&[23, 3, 3, 0, 1, 0]).unwrap();
+        };
+        let (mut session, mut ours, server) = begin(&pki, old_tls, talk);
+        server.join().unwrap();
+        let error = in_time(move || session.write(&mut ours, b"question")).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+
+        let (mut session, mut ours, server) = begin(&pki, old_tls, talk);
+        server.join().unwrap();
+        let read = in_time(move || session.read(&mut ours, &mut [0; 8]));
+        assert_eq!(read.unwrap(), 0, "it is the end");
+    }
+}
