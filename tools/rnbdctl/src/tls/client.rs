@@ -23,6 +23,8 @@ pub enum ClientError {
     File(PathBuf, String),
     #[error("{}: it is no directory", .0.display())]
     Directory(PathBuf),
+    #[error("{}: there is no ca-cert.pem", .0.display())]
+    NoIssuers(PathBuf),
     #[error("the system has no certificates of issuers{0}")]
     NobodyTrusted(String),
     #[error("the server's certificate must have a name, which is not known")]
@@ -37,7 +39,7 @@ impl ClientError {
     /// What the reader can do.
     pub fn advice(&self) -> Option<&'static str> {
         match self {
-            Self::NobodyTrusted(_) => {
+            Self::NobodyTrusted(_) | Self::NoIssuers(_) => {
                 Some("--tls-ca names a file with the certificate of the issuer.")
             }
             Self::NoName => Some("--tls-hostname says it."),
@@ -73,9 +75,8 @@ impl Client {
         let name = ServerName::try_from(name)
             .map_err(|_| ClientError::Name(name.to_owned()))?
             .to_owned();
-        check_directory(args.tls_certificates.as_ref().or(uri.certificates.as_ref()))?;
         Ok(Self {
-            config: Arc::new(config(&Files::choose(args, uri))?),
+            config: Arc::new(config(&Files::choose(args, uri)?)?),
             name,
         })
     }
@@ -87,14 +88,6 @@ impl Client {
     /// The configuration cannot be used.
     pub fn connection(&self) -> Result<ClientConnection, rustls::Error> {
         ClientConnection::new(Arc::clone(&self.config), self.name.clone())
-    }
-}
-
-/// Each of its files may be missing, so a wrong name would not be noticed.
-fn check_directory(directory: Option<&PathBuf>) -> Result<(), ClientError> {
-    match directory {
-        Some(path) if !path.is_dir() => Err(ClientError::Directory(path.clone())),
-        _ => Ok(()),
     }
 }
 

@@ -3,10 +3,13 @@
 //! What the command line and the URI say of TLS.
 
 use std::ffi::OsStr;
+use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+
+use super::client::ClientError;
 
 /// How a server with TLS is checked, and how it checks the client.
 #[derive(Args, Clone, Debug, Default)]
@@ -21,7 +24,7 @@ pub struct TlsArgs {
     /// The client's private key, in PEM
     #[arg(long, value_name = "FILE", requires = "tls_cert")]
     pub tls_key: Option<PathBuf>,
-    /// Where ca-cert.pem, ca-crl.pem, client-cert.pem and client-key.pem are; each may be missing
+    /// Where ca-cert.pem is, and perhaps ca-crl.pem, and client-cert.pem with client-key.pem
     #[arg(long, value_name = "DIRECTORY")]
     pub tls_certificates: Option<PathBuf>,
     /// The name that the server's certificate must have [default: the URI's host]
@@ -88,23 +91,55 @@ pub struct Files {
 }
 
 impl Files {
-    /// The command line's come first. Of the directory, those count that are there.
-    pub fn choose(args: &TlsArgs, uri: &UriTls) -> Self {
-        let directory = args.tls_certificates.as_ref().or(uri.certificates.as_ref());
-        let file = |name| {
-            let path = directory?.join(name);
-            path.exists().then_some(path)
-        };
+    /// The command line's come first. Of the directory, those count that are there; the issuers must be.
+    ///
+    /// # Errors
+    ///
+    /// The directory cannot be used, or has no issuers: that must not lead to others being trusted.
+    pub fn choose(args: &TlsArgs, uri: &UriTls) -> Result<Self, ClientError> {
         let given = args.tls_cert.clone().zip(args.tls_key.clone());
-        let found = || {
-            // A certificate whose key is missing is a mistake, which is told when the key is read.
-            let key = directory?.join("client-key.pem");
-            Some((file("client-cert.pem")?, key))
+        let mut files = Self {
+            ca: args.tls_ca.clone(),
+            crl: None,
+            identity: given,
         };
-        Self {
-            ca: args.tls_ca.clone().or_else(|| file("ca-cert.pem")),
-            crl: file("ca-crl.pem"),
-            identity: given.or_else(found),
+        let directory = args.tls_certificates.as_ref().or(uri.certificates.as_ref());
+        if let Some(directory) = directory {
+            files.complete(directory)?;
         }
+        Ok(files)
+    }
+
+    /// Adds what the directory has and the command line has not.
+    fn complete(&mut self, directory: &Path) -> Result<(), ClientError> {
+        if !directory.is_dir() {
+            return Err(ClientError::Directory(directory.to_owned()));
+        }
+        if self.ca.is_none() {
+            let ca = directory.join("ca-cert.pem");
+            if !is_there(&ca)? {
+                return Err(ClientError::NoIssuers(directory.to_owned()));
+            }
+            self.ca = Some(ca);
+        }
+        let crl = directory.join("ca-crl.pem");
+        self.crl = is_there(&crl)?.then_some(crl);
+        if self.identity.is_none() {
+            let cert = directory.join("client-cert.pem");
+            let key = directory.join("client-key.pem");
+            // One without the other is a mistake, which is told when the other is read.
+            let any = is_there(&cert)? || is_there(&key)?;
+            self.identity = any.then_some((cert, key));
+        }
+        Ok(())
+    }
+}
+
+/// Whether a directory has an entry. One that leads nowhere is there, and is told when it is read.
+fn is_there(path: &Path) -> Result<bool, ClientError> {
+    match path.symlink_metadata() {
+        Ok(_) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(error) => Err(ClientError::File(path.to_owned(), error.to_string())),
     }
 }
