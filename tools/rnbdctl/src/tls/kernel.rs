@@ -2,8 +2,10 @@
 
 //! Hands the keys of a connection to the kernel (`Documentation/networking/tls.rst`).
 
+use std::io;
 use std::os::fd::AsFd;
 
+use nix::errno::Errno;
 use nix::libc;
 use nix::sys::socket::sockopt::{TcpTlsRx, TcpTlsTx, TcpUlp, TlsCryptoInfo};
 use nix::sys::socket::{SetSockOpt, setsockopt};
@@ -20,12 +22,12 @@ const SALT: usize = 4;
 ///
 /// # Errors
 ///
-/// The kernel lacks TLS or the cipher, or it is no socket of TCP.
+/// The kernel lacks TLS or the cipher, or it is no socket of TCP, or the server has closed the connection.
 pub fn install(
     socket: impl AsFd,
     version: Option<ProtocolVersion>,
     secrets: ExtractedSecrets,
-) -> Result<(), Problem> {
+) -> io::Result<()> {
     set(&socket, "TCP_ULP", TcpUlp::<[u8; 3]>::default(), b"tls")?;
     let mut tx = crypto_info(version, &secrets.tx.1, secrets.tx.0)?;
     let mut rx = crypto_info(version, &secrets.rx.1, secrets.rx.0)?;
@@ -41,8 +43,16 @@ fn set<O: SetSockOpt>(
     call: &'static str,
     option: O,
     value: &O::Val,
-) -> Result<(), Problem> {
-    setsockopt(socket, option, value).map_err(|errno| Problem::Kernel { call, errno })
+) -> io::Result<()> {
+    setsockopt(socket, option, value).map_err(|errno| refusal(call, errno))
+}
+
+/// A connection that the server has closed, or reset, is not the kernel's fault: it takes an open one.
+fn refusal(call: &'static str, errno: Errno) -> io::Error {
+    match errno {
+        Errno::ENOTCONN => io::ErrorKind::UnexpectedEof.into(),
+        errno => Problem::Kernel { call, errno }.into(),
+    }
 }
 
 /// One direction's key, and the number of the next record.
@@ -137,6 +147,22 @@ fn wipe(info: &mut TlsCryptoInfo) {
 mod tests {
     use super::*;
     use rustls::crypto::cipher::AeadKey;
+
+    #[test]
+    fn a_connection_that_is_closed_is_no_fault_of_the_kernel() {
+        let error = refusal("TCP_ULP", Errno::ENOTCONN);
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        let error = refusal("TLS_RX", Errno::EINVAL);
+        let problem = error.downcast::<Problem>().unwrap();
+        let right = matches!(
+            problem,
+            Problem::Kernel {
+                call: "TLS_RX",
+                errno: Errno::EINVAL
+            }
+        );
+        assert!(right, "{problem:?}");
+    }
 
     /// What the kernel is told of a key, a nonce and the number of the next record.
     #[test]

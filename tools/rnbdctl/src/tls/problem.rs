@@ -20,7 +20,7 @@ pub enum Problem {
     Tls(#[from] Error),
     #[error("the server sends something before it is asked")]
     Early,
-    #[error("{call}: {}", io::Error::from(*.errno))]
+    #[error("{call}: {}", errno_text(*.errno))]
     Kernel { call: &'static str, errno: Errno },
 }
 
@@ -54,13 +54,28 @@ impl Problem {
                 Some("It takes TLS 1.3 or 1.2, with AES-GCM or ChaCha20-Poly1305.")
             }
             Self::Tls(_) | Self::Early => None,
-            Self::Kernel { errno, .. } => Some(match errno {
-                Errno::ENOENT | Errno::ENOPROTOOPT | Errno::EOPNOTSUPP => {
-                    "Does the kernel have TLS (CONFIG_TLS) and this cipher? \"modprobe tls\" loads the module."
-                }
-                _ => "The kernel's log (dmesg) may say more.",
-            }),
+            Self::Kernel { call, errno } => Some(advice_on_kernel(call, *errno)),
         }
+    }
+}
+
+/// Of its own errors, such as ENOTSUPP, the kernel tells programs a number that has no name for them.
+fn errno_text(errno: Errno) -> String {
+    match errno {
+        Errno::UnknownErrno => "it is not supported".into(),
+        errno => io::Error::from(errno).to_string(),
+    }
+}
+
+fn advice_on_kernel(call: &str, errno: Errno) -> &'static str {
+    match (call, errno) {
+        ("TLS_TX" | "TLS_RX", Errno::EINVAL | Errno::ENOENT | Errno::UnknownErrno) => {
+            "The kernel does not have this version of TLS, or this cipher. The server can be told to use others."
+        }
+        (_, Errno::ENOENT | Errno::ENOPROTOOPT | Errno::EOPNOTSUPP) => {
+            "Does the kernel have TLS (CONFIG_TLS) and this cipher? \"modprobe tls\" loads the module."
+        }
+        _ => "The kernel's log (dmesg) may say more.",
     }
 }
 
@@ -175,5 +190,25 @@ fn advice_on_certificate(error: &CertificateError) -> Option<&'static str> {
             Some("The server needs a new one. Is this machine's clock right?")
         }
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_kernel_lacks() {
+        let problem = |call, errno| Problem::Kernel { call, errno };
+        for errno in [Errno::EINVAL, Errno::ENOENT, Errno::UnknownErrno] {
+            let advice = problem("TLS_RX", errno).advice().unwrap();
+            assert!(advice.contains("this version of TLS, or this cipher"));
+        }
+        let advice = problem("TCP_ULP", Errno::ENOENT).advice().unwrap();
+        assert!(advice.contains("modprobe tls"));
+        assert_eq!(
+            problem("TLS_RX", Errno::UnknownErrno).to_string(),
+            "TLS_RX: it is not supported"
+        );
     }
 }

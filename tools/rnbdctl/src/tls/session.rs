@@ -104,7 +104,7 @@ impl Session {
         let version = self.connection.protocol_version();
         let secrets = self.connection.dangerous_extract_secrets();
         let secrets = secrets.map_err(Problem::from)?;
-        Ok(kernel::install(socket, version, secrets)?)
+        kernel::install(socket, version, secrets)
     }
 
     /// Reads one record, and sends what it has to be answered with. The server is told of errors.
