@@ -3,7 +3,7 @@
 //! A connection to a server before it is the kernel's, with a time limit for each step.
 
 use std::io::{self, Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
@@ -59,11 +59,11 @@ impl Stream {
     /// # Errors
     ///
     /// Those of setting a socket option, and of [`Session::into_kernel()`].
-    pub fn into_socket(self) -> io::Result<OwnedFd> {
-        let socket = self.wire.socket;
+    pub fn into_socket(mut self) -> io::Result<OwnedFd> {
         if let Some(session) = self.tls {
-            session.into_kernel(&socket)?;
+            session.into_kernel(&mut self.wire)?;
         }
+        let socket = self.wire.socket;
         socket.set_read_timeout(None)?;
         socket.set_write_timeout(None)?;
         Ok(socket.into())
@@ -114,6 +114,12 @@ impl Write for Stream {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+impl AsFd for Wire {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.socket.as_fd()
     }
 }
 

@@ -5,7 +5,7 @@
 use std::io::{self, Read, Write};
 use std::os::fd::AsFd;
 
-use rustls::{ClientConnection, Error, InvalidMessage};
+use rustls::{ClientConnection, Error, ExtractedSecrets, InvalidMessage, ProtocolVersion};
 
 use super::{Client, Problem, kernel};
 
@@ -90,21 +90,34 @@ impl Session {
         let _ = self.flush(wire);
     }
 
-    /// Has the kernel encrypt from here on.
+    /// Has the kernel encrypt from here on. `wire` is the socket.
     ///
     /// # Errors
     ///
-    /// A [`Problem`]: the server has sent what nobody will read, or the kernel refuses.
-    pub fn into_kernel(mut self, socket: impl AsFd) -> io::Result<()> {
+    /// A [`Problem`]: the server has sent what nobody will read, or the kernel refuses. Those of `wire`.
+    pub fn into_kernel(self, wire: &mut (impl Read + Write + AsFd)) -> io::Result<()> {
+        let (version, secrets) = self.into_secrets(wire)?;
+        kernel::install(wire, version, secrets)
+    }
+
+    /// The keys, and the numbers of the next records.
+    ///
+    /// A server may ask for new keys at any time (RFC 8446, section 4.6.3). The library then uses a new one,
+    /// but tells the server with the next thing that is sent, which the kernel would send. So it is told now,
+    /// by writing nothing.
+    pub(super) fn into_secrets(
+        mut self,
+        wire: &mut (impl Read + Write),
+    ) -> io::Result<(Option<ProtocolVersion>, ExtractedSecrets)> {
         match self.connection.reader().read(&mut [0]) {
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => (),
             Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
             _ => return Err(Problem::Early.into()),
         }
+        self.write(wire, &[])?;
         let version = self.connection.protocol_version();
         let secrets = self.connection.dangerous_extract_secrets();
-        let secrets = secrets.map_err(Problem::from)?;
-        kernel::install(socket, version, secrets)
+        Ok((version, secrets.map_err(Problem::from)?))
     }
 
     /// Reads one record, and sends what it has to be answered with. The server is told of errors.

@@ -3,6 +3,7 @@
 //! The connection while this process encrypts, and what the kernel gets of it.
 
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
@@ -102,4 +103,30 @@ fn nothing_counts_behind_a_goodbye() {
         let read = in_time(move || session.read(&mut ours, &mut [0; 8]));
         assert_eq!(read.unwrap(), 0, "it is the end");
     }
+}
+
+/// The server has asked for new keys before its last reply. Whoever has the keys afterwards is understood.
+#[test]
+fn new_keys_that_the_server_asks_for() {
+    let pki = Pki::new("update");
+    let (mut session, mut ours, server) = begin(&pki, false, |mut stream| {
+        stream.conn.refresh_traffic_keys().unwrap();
+        stream.write_all(b"answer").unwrap();
+        // The client's answer to that, and nothing else.
+        let mut rest = Vec::new();
+        let error = stream.read_to_end(&mut rest).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        assert_eq!(rest, b"");
+        stream.conn.dangerous_extract_secrets().unwrap()
+    });
+    let mut answer = [0; 64];
+    assert_eq!(session.read(&mut ours, &mut answer).unwrap(), 6);
+    let (version, client) = session.into_secrets(&mut ours).unwrap();
+    ours.shutdown(Shutdown::Write).unwrap();
+    let server = server.join().unwrap();
+    let text = |secrets| format!("{:?}", crypto_info(version, secrets, 0).unwrap());
+    assert_eq!((client.tx.0, client.rx.0), (0, 1));
+    assert_eq!((server.rx.0, server.tx.0), (0, 1));
+    assert_eq!(text(&client.tx.1), text(&server.rx.1));
+    assert_eq!(text(&client.rx.1), text(&server.tx.1));
 }
