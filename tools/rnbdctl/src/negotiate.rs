@@ -11,7 +11,7 @@ mod tests;
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
 
-use crate::stream::Stream;
+use crate::stream::{Stream, is_end};
 use crate::text::plain;
 use crate::tls;
 use crate::wire::{self, Fields, Opt, Refusal};
@@ -51,12 +51,6 @@ impl From<io::Error> for Problem {
     fn from(error: io::Error) -> Self {
         error.downcast().map_or_else(Self::Io, Self::Tls)
     }
-}
-
-/// Whether the other side has ended the connection.
-pub fn is_end(error: &io::Error) -> bool {
-    use io::ErrorKind::{BrokenPipe, ConnectionReset, UnexpectedEof};
-    matches!(error.kind(), BrokenPipe | ConnectionReset | UnexpectedEof)
 }
 
 fn io_text(error: &io::Error) -> String {

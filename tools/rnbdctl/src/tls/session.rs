@@ -8,6 +8,7 @@ use std::os::fd::AsFd;
 use rustls::{ClientConnection, Error, ExtractedSecrets, InvalidMessage, ProtocolVersion};
 
 use super::{Client, Problem, kernel};
+use crate::stream::is_end;
 
 /// What a record begins with: its type, a version, and its length.
 const HEADER: usize = 5;
@@ -64,15 +65,24 @@ impl Session {
     /// Those of [`Self::begin()`].
     pub fn write(&mut self, wire: &mut (impl Read + Write), bytes: &[u8]) -> io::Result<usize> {
         let taken = self.connection.writer().write(bytes)?;
+        self.send(wire)?;
+        Ok(taken)
+    }
+
+    /// Sends what is encrypted. Where the server is gone, what it said before is the better error.
+    fn send(&mut self, wire: &mut (impl Read + Write)) -> io::Result<()> {
         match self.flush(wire) {
-            Ok(()) => Ok(taken),
-            Err(error) => Err(self.last_words(wire).map_or(error, io::Error::from)),
+            Err(error) if is_end(&error) => {
+                Err(self.last_words(wire).map_or(error, io::Error::from))
+            }
+            outcome => outcome,
         }
     }
 
     /// What a server that has closed the connection said before.
     ///
-    /// With TLS 1.3 a client may go on before the server has seen its certificate.
+    /// It may have found fault with the first records of several. With TLS 1.3 a client may even go on
+    /// before the server has seen its certificate.
     fn last_words(&mut self, wire: &mut impl Read) -> Option<Problem> {
         for _ in 0..LAST_RECORDS {
             let record = read_record(wire).ok()?;
@@ -123,9 +133,13 @@ impl Session {
     /// Reads one record, and sends what it has to be answered with. The server is told of errors.
     fn receive(&mut self, wire: &mut (impl Read + Write)) -> io::Result<()> {
         let record = read_record(wire)?;
-        let outcome = self.process(&record);
-        let flushed = self.flush(wire);
-        outcome.and(flushed)
+        match self.process(&record) {
+            Ok(()) => self.send(wire),
+            Err(error) => {
+                let _ = self.flush(wire);
+                Err(error)
+            }
+        }
     }
 
     /// Decrypts a record. Behind `close_notify` nothing counts, and the library does not take it.
@@ -143,7 +157,11 @@ impl Session {
 
     fn flush(&mut self, wire: &mut impl Write) -> io::Result<()> {
         while self.connection.wants_write() {
-            self.connection.write_tls(wire)?;
+            match self.connection.write_tls(wire) {
+                // Whoever calls would encrypt the same again.
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => (),
+                outcome => drop(outcome?),
+            }
         }
         wire.flush()
     }

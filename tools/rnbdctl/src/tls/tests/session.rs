@@ -130,3 +130,44 @@ fn new_keys_that_the_server_asks_for() {
     assert_eq!(text(&client.tx.1), text(&server.rx.1));
     assert_eq!(text(&client.rx.1), text(&server.tx.1));
 }
+
+/// A socket whose first writing fails, and from which nothing must be read.
+struct Hindered<'a>(&'a UnixStream, Option<io::ErrorKind>);
+
+impl Read for Hindered<'_> {
+    fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+        panic!("it reads")
+    }
+}
+
+impl Write for Hindered<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self.1.take() {
+            Some(kind) => Err(kind.into()),
+            None => self.0.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Nothing is sent twice, and nothing is awaited from a server that is only slow.
+#[test]
+fn writing_that_is_hindered() {
+    let pki = Pki::new("hindered");
+    let (mut session, ours, server) = begin(&pki, false, |mut stream| {
+        let mut heard = Vec::new();
+        let _ = stream.read_to_end(&mut heard);
+        heard
+    });
+    let mut interrupted = Hindered(&ours, Some(io::ErrorKind::Interrupted));
+    assert_eq!(session.write(&mut interrupted, b"question").unwrap(), 8);
+    let mut slow = Hindered(&ours, Some(io::ErrorKind::TimedOut));
+    let error = session.write(&mut slow, b"next").unwrap_err();
+    assert_eq!(error.kind(), io::ErrorKind::TimedOut);
+    // Not closed: the server may still send session tickets.
+    ours.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(server.join().unwrap(), b"question");
+}
