@@ -97,8 +97,11 @@ fn config(files: &Files) -> Result<ClientConfig, ClientError> {
     let mut verifier = WebPkiServerVerifier::builder_with_provider(trusted, Arc::clone(&provider));
     if let Some(path) = &files.crl {
         let lists: Vec<CertificateRevocationListDer<'static>> = read_all(path)?;
-        // There is no list for each issuer on the way.
-        verifier = verifier.with_crls(lists).allow_unknown_revocation_status();
+        // There is no list for each issuer on the way. One that is too old misses what was revoked since.
+        verifier = verifier
+            .with_crls(lists)
+            .allow_unknown_revocation_status()
+            .enforce_revocation_expiration();
     }
     let verifier = verifier
         .build()

@@ -105,6 +105,10 @@ fn words_on_certificate(error: &CertificateError) -> String {
             days(*time, *not_before)
         ),
         CertificateError::Revoked => "the server's certificate has been revoked".into(),
+        CertificateError::ExpiredRevocationList
+        | CertificateError::ExpiredRevocationListContext { .. } => {
+            "the list of revoked certificates has expired".into()
+        }
         CertificateError::UnknownIssuer => {
             "the server's certificate was not issued by anybody who is trusted".into()
         }
@@ -182,6 +186,10 @@ fn advice_on_certificate(error: &CertificateError) -> Option<&'static str> {
         }
         CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
             Some("--tls-hostname says which name the certificate must have.")
+        }
+        CertificateError::ExpiredRevocationList
+        | CertificateError::ExpiredRevocationListContext { .. } => {
+            Some("ca-crl.pem needs to be a new one of the issuer. Is this machine's clock right?")
         }
         CertificateError::NotValidYet | CertificateError::NotValidYetContext { .. } => {
             Some("Is this machine's clock right?")

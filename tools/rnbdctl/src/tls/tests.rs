@@ -21,7 +21,7 @@ use crate::failure::Exit;
 use crate::negotiate::{Export, Handshake, Problem};
 use crate::stream::Stream;
 use crate::wire::Refusal;
-use pki::{Pki, Special};
+use pki::{Pki, SERVER, Special};
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -281,6 +281,28 @@ fn certificates_that_are_not_accepted() {
         words.contains("has expired") && words.contains("days ago"),
         "{words}"
     );
+}
+
+#[test]
+fn certificates_that_were_revoked() {
+    let pki = Pki::new("revoked");
+    let good = Special::default();
+    pki.revoke(SERVER + 1, 2500);
+    let (stream, server) = serve(&pki, &good, talk_of_info);
+    ask(stream, &pki.client("server.test")).unwrap();
+    server.join().unwrap();
+    for (number, until, expected) in [
+        (SERVER, 2500, "the server's certificate has been revoked"),
+        (
+            SERVER + 1,
+            2001,
+            "the list of revoked certificates has expired",
+        ),
+    ] {
+        pki.revoke(number, until);
+        let problem = fail(&pki, &good, &pki.client("server.test"));
+        assert_eq!(problem.to_string(), expected);
+    }
 }
 
 #[test]

@@ -7,8 +7,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use rcgen::{
-    BasicConstraints, CertificateParams, CertifiedIssuer, DnType, ExtendedKeyUsagePurpose, IsCa,
-    KeyPair, date_time_ymd,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, CertifiedIssuer, DnType,
+    ExtendedKeyUsagePurpose, IsCa, KeyIdMethod, KeyPair, RevokedCertParams, date_time_ymd,
 };
 use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject;
@@ -25,12 +25,16 @@ pub struct Pki {
     ca: CertifiedIssuer<'static, KeyPair>,
 }
 
+/// The number of a server's certificate.
+pub const SERVER: u64 = 1000;
+
 /// What is special about a server.
 #[derive(Default)]
 pub struct Special {
     pub expired: bool,
     pub old_tls: bool,
     pub asks_for_certificates: bool,
+    pub nameless: bool,
 }
 
 impl Pki {
@@ -64,6 +68,25 @@ impl Pki {
         fs::write(self.dir.join("client-key.pem"), key).unwrap();
     }
 
+    /// Writes ca-crl.pem, which revokes the certificate with this number, until a year.
+    pub fn revoke(&self, number: u64, until: i32) {
+        let list = CertificateRevocationListParams {
+            this_update: date_time_ymd(2000, 1, 1),
+            next_update: date_time_ymd(until, 1, 1),
+            crl_number: 1.into(),
+            issuing_distribution_point: None,
+            revoked_certs: vec![RevokedCertParams {
+                serial_number: number.into(),
+                revocation_time: date_time_ymd(2000, 1, 1),
+                reason_code: None,
+                invalidity_date: None,
+            }],
+            key_identifier_method: KeyIdMethod::Sha256,
+        };
+        let list = list.signed_by(&self.ca).unwrap().pem().unwrap();
+        fs::write(self.dir.join("ca-crl.pem"), list).unwrap();
+    }
+
     /// A client that trusts this authority.
     pub fn client(&self, host: &str) -> Client {
         self.try_client(&TlsArgs::default(), Some(host)).unwrap()
@@ -79,8 +102,12 @@ impl Pki {
 
     /// A server whose certificate is for "server.test" and 127.0.0.1.
     pub fn server(&self, special: &Special) -> ServerConfig {
-        let names = vec!["server.test".to_owned(), "127.0.0.1".to_owned()];
-        let params = CertificateParams::new(names).unwrap();
+        let names = match special.nameless {
+            true => vec![],
+            false => vec!["server.test".to_owned(), "127.0.0.1".to_owned()],
+        };
+        let mut params = CertificateParams::new(names).unwrap();
+        params.serial_number = Some(SERVER.into());
         let (certificate, key) = self.issue(params, special.expired);
         let chain = vec![CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap()];
         let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap();
