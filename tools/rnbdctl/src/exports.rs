@@ -7,7 +7,7 @@ use serde::Serialize;
 use crate::cli::{ExportsArgs, ServerArgs};
 use crate::failure::Failure;
 use crate::negotiate::{Export, Handshake, Listed, Problem};
-use crate::server::{Server, explain_option};
+use crate::server::Server;
 use crate::text::{or_dash, plain, say, say_json, size, table};
 use crate::uri::NbdUri;
 use crate::wire::{Opt, flag_names};
@@ -28,8 +28,9 @@ struct Line {
 ///
 /// The step that failed, and why.
 pub fn run(args: &ExportsArgs) -> Result<(), Failure> {
-    let (_, mut handshake) = Server::new(&args.uri, &args.server)?.reach()?;
-    let lines = ask(&mut handshake, &args.uri.export)?;
+    let server = Server::new(&args.uri, &args.server)?;
+    let (_, mut handshake) = server.reach()?;
+    let lines = ask(&server, &mut handshake, &args.uri.export)?;
     handshake.abort();
     if args.json {
         return say_json(&lines);
@@ -44,17 +45,18 @@ pub fn run(args: &ExportsArgs) -> Result<(), Failure> {
 ///
 /// The step that failed, and why.
 pub fn size_of(uri: &NbdUri, args: &ServerArgs) -> Result<u64, Failure> {
-    let (_, mut handshake) = Server::new(uri, args)?.reach()?;
-    let info = |problem| explain_option(problem, Opt::Info);
+    let server = Server::new(uri, args)?;
+    let (_, mut handshake) = server.reach()?;
+    let info = |problem| server.explain_option(problem, Opt::Info);
     let export = handshake.info(&uri.export).map_err(info)?;
     handshake.abort();
     Ok(export.size)
 }
 
 /// All exports, or the one that was named.
-fn ask(handshake: &mut Handshake, name: &str) -> Result<Vec<Line>, Failure> {
+fn ask(server: &Server<'_>, handshake: &mut Handshake, name: &str) -> Result<Vec<Line>, Failure> {
     if !name.is_empty() {
-        let info = |problem| explain_option(problem, Opt::Info);
+        let info = |problem| server.explain_option(problem, Opt::Info);
         let export = handshake.info(name).map_err(info)?;
         let listed = Listed {
             name: name.to_owned(),
@@ -63,18 +65,22 @@ fn ask(handshake: &mut Handshake, name: &str) -> Result<Vec<Line>, Failure> {
         return Ok(vec![line(listed, Some(export))]);
     }
     let list = handshake.list();
-    let list = list.map_err(|problem| explain_option(problem, Opt::List))?;
+    let list = list.map_err(|problem| server.explain_option(problem, Opt::List))?;
     list.into_iter()
-        .map(|listed| describe(handshake, listed))
+        .map(|listed| describe(server, handshake, listed))
         .collect()
 }
 
 /// A server may list an export and not describe it.
-fn describe(handshake: &mut Handshake, listed: Listed) -> Result<Line, Failure> {
+fn describe(
+    server: &Server<'_>,
+    handshake: &mut Handshake,
+    listed: Listed,
+) -> Result<Line, Failure> {
     match handshake.info(&listed.name) {
         Ok(export) => Ok(line(listed, Some(export))),
         Err(Problem::Refused { .. }) => Ok(line(listed, None)),
-        Err(problem) => Err(explain_option(problem, Opt::Info)),
+        Err(problem) => Err(server.explain_option(problem, Opt::Info)),
     }
 }
 

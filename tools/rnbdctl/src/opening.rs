@@ -9,7 +9,7 @@ use crate::cli::ServerArgs;
 use crate::dial::Address;
 use crate::failure::{Exit, Failure};
 use crate::negotiate::Export;
-use crate::server::{Server, explain_option};
+use crate::server::Server;
 use crate::uri::NbdUri;
 use crate::wire::{self, Opt};
 
@@ -47,8 +47,8 @@ pub fn open_among(
     args: &ServerArgs,
     may: impl Fn(&Address) -> bool,
 ) -> Result<Opened, Failure> {
-    let go = |problem| explain_option(problem, Opt::Go);
     let server = Server::new(uri, args)?;
+    let go = |problem| server.explain_option(problem, Opt::Go);
     let (address, handshake) = server.reach_among(may)?;
     let (socket, export) = handshake.go(&uri.export).map_err(go)?;
     let mut sockets = vec![socket];

@@ -101,14 +101,65 @@ impl<'a> Server<'a> {
         })?;
         let stream = Stream::new(socket, self.patience);
         let mut handshake = Handshake::begin(stream)
-            .map_err(|problem| explain(problem, &format!("greeting of {address}")))?;
+            .map_err(|problem| self.explain(problem, &format!("greeting of {address}")))?;
         if let Some(client) = &self.tls {
-            handshake.ask_for_tls().map_err(explain_starttls)?;
-            handshake
-                .start_tls(client)
-                .map_err(|problem| explain(problem, &format!("TLS handshake with {address}")))?;
+            let refused = |problem| self.explain_starttls(problem);
+            handshake.ask_for_tls().map_err(refused)?;
+            handshake.start_tls(client).map_err(|problem| {
+                self.explain(problem, &format!("TLS handshake with {address}"))
+            })?;
         }
         Ok(handshake)
+    }
+
+    /// An option that has failed, for people.
+    pub fn explain_option(&self, problem: Problem, option: Opt) -> Failure {
+        self.explain(problem, &format!("option {}", option.name()))
+    }
+
+    fn explain_starttls(&self, problem: Problem) -> Failure {
+        let step = "option STARTTLS";
+        match problem {
+            Problem::Refused { .. } => Failure::new(Exit::Refused, step, problem)
+                .advise("Is it configured for TLS? It was asked for nothing else."),
+            problem => self.explain(problem, step),
+        }
+    }
+
+    fn explain(&self, problem: Problem, step: &str) -> Failure {
+        let exit = match &problem {
+            Problem::Tls(problem) => problem.exit(),
+            Problem::Refused { .. } | Problem::NoSuchExport => Exit::Refused,
+            _ => Exit::Unreachable,
+        };
+        let advice = match &problem {
+            Problem::Io(error) if error.kind() == io::ErrorKind::TimedOut => Some(MORE_TIME),
+            Problem::Io(error) if is_end(error) => Some(self.advice_on_end()),
+            Problem::NoSuchExport => {
+                Some("Is the export's name right? \"rnbdctl exports\" lists them.")
+            }
+            Problem::Refused { refusal, .. } => advice_on_refusal(*refusal),
+            Problem::Tls(problem) => problem.advice(),
+            _ => None,
+        };
+        let step = match &problem {
+            Problem::Tls(problem) => problem.step().unwrap_or(step),
+            _ => step,
+        };
+        Failure::new(exit, step, problem).advise_if_any(advice)
+    }
+
+    /// Why a server may have closed the connection without a word.
+    fn advice_on_end(&self) -> &'static str {
+        match &self.tls {
+            None => "The server's log may say why. It may require TLS (nbds).",
+            Some(client) if client.has_certificate() => {
+                "The server's log may say why. It may not accept the client's certificate."
+            }
+            Some(_) => {
+                "The server's log may say why. It may demand a certificate of the client (--tls-cert)."
+            }
+        }
     }
 }
 
@@ -150,46 +201,6 @@ fn advice_on_connecting(error: &io::Error) -> Option<&'static str> {
     }
 }
 
-/// An option that has failed, for people.
-pub fn explain_option(problem: Problem, option: Opt) -> Failure {
-    explain(problem, &format!("option {}", option.name()))
-}
-
-fn explain_starttls(problem: Problem) -> Failure {
-    let step = "option STARTTLS";
-    match problem {
-        Problem::Refused { .. } => Failure::new(Exit::Refused, step, problem)
-            .advise("Is it configured for TLS? It was asked for nothing else."),
-        problem => explain(problem, step),
-    }
-}
-
-fn explain(problem: Problem, step: &str) -> Failure {
-    let exit = match &problem {
-        Problem::Tls(problem) => problem.exit(),
-        Problem::Refused { .. } | Problem::NoSuchExport => Exit::Refused,
-        _ => Exit::Unreachable,
-    };
-    let advice = match &problem {
-        Problem::Io(error) if error.kind() == io::ErrorKind::TimedOut => Some(MORE_TIME),
-        Problem::Io(error) if is_end(error) => Some(
-            "The server's log may say why. It may require TLS (nbds), or a certificate of the client \
-                 (--tls-cert).",
-        ),
-        Problem::NoSuchExport => {
-            Some("Is the export's name right? \"rnbdctl exports\" lists them.")
-        }
-        Problem::Refused { refusal, .. } => advice_on_refusal(*refusal),
-        Problem::Tls(problem) => problem.advice(),
-        _ => None,
-    };
-    let step = match &problem {
-        Problem::Tls(problem) => problem.step().unwrap_or(step),
-        _ => step,
-    };
-    Failure::new(exit, step, problem).advise_if_any(advice)
-}
-
 fn advice_on_refusal(refusal: Refusal) -> Option<&'static str> {
     match refusal {
         Refusal::Unknown => Some("Is the export's name right? \"rnbdctl exports\" lists them."),
@@ -197,5 +208,42 @@ fn advice_on_refusal(refusal: Refusal) -> Option<&'static str> {
         Refusal::Policy => Some("The server's configuration decides who may do what."),
         Refusal::Shutdown => Some("Try again when the server is back."),
         _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tls::UriTls;
+
+    /// A server that closes the connection says nothing; the advice must fit what it was offered.
+    #[test]
+    fn advice_on_a_server_that_goes_away() {
+        let place = Place::Tcp("localhost".into(), 10809);
+        let advice = |tls: Option<UriTls>| {
+            let uri = NbdUri {
+                place: place.clone(),
+                export: String::new(),
+                tls: tls.clone(),
+            };
+            let ca = std::env::temp_dir().join(format!("rnbdctl-{}-ca", std::process::id()));
+            let issuer = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+            std::fs::write(&ca, issuer.cert.pem()).unwrap();
+            let tls = TlsArgs {
+                tls_ca: tls.map(|_| ca.clone()),
+                ..TlsArgs::default()
+            };
+            let server = Server {
+                place: &place,
+                patience: Duration::ZERO,
+                tls: tls_client(&uri, &tls).unwrap(),
+            };
+            let _ = std::fs::remove_file(&ca);
+            let end = Problem::Io(io::ErrorKind::UnexpectedEof.into());
+            format!("{:?}", server.explain_option(end, Opt::Go))
+        };
+        let (without, with) = (advice(None), advice(Some(UriTls::default())));
+        assert!(without.contains("nbds") && !without.contains("--tls-cert"));
+        assert!(!with.contains("nbds") && with.contains("--tls-cert"));
     }
 }

@@ -57,6 +57,8 @@ pub enum UriError {
     Cid(String),
     #[error("nothing is known of the parameter {0:?}")]
     Parameter(String),
+    #[error("the parameter {0:?} is given twice")]
+    Twice(String),
     #[error("{0:?}: {1}")]
     TlsParameter(String, &'static str),
     #[error("the export's name {0}")]
@@ -114,8 +116,13 @@ fn export_of(path: &str) -> Result<String, UriError> {
 /// Takes the parameters, and answers the value of "socket".
 fn parameters(query: &str, mut tls: Option<&mut UriTls>) -> Result<Option<Vec<u8>>, UriError> {
     let mut socket = None;
+    let mut names = Vec::new();
     for parameter in query.split('&').filter(|parameter| !parameter.is_empty()) {
         let (name, value) = parameter.split_once('=').unwrap_or((parameter, ""));
+        if names.contains(&name) {
+            return Err(UriError::Twice(name.to_owned()));
+        }
+        names.push(name);
         match name {
             "socket" => socket = Some(decode(value)),
             _ if name.starts_with("tls-") => tls
@@ -335,6 +342,11 @@ mod tests {
                 assert!(refused, "{scheme} {parameter}: {outcome:?}");
             }
         }
+        // Somebody else may have added the second one.
+        assert_eq!(
+            tls("nbds://h/?tls-hostname=a&tls-certificates=/x&tls-hostname=b"),
+            Err(UriError::Twice("tls-hostname".into()))
+        );
         let outcome = tls("nbd://h/?tls-hostname=h");
         assert!(matches!(outcome, Err(UriError::TlsParameter(..))));
     }
@@ -350,6 +362,10 @@ mod tests {
         assert_eq!(
             parse("nbd+unix://tmp/s?socket=s"),
             Err(UriError::HostOfUnix)
+        );
+        assert_eq!(
+            parse("nbd+unix:///x?socket=s&socket=t"),
+            Err(UriError::Twice("socket".into()))
         );
         let parameter = |name: &str| Err(UriError::Parameter(name.into()));
         assert_eq!(parse("nbd://h/x?socket=s"), parameter("socket"));

@@ -42,7 +42,7 @@ impl ClientError {
             Self::NobodyTrusted(_) | Self::NoIssuers(_) => {
                 Some("--tls-ca names a file with the certificate of the issuer.")
             }
-            Self::NoName => Some("--tls-hostname says it."),
+            Self::NoName => Some("--tls-hostname says which name it must have."),
             _ => None,
         }
     }
@@ -79,6 +79,11 @@ impl Client {
             config: Arc::new(config(&Files::choose(args, uri)?)?),
             name,
         })
+    }
+
+    /// Whether there is a certificate for a server that asks for one.
+    pub fn has_certificate(&self) -> bool {
+        self.config.client_auth_cert_resolver.has_certs()
     }
 
     /// A connection that has not begun.

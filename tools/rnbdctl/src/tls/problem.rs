@@ -117,17 +117,15 @@ fn words_on_certificate(error: &CertificateError) -> String {
             expected,
             presented,
         } => {
-            let presented = match presented.is_empty() {
-                true => "no name".into(),
-                false => {
-                    let names: Vec<&str> = presented.iter().map(|name| bare(name)).collect();
-                    plain(&names.join(", "))
-                }
-            };
-            format!(
-                "the server's certificate is for {presented}, not for {}",
-                expected.to_str()
-            )
+            let expected = expected.to_str();
+            if presented.is_empty() {
+                return format!(
+                    "the server's certificate has no names (subjectAltName), and must have {expected}"
+                );
+            }
+            let names: Vec<&str> = presented.iter().map(|name| bare(name)).collect();
+            let names = plain(&names.join(", "));
+            format!("the server's certificate is for {names}, not for {expected}")
         }
         _ => format!("the server's certificate is not accepted: {error}"),
     }
@@ -172,9 +170,10 @@ fn advice_on_alert(alert: AlertDescription) -> Option<&'static str> {
         | AlertDescription::CertificateUnknown
         | AlertDescription::UnsupportedCertificate
         | AlertDescription::UnknownCA
-        | AlertDescription::AccessDenied => {
-            Some("It is the certificate of --tls-cert that the server does not accept.")
-        }
+        | AlertDescription::AccessDenied => Some(
+            "It is the client's certificate that the server does not accept, or that it misses: see --tls-cert \
+                 and --tls-certificates.",
+        ),
         _ => Some("The server's log may say why."),
     }
 }
@@ -184,6 +183,9 @@ fn advice_on_certificate(error: &CertificateError) -> Option<&'static str> {
         CertificateError::UnknownIssuer => {
             Some("--tls-ca names a file with the certificate of its issuer.")
         }
+        CertificateError::NotValidForNameContext { presented, .. } if presented.is_empty() => Some(
+            "The server needs a certificate with a subjectAltName. The common name (CN) is no name of it.",
+        ),
         CertificateError::NotValidForName | CertificateError::NotValidForNameContext { .. } => {
             Some("--tls-hostname says which name the certificate must have.")
         }

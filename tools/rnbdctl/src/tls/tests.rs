@@ -263,6 +263,17 @@ fn certificates_that_are_not_accepted() {
     assert!(problem.advice().unwrap().contains("--tls-hostname"));
     assert_eq!(problem.exit(), Exit::Unreachable);
 
+    let nameless = Special {
+        nameless: true,
+        ..Special::default()
+    };
+    let problem = fail(&pki, &nameless, &pki.client("server.test"));
+    assert_eq!(
+        problem.to_string(),
+        "the server's certificate has no names (subjectAltName), and must have server.test"
+    );
+    assert!(problem.advice().unwrap().contains("CN"));
+
     let problem = fail(&pki, &good, &other.client("server.test"));
     let unknown = CertificateError::UnknownIssuer;
     assert!(
