@@ -29,13 +29,10 @@ pub fn install(
     secrets: ExtractedSecrets,
 ) -> io::Result<()> {
     set(&socket, "TCP_ULP", TcpUlp::<[u8; 3]>::default(), b"tls")?;
-    let mut tx = crypto_info(version, &secrets.tx.1, secrets.tx.0)?;
-    let mut rx = crypto_info(version, &secrets.rx.1, secrets.rx.0)?;
-    let outcome =
-        set(&socket, "TLS_TX", TcpTlsTx, &tx).and_then(|()| set(&socket, "TLS_RX", TcpTlsRx, &rx));
-    wipe(&mut tx);
-    wipe(&mut rx);
-    outcome
+    let tx = Keys(crypto_info(version, &secrets.tx.1, secrets.tx.0)?);
+    let rx = Keys(crypto_info(version, &secrets.rx.1, secrets.rx.0)?);
+    set(&socket, "TLS_TX", TcpTlsTx, &tx.0)?;
+    set(&socket, "TLS_RX", TcpTlsRx, &rx.0)
 }
 
 fn set<O: SetSockOpt>(
@@ -134,12 +131,28 @@ fn unusable() -> Problem {
     ))
 }
 
-/// The library wipes its own copy.
-fn wipe(info: &mut TlsCryptoInfo) {
-    match info {
-        TlsCryptoInfo::Aes128Gcm(info) => info.key.zeroize(),
-        TlsCryptoInfo::Aes256Gcm(info) => info.key.zeroize(),
-        TlsCryptoInfo::Chacha20Poly1305(info) => info.key.zeroize(),
+/// What the kernel is given of one direction. It does not stay in memory for longer than it takes; but where it
+/// was moved while it was put together, copies may stay until the stack is used again.
+struct Keys(TlsCryptoInfo);
+
+impl Drop for Keys {
+    fn drop(&mut self) {
+        match &mut self.0 {
+            TlsCryptoInfo::Aes128Gcm(info) => {
+                info.key.zeroize();
+                info.salt.zeroize();
+                info.iv.zeroize();
+            }
+            TlsCryptoInfo::Aes256Gcm(info) => {
+                info.key.zeroize();
+                info.salt.zeroize();
+                info.iv.zeroize();
+            }
+            TlsCryptoInfo::Chacha20Poly1305(info) => {
+                info.key.zeroize();
+                info.iv.zeroize();
+            }
+        }
     }
 }
 
