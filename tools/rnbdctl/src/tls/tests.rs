@@ -237,6 +237,47 @@ fn clear_text_is_not_taken_for_tls() {
     server.join().unwrap();
 }
 
+/// Neither during the handshake nor afterwards, and not if it looks like a record of TLS.
+#[test]
+fn records_in_clear_text_are_not_taken() {
+    let pki = Pki::new("clear");
+    let record = |kind: u8, data: &[u8]| {
+        let len = (data.len() as u16).to_be_bytes();
+        [&[kind, 3, 3], &len[..], data].concat()
+    };
+    let data = record(23, &agreed(INFO_OPTION));
+    let goodbye = record(21, &[1, 0]);
+    let handshake = record(22, &[4, 0, 0, 0]);
+    for injected in [data, goodbye, handshake] {
+        for old_tls in [false, true] {
+            let special = Special {
+                old_tls,
+                ..Special::default()
+            };
+            let clear = injected.clone();
+            let (stream, server) = serve(&pki, &special, move |mut stream| {
+                hear(&mut stream, INFO);
+                stream.sock.write_all(&clear).unwrap();
+                assert!(stream.read(&mut [0; 64]).is_err(), "it does not go on");
+            });
+            let problem = ask(stream, &pki.client("server.test")).unwrap_err();
+            server.join().unwrap();
+            let noticed = matches!(problem, Problem::Tls(TlsProblem::Tls(Error::DecryptError)));
+            assert!(noticed, "{injected:?}: {problem:?}");
+        }
+        let (stream, server) = serve(&pki, &Special::default(), move |mut stream| {
+            stream.sock.write_all(&injected).unwrap();
+            let _ = stream.read(&mut [0; 64]);
+        });
+        let problem = ask(stream, &pki.client("server.test")).unwrap_err();
+        server.join().unwrap();
+        assert!(
+            matches!(problem, Problem::Tls(TlsProblem::Tls(_)) | Problem::Io(_)),
+            "{problem:?}"
+        );
+    }
+}
+
 /// A handshake that fails, for this client.
 fn fail(pki: &Pki, special: &Special, client: &Client) -> TlsProblem {
     let (stream, server) = serve(pki, special, |mut stream| {
@@ -343,17 +384,28 @@ fn a_server_that_asks_for_a_certificate() {
     server.join().unwrap();
 }
 
+/// With close_notify or without it, which somebody on the way can bring about; between two records, or within
+/// one.
 #[test]
 fn a_server_that_goes_away() {
     let pki = Pki::new("gone");
-    let (stream, server) = serve(&pki, &Special::default(), |mut stream| {
-        hear(&mut stream, INFO);
+    let goodbye = |stream: &mut Encrypted| {
         stream.conn.send_close_notify();
-        let _ = stream.flush();
-    });
-    match ask(stream, &pki.client("server.test")).unwrap_err() {
-        Problem::Io(error) => assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof),
-        other => panic!("{other:?}"),
+        stream.flush().unwrap();
+    };
+    let half_a_reply =
+        |stream: &mut Encrypted| stream.write_all(&agreed(INFO_OPTION)[..30]).unwrap();
+    let half_a_record = |stream: &mut Encrypted| stream.sock.write_all(&[23, 3, 3, 0, 90]).unwrap();
+    let ways: [fn(&mut Encrypted); 4] = [|_| (), goodbye, half_a_reply, half_a_record];
+    for last in ways {
+        let (stream, server) = serve(&pki, &Special::default(), move |mut stream| {
+            hear(&mut stream, INFO);
+            last(&mut stream);
+        });
+        match ask(stream, &pki.client("server.test")).unwrap_err() {
+            Problem::Io(error) => assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof),
+            other => panic!("{other:?}"),
+        }
+        server.join().unwrap();
     }
-    server.join().unwrap();
 }

@@ -82,11 +82,16 @@ fn nbdkit_over_several_connections(_: &Guest) {
 /// With TLS 1.3 it says so only after the client's part of the handshake is done.
 fn nbdkit_asks_for_a_certificate(_: &Guest) {
     let pki = Pki::new(DIR);
-    let _server = nbdkit("--tls-certificates=/tmp/pki --tls-verify-peer memory 64M");
+    let server = nbdkit("--tls-certificates=/tmp/pki --tls-verify-peer memory 64M");
     let ca = "--tls-ca /tmp/pki/ca-cert.pem";
     let said = rnbdctl(&format!("connect {ca} nbds://127.0.0.1/ nbd0"));
     assert!([6, 7].contains(&said.status), "{said:?}");
     assert!(said.err.contains("--tls-cert"), "{said:?}");
+    // The advice is the same for a server that just goes away. So it has to be the reason that the server tells.
+    let reason = wait_until(SOON, || {
+        server.0.said().to_lowercase().contains("certificate")
+    });
+    assert!(reason.is_ok(), "the server: {}", server.0.said());
     pki.issue(Issued::client(), "client");
     let identity = "--tls-cert /tmp/pki/client-cert.pem --tls-key /tmp/pki/client-key.pem";
     ok(&format!("connect {ca} {identity} nbds://127.0.0.1/ nbd0"));

@@ -15,7 +15,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::version::{TLS12, TLS13};
-use rustls::{RootCertStore, ServerConfig};
+use rustls::{CipherSuite, RootCertStore, ServerConfig};
 
 use crate::tls::options::{TlsArgs, UriTls};
 use crate::tls::{Client, client::ClientError};
@@ -35,6 +35,8 @@ pub struct Special {
     pub old_tls: bool,
     pub asks_for_certificates: bool,
     pub nameless: bool,
+    /// The only cipher that it has.
+    pub cipher: Option<CipherSuite>,
 }
 
 impl Pki {
@@ -111,7 +113,13 @@ impl Pki {
         let (certificate, key) = self.issue(params, special.expired);
         let chain = vec![CertificateDer::from_pem_slice(certificate.as_bytes()).unwrap()];
         let key = PrivateKeyDer::from_pem_slice(key.as_bytes()).unwrap();
-        let provider = Arc::new(ring::default_provider());
+        let mut provider = ring::default_provider();
+        if let Some(cipher) = special.cipher {
+            provider
+                .cipher_suites
+                .retain(|suite| suite.suite() == cipher);
+        }
+        let provider = Arc::new(provider);
         let versions = if special.old_tls { [&TLS12] } else { [&TLS13] };
         let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
             .with_protocol_versions(&versions)

@@ -8,7 +8,11 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, mpsc};
 use std::thread::{self, JoinHandle};
 
-use rustls::{ConnectionTrafficSecrets, ProtocolVersion, ServerConnection, StreamOwned};
+use nix::sys::socket::sockopt::TlsCryptoInfo;
+use rustls::crypto::{cipher::Iv, ring};
+use rustls::{
+    CipherSuite, ConnectionTrafficSecrets, ProtocolVersion, ServerConnection, StreamOwned,
+};
 
 use super::pki::{Pki, Special};
 use super::{Encrypted, PATIENCE, hear};
@@ -18,13 +22,10 @@ use crate::tls::kernel::crypto_info;
 /// A connection whose server runs `talk` in a thread after the handshake.
 fn begin<T: Send + 'static>(
     pki: &Pki,
-    old_tls: bool,
+    special: &Special,
     talk: impl FnOnce(Encrypted) -> T + Send + 'static,
 ) -> (Session, UnixStream, JoinHandle<T>) {
-    let config = Arc::new(pki.server(&Special {
-        old_tls,
-        ..Special::default()
-    }));
+    let config = Arc::new(pki.server(special));
     let (mut ours, theirs) = UnixStream::pair().unwrap();
     ours.set_read_timeout(Some(PATIENCE)).unwrap();
     theirs.set_read_timeout(Some(PATIENCE)).unwrap();
@@ -47,14 +48,63 @@ fn in_time<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     outcome.recv_timeout(PATIENCE).expect("it hangs")
 }
 
+/// All ciphers that go with the server's kind of key, with their versions of TLS.
+fn ciphers() -> impl Iterator<Item = (CipherSuite, ProtocolVersion)> {
+    let suites = ring::default_provider().cipher_suites.into_iter();
+    suites
+        .filter(|suite| !format!("{suite:?}").contains("_RSA_"))
+        .map(|suite| (suite.suite(), suite.version().version))
+}
+
+/// What the kernel is told, against what the library says of the same key.
+fn check_for_kernel(version: ProtocolVersion, secrets: &ConnectionTrafficSecrets) {
+    let old = version == ProtocolVersion::TLSv1_2;
+    let (number, kernels) = match old {
+        false => (0x0304, 0),
+        true => (0x0303, 0x80),
+    };
+    let nonce = |iv: &Iv| {
+        let mut nonce = iv.as_ref().to_vec();
+        nonce[4] ^= kernels;
+        nonce
+    };
+    match (crypto_info(Some(version), secrets, 258).unwrap(), secrets) {
+        (TlsCryptoInfo::Aes128Gcm(info), ConnectionTrafficSecrets::Aes128Gcm { key, iv }) => {
+            assert_eq!((info.info.version, info.info.cipher_type), (number, 51));
+            assert_eq!([&info.salt[..], &info.iv].concat(), nonce(iv));
+            assert_eq!(info.key, key.as_ref());
+            assert_eq!(info.rec_seq, [0, 0, 0, 0, 0, 0, 1, 2]);
+        }
+        (TlsCryptoInfo::Aes256Gcm(info), ConnectionTrafficSecrets::Aes256Gcm { key, iv }) => {
+            assert_eq!((info.info.version, info.info.cipher_type), (number, 52));
+            assert_eq!([&info.salt[..], &info.iv].concat(), nonce(iv));
+            assert_eq!(info.key, key.as_ref());
+            assert_eq!(info.rec_seq, [0, 0, 0, 0, 0, 0, 1, 2]);
+        }
+        (
+            TlsCryptoInfo::Chacha20Poly1305(info),
+            ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv },
+        ) => {
+            assert_eq!((info.info.version, info.info.cipher_type), (number, 54));
+            assert_eq!(info.iv, iv.as_ref());
+            assert_eq!(info.key, key.as_ref());
+            assert_eq!(info.rec_seq, [0, 0, 0, 0, 0, 0, 1, 2]);
+        }
+        (other, _) => panic!("{other:?}"),
+    }
+}
+
 #[test]
 fn both_sides_have_the_same_keys_and_numbers() {
     let pki = Pki::new("keys");
-    for (old_tls, version) in [
-        (false, ProtocolVersion::TLSv1_3),
-        (true, ProtocolVersion::TLSv1_2),
-    ] {
-        let (mut session, mut ours, server) = begin(&pki, old_tls, |mut stream| {
+    assert_eq!(ciphers().count(), 6);
+    for (cipher, version) in ciphers() {
+        let special = Special {
+            old_tls: version == ProtocolVersion::TLSv1_2,
+            cipher: Some(cipher),
+            ..Special::default()
+        };
+        let (mut session, mut ours, server) = begin(&pki, &special, |mut stream| {
             hear(&mut stream, b"question");
             stream.write_all(b"answer").unwrap();
             // This one belongs to whoever has the keys by then.
@@ -70,6 +120,7 @@ fn both_sides_have_the_same_keys_and_numbers() {
             server.join().unwrap(),
         );
         let same = |one: (u64, ConnectionTrafficSecrets), other: (u64, _)| {
+            check_for_kernel(version, &one.1);
             let text = |secrets| format!("{:?}", crypto_info(Some(version), secrets, 0).unwrap());
             assert_eq!(text(&one.1), text(&other.1));
             other.0 - one.0
@@ -88,17 +139,21 @@ fn both_sides_have_the_same_keys_and_numbers() {
 fn nothing_counts_behind_a_goodbye() {
     let pki = Pki::new("behind");
     for old_tls in [false, true] {
+        let special = Special {
+            old_tls,
+            ..Special::default()
+        };
         let talk = |mut stream: Encrypted| {
             stream.conn.send_close_notify();
             stream.conn.complete_io(&mut stream.sock).unwrap();
             stream.sock.write_all(&[23, 3, 3, 0, 1, 0]).unwrap();
         };
-        let (mut session, mut ours, server) = begin(&pki, old_tls, talk);
+        let (mut session, mut ours, server) = begin(&pki, &special, talk);
         server.join().unwrap();
         let error = in_time(move || session.write(&mut ours, b"question")).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
 
-        let (mut session, mut ours, server) = begin(&pki, old_tls, talk);
+        let (mut session, mut ours, server) = begin(&pki, &special, talk);
         server.join().unwrap();
         let read = in_time(move || session.read(&mut ours, &mut [0; 8]));
         assert_eq!(read.unwrap(), 0, "it is the end");
@@ -109,7 +164,7 @@ fn nothing_counts_behind_a_goodbye() {
 #[test]
 fn new_keys_that_the_server_asks_for() {
     let pki = Pki::new("update");
-    let (mut session, mut ours, server) = begin(&pki, false, |mut stream| {
+    let (mut session, mut ours, server) = begin(&pki, &Special::default(), |mut stream| {
         stream.conn.refresh_traffic_keys().unwrap();
         stream.write_all(b"answer").unwrap();
         // The client's answer to that, and nothing else.
@@ -157,7 +212,7 @@ impl Write for Hindered<'_> {
 #[test]
 fn writing_that_is_hindered() {
     let pki = Pki::new("hindered");
-    let (mut session, ours, server) = begin(&pki, false, |mut stream| {
+    let (mut session, ours, server) = begin(&pki, &Special::default(), |mut stream| {
         let mut heard = Vec::new();
         let _ = stream.read_to_end(&mut heard);
         heard
