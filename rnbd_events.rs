@@ -126,6 +126,13 @@ pub(crate) enum Event {
 
 /// Sends events to user space. `rnbd_netlink/events.rs` implements it.
 pub(crate) trait Listeners: Send + Sync {
+    /// Returns whether anybody may be listening.
+    ///
+    /// # Context
+    ///
+    /// Any context, including softirq.
+    fn are_there(&self, origin: &Origin) -> bool;
+
     /// Sends an event to those who listen.
     ///
     /// # Context
@@ -208,13 +215,18 @@ impl EventQueue {
         )
     }
 
-    /// Has listeners told of an event.
+    /// Has listeners told of an event, if there are any now.
     ///
     /// # Context
     ///
     /// Any context, including softirq.
     pub(crate) fn post(self: &Arc<Self>, notice: Notice, event: Event) {
         let Notice(mut item) = notice;
+        // Mostly nobody does, and then no worker is woken up for it. The session has the origin, too, so that is
+        // not freed here.
+        if !self.listeners.are_there(&item.value.origin) {
+            return;
+        }
         item.value.event = event;
         // The list is never closed.
         let _ = self.news.push(item);

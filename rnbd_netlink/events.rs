@@ -83,6 +83,10 @@ mod attribute {
 pub(crate) struct Told(pub(crate) Arc<Group>);
 
 impl Listeners for Told {
+    fn are_there(&self, origin: &Origin) -> bool {
+        self.0.has_listeners(&origin.namespace)
+    }
+
     fn tell(&self, origin: &Origin, event: Event) {
         let attributes = task::memalloc_noio(|| attributes(origin, event));
         let Ok(attributes) = attributes else {

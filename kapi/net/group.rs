@@ -21,6 +21,10 @@ use kernel::{
     new_mutex,
     prelude::*,
     sync::{
+        atomic::{
+            Atomic,
+            Relaxed, //
+        },
         Arc,
         Mutex, //
     }, //
@@ -33,6 +37,8 @@ use kernel::{
 pub(crate) struct Group {
     /// The `mcgrps` of the family points to this.
     pub(super) raw: bindings::genl_multicast_group,
+    /// The number of the group, 0 while no family has it.
+    number: Atomic<u32>,
     /// The family that has this group.
     #[pin]
     family: Mutex<Owner>,
@@ -76,6 +82,7 @@ impl Group {
         Arc::pin_init(
             pin_init!(Group {
                 raw,
+                number: Atomic::new(0),
                 family <- new_mutex!(Owner::Nobody),
             }),
             GFP_KERNEL,
@@ -167,6 +174,22 @@ impl Group {
         }
     }
 
+    /// Returns whether anybody listens to the group, in any network namespace (`genl_has_listeners()`).
+    ///
+    /// # Context
+    ///
+    /// Any context, including softirq.
+    pub(crate) fn has_listeners(&self, namespace: &Namespace) -> bool {
+        let group = self.number.load(Relaxed);
+        // SAFETY: The namespace is referenced, so it has this socket, which is one of the kernel. The number is
+        // compared with that of the last group, and may be out of use.
+        group != 0
+            && unsafe {
+                let socket = bindings::genl_sock(namespace.as_ptr());
+                bindings::netlink_has_listeners(socket.cast(), group) != 0
+            }
+    }
+
     /// Tells all listeners in a network namespace that a message was lost: their next `recv()` fails with
     /// `ENOBUFS`.
     ///
@@ -197,6 +220,7 @@ impl Group {
     pub(super) fn unbind(&self, family: NonNull<bindings::genl_family>) {
         let mut owner = self.family.lock();
         if matches!(&*owner, Owner::Family(Registered(bound)) if *bound == family) {
+            self.number.store(0, Relaxed);
             *owner = Owner::Nobody;
         }
     }
@@ -206,6 +230,7 @@ impl Claim {
     /// Gives the group to the family, which was registered.
     pub(super) fn bind(mut self, family: Registered) {
         if let Some(group) = self.0.take() {
+            group.number.store(family.group(), Relaxed);
             *group.family.lock() = Owner::Family(family);
         }
     }
