@@ -181,13 +181,15 @@ impl Group {
     /// Any context, including softirq.
     pub(crate) fn has_listeners(&self, namespace: &Namespace) -> bool {
         let group = self.number.load(Relaxed);
+        if group == 0 {
+            return false;
+        }
         // SAFETY: The namespace is referenced, so it has this socket, which is one of the kernel. The number is
         // compared with that of the last group, and may be out of use.
-        group != 0
-            && unsafe {
-                let socket = bindings::genl_sock(namespace.as_ptr());
-                bindings::netlink_has_listeners(socket.cast(), group) != 0
-            }
+        unsafe {
+            let socket = bindings::genl_sock(namespace.as_ptr());
+            bindings::netlink_has_listeners(socket.cast(), group) != 0
+        }
     }
 
     /// Tells all listeners in a network namespace that a message was lost: their next `recv()` fails with
