@@ -2,7 +2,7 @@
 
 //! The operators' tool, as operators use it, with either driver.
 
-mod tls;
+mod encrypted;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -18,7 +18,7 @@ use crate::programs::{Daemon, sh};
 use crate::test;
 
 pub fn tests() -> Vec<Test> {
-    [of_every_kind(), tls::tests()]
+    [of_every_kind(), encrypted::tests()]
         .into_iter()
         .flatten()
         .collect()
