@@ -144,8 +144,10 @@ impl Connection {
         let Some(before) = self.begin_end() else {
             return false;
         };
-        // Another task may have set a reason and come too late. Only the caller tells of this death.
-        self.change_death(Death::of(Reason::Replaced));
+        if before == ALIVE {
+            // Another task may have set a reason and come too late. Only the caller tells of this death.
+            self.change_death(Death::of(Reason::Replaced));
+        }
         self.end_socket(self.suitable_ending());
         before == ALIVE
     }

@@ -177,8 +177,9 @@ impl Socket {
         let msg = init_message(&mut msg, &data, bindings::ITER_DEST);
         // SAFETY: `msg` describes memory that lives during the call.
         match unsafe { self.receive_message(msg)? } {
-            // There was a record of TLS, but an empty one, with one that is no data behind it.
-            0 if msg.msg_flags & bindings::MSG_CTRUNC != 0 => Ok(0),
+            // There was a record of TLS, but an empty one, with one that is no data behind it. Other sockets set
+            // the flag at the end of the stream, too, if they have been asked for control messages.
+            0 if self.is_encrypted() && msg.msg_flags & bindings::MSG_CTRUNC != 0 => Ok(0),
             0 => Err(EPIPE),
             got => Ok(got),
         }

@@ -12,6 +12,7 @@ use std::thread;
 use std::time::Duration;
 
 use rustix::io::Errno;
+use rustix::net::sockopt::set_socket_passcred;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::debug_kernel::patient;
@@ -36,6 +37,7 @@ pub fn tests() -> Vec<Test> {
         test!(client_leaves_after_a_signal),
         test!(nobody_waits_for_room_in_a_socket),
         test!(server_stops_reading_while_a_write_waits_for_room),
+        test!(server_ends_where_credentials_are_wanted),
         test!(server_dies_with_dirty_pages),
         test!(server_dies_under_load_again_and_again),
         test!(disconnect_races_with_requests),
@@ -327,6 +329,22 @@ fn server_stops_reading_while_a_write_waits_for_room(_: &Guest) {
     assert!(ended.is_ok(), "the write hangs");
     assert_eq!(write.join().unwrap(), Err(Errno::IO));
     let _ = rig.client.wait();
+}
+
+/// The kernel then says at the end of the stream, too, that there was no room for what comes along with it.
+fn server_ends_where_credentials_are_wanted(_: &Guest) {
+    const SIZE: u64 = 1 << 20;
+    let server = Server::new();
+    let socket = server.connect(Transport::Unix);
+    set_socket_passcred(&socket, true).expect("SO_PASSCRED");
+    let mut client = Plan::new(SIZE).start_over(vec![socket]);
+    client.wait_ready(SIZE);
+    let direct = device::open(0, libc::O_DIRECT).unwrap();
+    errno(direct.read_exact_at(&mut Buffer::new(4096), 0)).expect("a read");
+    drop(direct);
+    server.kill();
+    client.wait_lost();
+    assert_usable(0);
 }
 
 /// Whether a task of the system waits in this function of the kernel.
