@@ -285,20 +285,16 @@ impl Table {
     ///
     /// May sleep.
     pub(crate) fn will_report_end(&self, news: Option<(Notice, Event)>, notice: Notice) {
-        // A notice that is not needed is not freed with the lock held.
         let mut unreaped = self.unreaped.lock();
         if let Some((notice, event)) = news {
             self.shared.news.post(notice, event);
         }
-        let spare = match &unreaped.ended {
-            Some(_) => Some(notice),
-            None => unreaped.ended.replace(notice),
-        };
+        if unreaped.ended.is_none() {
+            unreaped.ended = Some(notice);
+        }
         if unreaped.count == 0 && self.fate.snapshot().is_end_wanted() {
             self.post_end(&mut unreaped);
         }
-        drop(unreaped);
-        drop(spare);
     }
 
     /// Has listeners told of an event, if they were told of the session and not of its end.
