@@ -207,6 +207,7 @@ fn reason(number: u32) -> &'static str {
         5 => "shutting-down",
         6 => "replaced",
         7 => "replacement-failed",
+        8 => "wants-rekeying",
         _ => "unknown",
     }
 }
@@ -234,6 +235,24 @@ mod tests {
             "{\"event\":\"connection-dead\",\"index\":3,\"connection\":1,\"reason\":\"receive-failed\",\
              \"errno\":104,\"reconnects\":2,\"backend\":\"image\"}"
         );
+    }
+
+    /// The names in the specification, from 0 on.
+    #[test]
+    fn reasons_are_those_of_the_specification() {
+        let specification = include_str!("../../../Documentation/netlink/rnbd.yaml");
+        let (_, rest) = specification
+            .split_once("    name: death-reason\n")
+            .unwrap();
+        let list = rest.split("\n\n").next().unwrap();
+        let list = list.split("\n  -\n").next().unwrap();
+        let names = list
+            .lines()
+            .filter_map(|line| line.trim().strip_prefix("name: "));
+        let names: Vec<&str> = names.collect();
+        let known: Vec<&str> = (0..names.len() as u32).map(reason).collect();
+        assert_eq!(known, names);
+        assert_eq!(reason(names.len() as u32), "unknown");
     }
 
     #[test]
