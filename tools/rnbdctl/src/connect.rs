@@ -109,7 +109,11 @@ pub fn no_driver() -> Failure {
 }
 
 /// nbd.ko would refuse the sockets, and say why in its log only.
-fn check_transport(uri: &NbdUri, driver: Option<Driver>) -> Result<(), Failure> {
+///
+/// # Errors
+///
+/// `Failed`: it takes another driver, or none can do it.
+pub fn check_transport(uri: &NbdUri, driver: Option<Driver>) -> Result<(), Failure> {
     match (&uri.place, driver) {
         (Place::Unix(_) | Place::Vsock(..), _) if uri.tls.is_some() => Err(Failure::new(
             Exit::Failed,

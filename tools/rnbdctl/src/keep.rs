@@ -4,7 +4,7 @@
 //!
 //! - `config` reads what is to be kept; `find` finds that among the devices, and what it lacks
 //! - `dial` opens connections; `pass` gives them to the kernel; `backoff` is the time between attempts
-//! - `keeper` does all this for one device
+//! - `keeper` does all this for one device; `disconnect` undoes it at the end
 //! - `notifier` tells the service manager
 //!
 //! The main thread waits for messages of others, which wait for events of the kernel, for signals, and for servers.
@@ -13,24 +13,22 @@
 mod backoff;
 mod config;
 mod dial;
+mod disconnect;
 mod find;
 mod keeper;
 mod notifier;
 mod pass;
 
-use std::fs::OpenOptions;
-use std::io;
-use std::os::unix::fs::OpenOptionsExt;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::Instant;
 
-use rustix::fs::OFlags;
 use rustix::process::configure_io_flusher_behavior;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
 
 use self::dial::{Dialled, Dialler};
+use self::disconnect::disconnect;
 use self::keeper::Keeper;
 use self::notifier::Notifier;
 use crate::cli::KeepArgs;
@@ -59,12 +57,17 @@ pub fn run(args: &KeepArgs) -> Result<(), Failure> {
         .map(|(number, path)| Keeper::new(number, path))
         .collect();
     let keepers = keepers?;
+    config::check_distinct(keepers.iter().map(|keeper| &keeper.config))?;
     // The threads inherit it.
     avoid_own_writeback();
     let (sender, told) = channel();
     hear_signals(sender.clone())?;
     // This loads a driver if none is loaded.
     open_family()?;
+    let driver = Sysfs::new().driver();
+    keepers
+        .iter()
+        .try_for_each(|keeper| keeper.check_transports(driver))?;
     hear_events(sender.clone())?;
     let keep = Keep {
         keepers,
@@ -218,27 +221,4 @@ impl Keep {
             }
         }
     }
-}
-
-/// Disconnects a device that nobody has mounted or claimed otherwise.
-fn disconnect(keeper: &Keeper) -> Result<(), Failure> {
-    let Some(index) = keeper.index.filter(|_| keeper.ended().is_none()) else {
-        return Ok(());
-    };
-    let path = format!("/dev/nbd{index}");
-    let claimed = OpenOptions::new()
-        .read(true)
-        .custom_flags(OFlags::EXCL.bits() as i32)
-        .open(&path);
-    // It stays ours until it is disconnected.
-    let _claimed = match claimed {
-        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => {
-            keeper.say(&format!("{path} is in use, and stays connected"));
-            return Ok(());
-        }
-        claimed => claimed.ok(),
-    };
-    open_family()?
-        .disconnect(index, keeper.config.backend())
-        .map_err(|error| error.during("disconnecting the device"))
 }

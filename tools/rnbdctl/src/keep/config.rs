@@ -4,6 +4,7 @@
 //!
 //! Its keys are described in packaging/rnbd.toml.5.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -12,7 +13,9 @@ use serde::de::Error;
 use serde::{Deserialize, Deserializer};
 
 use crate::cli;
+use crate::connect::check_transport;
 use crate::failure::{Exit, Failure};
+use crate::sysfs::Driver;
 use crate::uri::NbdUri;
 
 /// Where the configurations are.
@@ -91,6 +94,7 @@ impl Config {
         if config.backend.as_deref() == Some("") && config.device.is_none() {
             return Err(wrong(&"without an identifier, it must name the device"));
         }
+        config.check_transports(path, None)?;
         Ok(Self {
             backend: config.backend.or_else(|| Some(name(path))),
             ..config
@@ -99,6 +103,18 @@ impl Config {
 
     fn parse(text: &str) -> Result<Self, String> {
         toml::from_str(text).map_err(|error| error.to_string())
+    }
+
+    /// Whether the driver, if it is known, can reach all servers.
+    ///
+    /// # Errors
+    ///
+    /// `Usage`: it cannot reach one, and never will.
+    pub fn check_transports(&self, path: &Path, driver: Option<Driver>) -> Result<(), Failure> {
+        self.uris.iter().try_for_each(|uri| {
+            check_transport(uri, driver)
+                .map_err(|failure| Failure::new(Exit::Usage, path.display().to_string(), failure))
+        })
     }
 
     /// The identifier, if the device has one.
@@ -110,6 +126,28 @@ impl Config {
     pub fn connections(&self) -> Option<u32> {
         self.connections.map(|number| number as u32)
     }
+}
+
+/// Whether each is about another device.
+///
+/// # Errors
+///
+/// `Usage`: two would fight for one.
+pub fn check_distinct<'a>(configs: impl Iterator<Item = &'a Config>) -> Result<(), Failure> {
+    let (mut backends, mut devices) = (BTreeSet::new(), BTreeSet::new());
+    for config in configs {
+        let twice = match (config.backend(), config.device) {
+            (Some(backend), _) if !backends.insert(backend) => {
+                format!("several have the identifier \"{backend}\"")
+            }
+            (_, Some(device)) if !devices.insert(device) => {
+                format!("several have the device /dev/nbd{device}")
+            }
+            _ => continue,
+        };
+        return Err(Failure::new(Exit::Usage, "configurations", twice));
+    }
+    Ok(())
 }
 
 /// The name of a device's configuration.
@@ -282,10 +320,44 @@ mod tests {
         assert_eq!(config.backend(), Some(name(&path).as_str()));
         let config = read("uris = [\"nbd://h/x\"]\nbackend = \"\"\ndevice = \"nbd0\"").unwrap();
         assert_eq!(config.backend(), None);
+        let failure = read("uris = [\"nbds+unix:///?socket=/s\"]").unwrap_err();
+        assert_eq!(failure.exit, Exit::Usage, "{failure}");
         let failure = read("uris = [\"nbd://h/x\"]\nbackend = \"\"").unwrap_err();
         assert_eq!(failure.exit, Exit::Usage);
         fs::remove_file(&path).unwrap();
         assert!(Config::read(&path).is_err());
+    }
+
+    #[test]
+    fn what_no_driver_can_do() {
+        let check = |uri: &str, driver| {
+            let config = Config::parse(&format!("uris = ['{uri}']")).unwrap();
+            config.check_transports(Path::new("x.toml"), driver)
+        };
+        assert!(check("nbd+vsock://2/", None).is_ok());
+        assert!(check("nbd+vsock://2/", Some(Driver::Rnbd)).is_ok());
+        let failure = check("nbd+vsock://2/", Some(Driver::Nbd)).unwrap_err();
+        assert_eq!(failure.exit, Exit::Usage);
+        assert!(failure.to_string().contains("x.toml"), "{failure}");
+        assert!(check("nbds+vsock://2/", Some(Driver::Rnbd)).is_err());
+    }
+
+    #[test]
+    fn no_two_for_one_device() {
+        let distinct = |lines: [&str; 2]| {
+            let configs = lines.map(|line| Config::parse(&format!("uris = ['nbd://h']\n{line}")));
+            check_distinct(configs.map(Result::unwrap).iter()).is_ok()
+        };
+        assert!(distinct(["backend = 'a'", "backend = 'b'"]));
+        assert!(!distinct(["backend = 'a'", "backend = 'a'"]));
+        assert!(!distinct([
+            "backend = 'a'\ndevice = 'nbd1'",
+            "backend = ''\ndevice = 'nbd1'"
+        ]));
+        assert!(distinct([
+            "backend = ''\ndevice = 'nbd0'",
+            "backend = ''\ndevice = 'nbd1'"
+        ]));
     }
 
     #[test]

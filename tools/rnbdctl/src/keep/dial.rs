@@ -2,11 +2,16 @@
 
 //! Dials in a thread of its own, so that a server that does not answer holds up nothing else.
 
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::sync::mpsc::Sender;
 use std::thread;
 
 use super::Message;
 use crate::cli::ServerArgs;
+use crate::dial::{Address, resolve};
 use crate::failure::{Exit, Failure};
 use crate::opening::{Opened, open_among};
 use crate::uri::NbdUri;
@@ -22,6 +27,17 @@ pub struct Order {
     pub server: ServerArgs,
     /// Addresses that the device is connected to. Others could be other stores. Empty: any will do.
     pub peers: Vec<String>,
+    /// Nothing is opened: only whether a URI leads to one of these addresses is asked.
+    pub asks_only: bool,
+}
+
+/// What was found.
+#[derive(Debug)]
+pub enum Reached {
+    /// With the place of the URI.
+    Opened(usize, Opened),
+    /// A URI leads to where the device is connected to.
+    Same,
 }
 
 /// What has come of an order.
@@ -30,8 +46,7 @@ pub struct Dialled {
     /// Whose order it was, and which of its.
     pub keeper: usize,
     pub number: u64,
-    /// The place of the URI, and what was opened.
-    pub outcome: Result<(usize, Opened), Failure>,
+    pub outcome: Result<Reached, Failure>,
 }
 
 /// Where the main thread's messages come from.
@@ -46,7 +61,10 @@ impl Dialler {
     pub fn dial(&self, keeper: usize, number: u64, order: Order) -> Result<(), Failure> {
         let tell = self.0.clone();
         let spawned = thread::Builder::new().spawn(move || {
-            let outcome = dial(&order);
+            let outcome = match order.asks_only {
+                true => compare(&order),
+                false => dial(&order),
+            };
             // Nobody listens at the end of the program.
             let _ = tell.send(Message::Dialled(Dialled {
                 keeper,
@@ -60,14 +78,13 @@ impl Dialler {
     }
 }
 
-fn dial(order: &Order) -> Result<(usize, Opened), Failure> {
-    let may = |address: &crate::dial::Address| {
-        order.peers.is_empty() || order.peers.contains(&address.to_string())
-    };
+fn dial(order: &Order) -> Result<Reached, Failure> {
+    let may =
+        |address: &Address| order.peers.is_empty() || order.peers.contains(&address.to_string());
     let mut failures: Vec<Failure> = Vec::new();
     for (place, uri) in &order.uris {
         match open_among(uri, order.wanted, &order.server, may) {
-            Ok(opened) => return Ok((*place, opened)),
+            Ok(opened) => return Ok(Reached::Opened(*place, opened)),
             Err(failure) => failures.push(failure),
         }
     }
@@ -79,6 +96,49 @@ fn dial(order: &Order) -> Result<(usize, Opened), Failure> {
             "reaching a server",
             all.join("; "),
         )),
+    }
+}
+
+/// Whether one of the URIs leads to where the device is connected to.
+fn compare(order: &Order) -> Result<Reached, Failure> {
+    let mut unknown = Vec::new();
+    for (_, uri) in &order.uris {
+        match resolve(&uri.place, order.server.connect_timeout) {
+            Ok(addresses) => {
+                let is_peer = |address: &Address| order.peers.iter().any(|p| may_be(address, p));
+                if addresses.iter().any(is_peer) {
+                    return Ok(Reached::Same);
+                }
+            }
+            Err(error) => unknown.push(format!("resolving {}: {error}", uri.place)),
+        }
+    }
+    if !unknown.is_empty() {
+        let step = "comparing the servers with those of the device";
+        return Err(Failure::new(Exit::Unreachable, step, unknown.join("; ")));
+    }
+    Err(Failure::new(
+        Exit::Busy,
+        "device",
+        format!(
+            "with this identifier, it is connected to {}, and none of the URIs leads there",
+            order.peers.join(", ")
+        ),
+    ))
+}
+
+/// Whether an address may be that of a connection. A server may know its UNIX socket by another path.
+fn may_be(address: &Address, peer: &str) -> bool {
+    match address {
+        _ if address.to_string() == peer => true,
+        Address::Unix(path) if peer.starts_with('/') => {
+            match (fs::metadata(OsStr::from_bytes(path)), fs::metadata(peer)) {
+                (Ok(one), Ok(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
+                _ => true,
+            }
+        }
+        Address::Unix(_) => peer == "unix",
+        _ => false,
     }
 }
 
@@ -105,6 +165,7 @@ mod tests {
                 tls: TlsArgs::default(),
             },
             peers: peers.iter().map(ToString::to_string).collect(),
+            asks_only: false,
         }
     }
 
@@ -124,5 +185,30 @@ mod tests {
         assert!(failure.to_string().contains("not the server"), "{failure}");
         listener.set_nonblocking(true).unwrap();
         assert!(listener.accept().is_err(), "it was dialled");
+    }
+
+    /// Another one could have connected a device with the same identifier.
+    #[test]
+    fn a_device_of_another_server() {
+        let uris = || vec![refused(), NbdUri::parse("nbd://127.0.0.1:7").unwrap()];
+        let compared = compare(&order(uris(), &["127.0.0.1:7"]));
+        assert!(matches!(compared, Ok(Reached::Same)), "{compared:?}");
+        let failure = compare(&order(uris(), &["127.0.0.2:7"])).unwrap_err();
+        assert_eq!(failure.exit, Exit::Busy);
+        assert!(failure.to_string().contains("127.0.0.2:7"), "{failure}");
+        let nobody = NbdUri::parse("nbd://host.invalid").unwrap();
+        let failure = compare(&order(vec![nobody], &["127.0.0.2:7"])).unwrap_err();
+        assert_eq!(failure.exit, Exit::Unreachable, "{failure}");
+    }
+
+    #[test]
+    fn a_socket_may_have_several_paths() {
+        let unix = |path: &str| Address::Unix(path.into());
+        assert!(may_be(&unix("/dev/null"), "/dev/../dev/null"));
+        assert!(!may_be(&unix("/dev/null"), "/dev/zero"));
+        assert!(may_be(&unix("/dev/null"), "/nonexistent/of/a/container"));
+        assert!(may_be(&unix("/dev/null"), "unix"));
+        assert!(!may_be(&unix("/dev/null"), "127.0.0.1:1"));
+        assert!(!may_be(&unix("/dev/null"), "@abstract"));
     }
 }

@@ -2,8 +2,10 @@
 
 //! Finds a device by its configuration, and what it lacks.
 
+use std::collections::BTreeSet;
+
 use super::config::Config;
-use crate::device::{Connection, Device, State};
+use crate::device::{Connection, ConnectionState, Device, State};
 use crate::failure::{Exit, Failure};
 use crate::handover::in_use;
 use crate::kernel::Kernel;
@@ -19,12 +21,18 @@ pub enum Found {
 #[derive(Debug, PartialEq, Eq)]
 pub enum Goal {
     Connect,
+    /// Whether a device that is connected already is connected to one of the servers.
+    Adopt {
+        index: u32,
+        /// The addresses that it is connected to.
+        peers: Vec<String>,
+    },
     Replace {
         /// How many are; `None`: nobody knows, and as many are offered as the device may have.
         dead: Option<u32>,
-        /// Whether none is alive.
+        /// Whether none is alive, and none drains.
         all: bool,
-        /// The addresses of those that are.
+        /// The addresses of those that are or do: no others may be dialled.
         peers: Vec<String>,
     },
     HandOver {
@@ -88,18 +96,27 @@ impl Deaths {
     }
 }
 
-impl Goal {
-    /// What a connected device lacks, and how it is, in one line. `deaths` counts if the driver does not list
+/// How a device is that has a session.
+#[derive(Debug)]
+pub struct Condition {
+    /// What it lacks.
+    pub goal: Option<Goal>,
+    /// Whether a connection is known to be alive.
+    pub is_alive: bool,
+    /// The addresses of those that are, or if none is, of those that drain.
+    pub peers: Vec<String>,
+    /// In one line.
+    pub status: String,
+}
+
+impl Condition {
+    /// Looks how a device is. `deaths` counts if the driver does not list
     /// connections.
     ///
     /// # Errors
     ///
     /// The kernel's reason. `Permission`: connections are told to root only.
-    pub fn of(
-        kernel: &Kernel,
-        device: &Device,
-        deaths: &Deaths,
-    ) -> Result<(Option<Self>, String), Failure> {
+    pub fn of(kernel: &Kernel, device: &Device, deaths: &Deaths) -> Result<Self, Failure> {
         if kernel.not_known().is_some() {
             return Ok(Self::of_deaths(device, deaths));
         }
@@ -114,8 +131,8 @@ impl Goal {
         Ok(Self::of_connections(device, &found))
     }
 
-    fn of_connections(device: &Device, found: &[(u32, Connection)]) -> (Option<Self>, String) {
-        let (alive, dead): (Vec<&Connection>, _) =
+    fn of_connections(device: &Device, found: &[(u32, Connection)]) -> Self {
+        let (alive, dead): (Vec<&Connection>, Vec<&Connection>) =
             in_use(found).partition(|connection| connection.is_alive());
         let status = format!(
             "{} is {}, {} of {} connections are alive",
@@ -124,36 +141,49 @@ impl Goal {
             alive.len(),
             alive.len() + dead.len()
         );
-        if dead.is_empty() {
-            return (None, status);
-        }
-        let goal = Self::Replace {
-            dead: Some(dead.len() as u32),
-            all: alive.is_empty(),
-            peers: alive.iter().filter_map(|c| c.peer.clone()).collect(),
+        // Another server must not execute what the old one still may.
+        let drains =
+            |c: &Connection| c.state == ConnectionState::Draining && c.in_flight != Some(0);
+        let bound: Vec<&Connection> = match alive.is_empty() {
+            true => dead.iter().copied().filter(|c| drains(c)).collect(),
+            false => alive.clone(),
         };
-        (Some(goal), status)
+        let peers: BTreeSet<String> = bound.iter().filter_map(|c| c.peer.clone()).collect();
+        let peers: Vec<String> = peers.into_iter().collect();
+        let goal = (!dead.is_empty()).then(|| Goal::Replace {
+            dead: Some(dead.len() as u32),
+            all: bound.is_empty(),
+            peers: peers.clone(),
+        });
+        Self {
+            goal,
+            is_alive: !alive.is_empty(),
+            peers,
+            status,
+        }
     }
 
     /// Nobody tells whether others are alive.
-    fn of_deaths(device: &Device, deaths: &Deaths) -> (Option<Self>, String) {
-        let status = format!("{} is connected", device.device);
-        if *deaths == Deaths::default() {
-            return (None, status);
-        }
-        let goal = Self::Replace {
+    fn of_deaths(device: &Device, deaths: &Deaths) -> Self {
+        let is_alive = *deaths == Deaths::default();
+        let goal = (!is_alive).then(|| Goal::Replace {
             dead: (!deaths.more).then_some(deaths.number),
             all: false,
             peers: Vec::new(),
-        };
-        (Some(goal), status)
+        });
+        Self {
+            goal,
+            is_alive,
+            peers: Vec::new(),
+            status: format!("{} is connected", device.device),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::ConnectionState::{self, Alive, Dead, Draining};
+    use crate::device::ConnectionState::{Alive, Dead, Draining};
 
     fn device(index: u32, state: State, backend: Option<&str>) -> Device {
         let mut device = Device::unused(index);
@@ -204,7 +234,7 @@ mod tests {
                     (0, connection)
                 })
                 .collect();
-            Goal::of_connections(&device, &found).0
+            Condition::of_connections(&device, &found).goal
         };
         let replace = |dead, all, peers: &[&str]| {
             Some(Goal::Replace {
@@ -216,14 +246,32 @@ mod tests {
         assert_eq!(goal(&[Alive, Alive]), None);
         assert_eq!(goal(&[Alive, Dead]), replace(1, false, &["peer 0"]));
         assert_eq!(goal(&[Draining, Alive]), replace(1, false, &["peer 1"]));
-        assert_eq!(goal(&[Dead, Draining]), replace(2, true, &[]));
+        assert_eq!(goal(&[Dead, Dead]), replace(2, true, &[]));
+        // They are named once, however many lead there.
+        let twin = || {
+            let mut connection = Connection::new(0, Alive);
+            connection.peer = Some("peer".into());
+            connection
+        };
+        let mut other = twin();
+        other.index = 1;
+        let condition = Condition::of_connections(&device, &[(0, twin()), (0, other)]);
+        assert_eq!(condition.peers, ["peer"]);
+        // Its server may still execute something.
+        assert_eq!(goal(&[Dead, Draining]), replace(2, false, &["peer 1"]));
+        let mut idle = Connection::new(0, Draining);
+        idle.peer = Some("peer".into());
+        idle.in_flight = Some(0);
+        let condition = Condition::of_connections(&device, &[(0, idle)]);
+        assert_eq!(condition.goal, replace(1, true, &[]));
+        assert!(!condition.is_alive && condition.peers.is_empty());
     }
 
     /// What dies while another one is dialled is not forgotten.
     #[test]
     fn deaths_are_counted() {
         let device = device(0, State::Connected, None);
-        let goal = |deaths: &Deaths| Goal::of_deaths(&device, deaths).0;
+        let goal = |deaths: &Deaths| Condition::of_deaths(&device, deaths).goal;
         let mut deaths = Deaths::default();
         assert_eq!(goal(&deaths), None);
         deaths.number = 2;

@@ -7,12 +7,12 @@
 //! nothing to look at. There, dead connections are counted as they are told.)
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::backoff::Backoff;
 use super::config::{Config, name};
-use super::dial::{Dialled, Dialler, Order};
-use super::find::{Deaths, Found, Goal, find};
+use super::dial::{Dialled, Dialler, Order, Reached};
+use super::find::{Condition, Deaths, Found, Goal, find};
 use super::pass;
 use crate::cli::ServerArgs;
 use crate::failure::{Exit, Failure};
@@ -20,14 +20,18 @@ use crate::handover::{check_allowed, check_driver, check_reconfigurable};
 use crate::kernel::Kernel;
 use crate::listen::{Event, Kind};
 use crate::negotiate::Export;
+use crate::sysfs::{Driver, Sysfs};
 use crate::text::tell;
 use crate::tls::TlsArgs;
+
+/// How often it looks without an event: not all that happens is told, as what happens in another network namespace.
+const SLOW_LOOK: Duration = Duration::from_secs(60);
 
 /// What it is doing.
 #[derive(Debug)]
 enum Task {
-    /// It waits for events.
-    Idle,
+    /// It waits for events, and looks then in any case.
+    Idle(Instant),
     /// It is about to look.
     Look,
     /// It looks and dials then.
@@ -67,12 +71,14 @@ pub struct Keeper {
     /// Which URI was used last.
     pub(super) in_use: Option<usize>,
     /// What is to be replaced, where the driver does not list it.
-    deaths: Deaths,
+    pub(super) deaths: Deaths,
     task: Task,
     backoff: Backoff,
     /// The number of the last order. What comes of earlier ones is not wanted any more.
     orders: u64,
     wants_handover: bool,
+    /// Whether the last look has found a connection that is alive.
+    is_alive: bool,
     /// What was said last, so that it is not said again and again.
     complaint: Option<String>,
     status: String,
@@ -96,9 +102,19 @@ impl Keeper {
             backoff: Backoff::default(),
             orders: 0,
             wants_handover: false,
+            is_alive: false,
             complaint: None,
             status: "looking for the device".into(),
         })
+    }
+
+    /// Whether the driver can reach the servers.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Config::check_transports`].
+    pub fn check_transports(&self, driver: Option<Driver>) -> Result<(), Failure> {
+        self.config.check_transports(&self.path, driver)
     }
 
     /// In one line.
@@ -106,11 +122,12 @@ impl Keeper {
         format!("{}: {}", self.name, self.status)
     }
 
-    /// Whether it has a device, and does what it was last told to.
+    /// Whether it has a device that works, and does what it was last told to. One that it has refused is not its
+    /// own: nobody may mount that.
     pub fn is_settled(&self) -> bool {
         match self.task {
-            Task::Ended(_) => true,
-            _ => self.index.is_some() && !self.wants_handover,
+            Task::Ended(exit) => exit.is_none(),
+            _ => self.index.is_some() && self.is_alive && !self.wants_handover,
         }
     }
 
@@ -126,7 +143,7 @@ impl Keeper {
     pub fn due(&self, now: Instant) -> Option<Instant> {
         match self.task {
             Task::Look => Some(now),
-            Task::Wait(until) => Some(until),
+            Task::Wait(until) | Task::Idle(until) => Some(until),
             _ => None,
         }
     }
@@ -162,7 +179,7 @@ impl Keeper {
 
     /// Whoever waits or dials looks after that.
     fn look_soon(&mut self) {
-        if matches!(self.task, Task::Idle) {
+        if matches!(self.task, Task::Idle(_)) {
             self.task = Task::Look;
         }
     }
@@ -172,7 +189,10 @@ impl Keeper {
         if self.ended().is_some() {
             return;
         }
-        let config = match Config::read(&self.path) {
+        let driver = Sysfs::new().driver();
+        let config = Config::read(&self.path);
+        let config = config.and_then(|new| new.check_transports(&self.path, driver).map(|()| new));
+        let config = match config {
             Ok(config) => config,
             Err(failure) => return self.say(&format!("the old configuration stays: {failure}")),
         };
@@ -190,10 +210,12 @@ impl Keeper {
         self.config = config;
         self.complaint = None;
         self.wants_handover = self.index.is_some();
-        // What was ordered before is not wanted any more.
+        // What was ordered before is not wanted any more. What it was ordered for is.
         self.orders += 1;
+        if let Task::Dial(goal) = std::mem::replace(&mut self.task, Task::Look) {
+            self.deaths.put_back(&goal);
+        }
         self.backoff = Backoff::default();
-        self.task = Task::Look;
         if let Err(failure) = self.set_timeouts() {
             self.complain(&failure);
         }
@@ -210,11 +232,12 @@ impl Keeper {
     pub fn run(&mut self, now: Instant, dialler: &Dialler) {
         let after_wait = match self.task {
             Task::Look => false,
+            Task::Idle(until) if until <= now => false,
             Task::Wait(until) if until <= now => true,
             _ => return,
         };
         match self.look() {
-            Ok(None) => self.task = Task::Idle,
+            Ok(None) => self.task = Task::Idle(now + SLOW_LOOK),
             Ok(Some(goal)) => self.pursue(goal, after_wait, now, dialler),
             Err(trouble) => self.give_way(trouble, now),
         }
@@ -242,23 +265,26 @@ impl Keeper {
     }
 
     fn order(&self, goal: &Goal) -> Order {
-        let uris = self.config.uris.iter().cloned().enumerate();
+        let mut uris: Vec<_> = self.config.uris.iter().cloned().enumerate().collect();
         let (wanted, peers) = match goal {
             Goal::Connect => (self.config.connections(), Vec::new()),
+            Goal::Adopt { peers, .. } => (None, peers.clone()),
             Goal::Replace { dead, peers, .. } => {
                 (dead.or(self.config.connections()), peers.clone())
             }
             Goal::HandOver { connections } => (Some(*connections), Vec::new()),
         };
-        // While a connection is alive, another server could be another store.
-        let only = match goal {
-            Goal::Replace { all: false, .. } => self.in_use,
-            _ => None,
-        };
+        // While a connection is alive, another server could be another store. Where the addresses are known, they
+        // decide: somebody else may have handed the connections over.
+        if let (Goal::Replace { all: false, .. }, Some(in_use)) = (goal, self.in_use) {
+            if peers.is_empty() {
+                uris.retain(|(place, _)| *place == in_use);
+            } else {
+                uris.sort_by_key(|(place, _)| *place != in_use);
+            }
+        }
         Order {
-            uris: uris
-                .filter(|(place, _)| only.is_none_or(|only| only == *place))
-                .collect(),
+            uris,
             wanted,
             server: ServerArgs {
                 connect_timeout: self.config.connect_timeout,
@@ -266,6 +292,7 @@ impl Keeper {
                 tls: TlsArgs::default(),
             },
             peers,
+            asks_only: matches!(goal, Goal::Adopt { .. }),
         }
     }
 
@@ -287,15 +314,22 @@ impl Keeper {
                 )));
             }
         };
-        if self.index.is_none() {
+        if self.index != Some(device.index) {
+            self.is_alive = false;
             check_reconfigurable(&device).map_err(Trouble::End)?;
-            self.say(&format!("{} is connected already", device.device));
-            self.index = Some(device.index);
-            self.missed();
-            self.set_timeouts()?;
+            let peers = Condition::of(&kernel, &device, &self.deaths)?.peers;
+            if !peers.is_empty() {
+                self.status = format!("{} is connected already", device.device);
+                let index = device.index;
+                return Ok(Some(Goal::Adopt { index, peers }));
+            }
+            // Nobody tells what it is connected to.
+            self.adopt(device.index)?;
         }
-        let (goal, status) = Goal::of(&kernel, &device, &self.deaths)?;
-        self.status = status;
+        let condition = Condition::of(&kernel, &device, &self.deaths)?;
+        self.status = condition.status;
+        self.is_alive = condition.is_alive;
+        let goal = condition.goal;
         if !self.wants_handover {
             return Ok(goal);
         }
@@ -316,6 +350,15 @@ impl Keeper {
         }
     }
 
+    /// Keeps a device from now on that somebody else has connected, or an earlier run of the program.
+    fn adopt(&mut self, index: u32) -> Result<(), Failure> {
+        self.say(&format!("/dev/nbd{index} is connected already"));
+        self.index = Some(index);
+        (self.known, self.in_use) = (None, None);
+        self.missed();
+        self.set_timeouts()
+    }
+
     /// What was ordered is there, or cannot be had.
     pub fn dialled(&mut self, dialled: Dialled, now: Instant) {
         if dialled.number != self.orders {
@@ -325,14 +368,24 @@ impl Keeper {
             return;
         };
         let is_handover = matches!(goal, Goal::HandOver { .. });
+        let is_adoption = matches!(goal, Goal::Adopt { .. });
         let outcome = match dialled.outcome {
-            Ok((place, opened)) => pass::on(self, &goal, place, opened),
+            Ok(Reached::Opened(place, opened)) => pass::on(self, &goal, place, opened),
+            Ok(Reached::Same) => match &goal {
+                Goal::Adopt { index, .. } => self.adopt(*index),
+                _ => Ok(()),
+            },
             Err(failure) => Err(failure),
         };
         match outcome {
+            Ok(()) if is_adoption => self.complaint = None,
             Ok(()) => {
                 self.complaint = None;
                 self.backoff.succeeded(now);
+            }
+            // It is connected to another server.
+            Err(failure) if is_adoption && failure.exit == Exit::Busy => {
+                self.give_way(Trouble::End(failure), now);
             }
             // An earlier one is not over yet.
             Err(failure) if is_handover && failure.exit == Exit::Busy => {
@@ -382,3 +435,6 @@ impl Keeper {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -3,10 +3,11 @@
 //! Gives connections that were dialled to the kernel.
 
 use super::config::Config;
-use super::find::{Found, Goal, find};
+use super::find::{Condition, Found, Goal, find};
 use super::keeper::Keeper;
 use crate::connect::{open_family, prepare, start};
 use crate::device::Device;
+use crate::dial::Address;
 use crate::failure::{Exit, Failure};
 use crate::family_nbd::Change;
 use crate::handover::{check_export, count_dead, hand_over};
@@ -29,8 +30,12 @@ pub fn on(keeper: &mut Keeper, goal: &Goal, place: usize, opened: Opened) -> Res
     let export = opened.export.clone();
     match goal {
         Goal::Connect => connect(keeper, opened)?,
-        Goal::Replace { .. } => replace(keeper, &opened)?,
         Goal::HandOver { .. } => all(keeper, &opened)?,
+        // Nothing is dead any more, so nothing was passed on.
+        Goal::Replace { .. } if replace(keeper, &opened)? == 0 => return Ok(()),
+        Goal::Replace { .. } => (),
+        // Nothing is opened for this.
+        Goal::Adopt { .. } => return Ok(()),
     }
     keeper.known = Some(export);
     keeper.in_use = Some(place);
@@ -39,7 +44,12 @@ pub fn on(keeper: &mut Keeper, goal: &Goal, place: usize, opened: Opened) -> Res
 
 /// What a device does not tell is compared with what was told when it was connected.
 fn check_known(known: &Export, export: &Export) -> Result<(), Failure> {
-    let told = |export: &Export| (wire::effective(export.flags), export.block_sizes);
+    // What it prefers, a server may tell differently each time: it is a hint.
+    let told = |export: &Export| {
+        let sizes = export.block_sizes;
+        let limits = sizes.map(|sizes| (sizes.minimum, sizes.max_payload));
+        (wire::effective(export.flags), limits)
+    };
     if told(known) == told(export) {
         return Ok(());
     }
@@ -70,8 +80,11 @@ fn connect(keeper: &mut Keeper, opened: Opened) -> Result<(), Failure> {
     Ok(())
 }
 
-fn replace(keeper: &mut Keeper, opened: &Opened) -> Result<(), Failure> {
+/// Returns how many connections were passed on.
+fn replace(keeper: &Keeper, opened: &Opened) -> Result<usize, Failure> {
     let (kernel, device) = look_again(keeper)?;
+    let peers = Condition::of(&kernel, &device, &keeper.deaths)?.peers;
+    check_peers(&peers, &opened.address)?;
     check_export(&kernel, &device, &opened.export)?;
     let dead = count_dead(&kernel, device.index)?;
     // With more sockets than are dead, rnbd may replace stuck ones, if it was told so.
@@ -79,6 +92,9 @@ fn replace(keeper: &mut Keeper, opened: &Opened) -> Result<(), Failure> {
         .sockets
         .len()
         .min(dead.map_or(usize::MAX, |dead| dead as usize));
+    if number == 0 {
+        return Ok(0);
+    }
     let sockets = opened.sockets.get(..number).unwrap_or_default();
     let change = Change {
         sockets,
@@ -93,7 +109,7 @@ fn replace(keeper: &mut Keeper, opened: &Opened) -> Result<(), Failure> {
     };
     let (named, address) = (connections(number), &opened.address);
     keeper.say(&format!("{what} {number} {named}, to {address}"));
-    Ok(())
+    Ok(number)
 }
 
 fn all(keeper: &Keeper, opened: &Opened) -> Result<(), Failure> {
@@ -134,13 +150,25 @@ fn reconfigure(index: u32, backend: Option<&str>, change: &Change<'_>) -> Result
 fn look_again(keeper: &Keeper) -> Result<(Kernel, Device), Failure> {
     let kernel = Kernel::look()?;
     match find(&kernel.devices()?, &keeper.config)? {
-        Found::Device(device) => Ok((kernel, device)),
-        Found::Nothing => Err(Failure::new(
+        Found::Device(device) if Some(device.index) == keeper.index => Ok((kernel, device)),
+        _ => Err(Failure::new(
             Exit::Failed,
             PASSING,
             "the device is gone meanwhile",
         )),
     }
+}
+
+/// Somebody else may have connected the device to another server meanwhile.
+fn check_peers(peers: &[String], address: &Address) -> Result<(), Failure> {
+    if peers.is_empty() || peers.contains(&address.to_string()) {
+        return Ok(());
+    }
+    let what = format!(
+        "it is connected to {} meanwhile, and not to {address}",
+        peers.join(", ")
+    );
+    Err(Failure::new(Exit::Failed, PASSING, what))
 }
 
 fn connections(number: usize) -> &'static str {
@@ -170,11 +198,23 @@ mod tests {
         let mut other = known.clone();
         // The device tells its size, which may have been changed since.
         other.size = 2;
+        other.block_sizes.as_mut().unwrap().preferred = 65536;
         assert!(check_known(&known, &other).is_ok());
+        other.block_sizes.as_mut().unwrap().max_payload = 65536;
+        assert!(check_known(&known, &other).is_err());
+        other = known.clone();
         other.flags = wire::HAS_FLAGS;
         assert!(check_known(&known, &other).is_err());
         other = known.clone();
         other.block_sizes = None;
         assert!(check_known(&known, &other).is_err());
+    }
+
+    #[test]
+    fn what_came_to_life_meanwhile_counts() {
+        let address = Address::Tcp("127.0.0.1:7".parse().unwrap());
+        assert!(check_peers(&[], &address).is_ok());
+        assert!(check_peers(&["127.0.0.1:7".into()], &address).is_ok());
+        assert!(check_peers(&["127.0.0.2:7".into()], &address).is_err());
     }
 }

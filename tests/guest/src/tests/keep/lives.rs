@@ -30,6 +30,7 @@ pub fn tests() -> Vec<Test> {
         test!(somebody_else_disconnects),
         test!(what_is_left_at_the_end),
         test!(somebody_elses_device),
+        test!(a_device_of_another_server),
         test!(configurations_that_make_no_sense),
     ]
 }
@@ -235,7 +236,7 @@ fn what_is_left_at_the_end(_: &Guest) {
     assert!(device::pid(0).is_some(), "{}", first.daemon.said());
     sh("mkdir -p /tmp/mnt && mount /dev/nbd0 /tmp/mnt");
     let mounted = end("--disconnect");
-    mounted.expect_said("/dev/nbd0 is in use, and stays connected", 1);
+    mounted.expect_said("/dev/nbd0 is mounted or claimed, and stays connected", 1);
     sh("touch /tmp/mnt/x && umount /tmp/mnt");
     let last = end("--disconnect");
     let gone = wait_until(SOON, || device::pid(0).is_none());
@@ -246,14 +247,28 @@ fn somebody_elses_device(_: &Guest) {
     let _storage = Storage::new();
     let _host = Host::local("kept");
     ok("connect --backend theirs nbd+unix:///?socket=/tmp/kept.sock nbd0");
-    let kept = Kept::begin(&config(&["kept"], ""), "");
+    let mut kept = Kept::begin(&config(&["kept"], ""), "");
     kept.expect_said("it is connected with the identifier \"theirs\"", 1);
+    kept.expect_failure();
     fails(
         &format!("keep {CONFIG}"),
         3,
         &["there is no device left to keep"],
     );
     assert!(device::pid(0).is_some());
+}
+
+/// Two configurations in different directories may have one name.
+fn a_device_of_another_server(guest: &Guest) {
+    only_rnbd(guest);
+    let _storage = Storage::new();
+    let _hosts = ["kept", "other"].map(Host::local);
+    ok("connect --backend kept nbd+unix:///?socket=/tmp/other.sock nbd0");
+    let mut kept = Kept::begin(&config(&["kept"], ""), "");
+    kept.expect_said("connected to /tmp/other.sock, and none of the URIs", 1);
+    kept.expect_failure();
+    expect_connections("kept", 0);
+    read_direct().expect("to read");
 }
 
 fn configurations_that_make_no_sense(_: &Guest) {
@@ -268,5 +283,13 @@ fn configurations_that_make_no_sense(_: &Guest) {
         &format!("keep {CONFIG}"),
         2,
         &["line 5", "conections", "rnbd.toml(5)"],
+    );
+    fs::write(CONFIG, "uris = [\"nbds+unix:///?socket=/tmp/kept.sock\"]\n").unwrap();
+    fails(&format!("keep {CONFIG}"), 2, &["TLS for TCP only"]);
+    fs::write(CONFIG, config(&["kept"], "")).unwrap();
+    fails(
+        &format!("keep {CONFIG} {CONFIG}"),
+        2,
+        &["several have the identifier \"kept\""],
     );
 }

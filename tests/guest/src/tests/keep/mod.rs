@@ -76,14 +76,25 @@ impl Kept {
         }
     }
 
+    fn read_notes(&mut self) {
+        let mut bytes = [0; 4096];
+        while let Ok(len) = self.notes.recv(&mut bytes) {
+            self.heard += &format!("{}\n", String::from_utf8_lossy(&bytes[..len]));
+        }
+    }
+
+    /// Waits until it fails, without having said that it is ready: whoever waits for that would mount the device.
+    fn expect_failure(&mut self) {
+        assert!(!self.daemon.wait(SOON), "{}", self.daemon.said());
+        self.read_notes();
+        assert!(!self.heard.contains("READY=1"), "{}", self.heard);
+    }
+
     /// Waits until it has told this, and forgets what it has told before. Nobody reads otherwise, so that its messages
     /// soon find no room: that must not hold it up.
     fn expect_note(&mut self, note: &str) {
         let told = wait_until(SOON * 6, || {
-            let mut bytes = [0; 4096];
-            while let Ok(len) = self.notes.recv(&mut bytes) {
-                self.heard += &format!("{}\n", String::from_utf8_lossy(&bytes[..len]));
-            }
+            self.read_notes();
             self.heard.contains(note)
         });
         let heard = std::mem::take(&mut self.heard);
