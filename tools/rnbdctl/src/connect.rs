@@ -6,6 +6,7 @@ use crate::cli::ConnectArgs;
 use crate::failure::{Exit, Failure};
 use crate::family_nbd::{Nbd, Setup};
 use crate::family_rnbd::Rnbd;
+use crate::log::tell;
 use crate::negotiate::Export;
 use crate::netlink::NetlinkError;
 use crate::opening::{Opened, open};
@@ -148,9 +149,9 @@ fn choose_block_size(wanted: Option<u32>, export: &Export) -> Result<u32, Failur
 fn warn_of_rest(export: &Export, block_size: u32) {
     let rest = export.size % u64::from(block_size);
     if rest != 0 {
-        eprintln!(
-            "rnbdctl: the last {rest} bytes of the export are no whole block, and out of reach"
-        );
+        tell(&format!(
+            "the last {rest} bytes of the export are no whole block, and out of reach"
+        ));
     }
 }
 
@@ -185,10 +186,10 @@ fn limit_requests(index: u32, export: &Export) {
         return;
     }
     if let Err(error) = Sysfs::new().limit_requests(index, sizes.max_payload >> 10) {
-        eprintln!(
-            "rnbdctl: the server takes {} bytes at once, but the limit of nbd{index} cannot be lowered: {error}",
+        tell(&format!(
+            "the server takes {} bytes at once, but the limit of nbd{index} cannot be lowered: {error}",
             sizes.max_payload
-        );
+        ));
     }
 }
 

@@ -35,8 +35,8 @@ use crate::cli::KeepArgs;
 use crate::connect::{no_driver, open_family};
 use crate::failure::{Exit, Failure};
 use crate::listen::{Events, Heard};
+use crate::log::{self, tell};
 use crate::sysfs::Sysfs;
-use crate::text::tell;
 
 /// What the main thread waits for.
 pub enum Message {
@@ -69,13 +69,17 @@ pub fn run(args: &KeepArgs) -> Result<(), Failure> {
         .iter()
         .try_for_each(|keeper| keeper.check_transports(driver))?;
     hear_events(sender.clone())?;
+    // Messages of the start are written at once.
+    log::start().map_err(|error| Failure::new(Exit::Failed, "starting a thread", error))?;
     let keep = Keep {
         keepers,
         dialler: Dialler(sender),
         notifier: Notifier::start()?,
         disconnect: args.disconnect,
     };
-    keep.run(&told)
+    let outcome = keep.run(&told);
+    log::finish();
+    outcome
 }
 
 /// Memory must not be freed by writing to the devices: that may have to wait for this very program.

@@ -12,7 +12,7 @@
 //! - `kernel` knows the devices: from `family_rnbd` where the driver has that family, else from `sysfs`;
 //!   `device` is what is known of one; `family_nbd` changes them; `listen` hears what the drivers tell;
 //!   `netlink` carries both families
-//! - `text` makes tables
+//! - `text` makes tables, `log` writes messages of a program that must not wait
 
 #![forbid(unsafe_code)]
 
@@ -30,6 +30,7 @@ mod handover;
 mod keep;
 mod kernel;
 mod listen;
+mod log;
 mod negotiate;
 mod netlink;
 mod opening;

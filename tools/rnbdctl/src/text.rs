@@ -22,11 +22,6 @@ pub fn say(text: &str) {
     }
 }
 
-/// Prints a message for people. Nobody may be there to read it, which is no reason to end.
-pub fn tell(text: &str) {
-    let _ = writeln!(io::stderr(), "rnbdctl: {text}");
-}
-
 /// Prints JSON for programs.
 ///
 /// # Errors

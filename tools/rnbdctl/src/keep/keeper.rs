@@ -19,9 +19,9 @@ use crate::failure::{Exit, Failure};
 use crate::handover::{check_allowed, check_driver, check_reconfigurable};
 use crate::kernel::Kernel;
 use crate::listen::{Event, Kind};
+use crate::log::tell;
 use crate::negotiate::Export;
 use crate::sysfs::{Driver, Sysfs};
-use crate::text::tell;
 use crate::tls::TlsArgs;
 
 /// How often it looks without an event: not all that happens is told, as what happens in another network namespace.

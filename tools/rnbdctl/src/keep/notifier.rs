@@ -12,7 +12,7 @@ use std::time::Duration;
 use sd_notify::{NotifyState, notify};
 
 use crate::failure::{Exit, Failure};
-use crate::text::tell;
+use crate::log::tell;
 
 /// How long the end of the program waits for a service manager that does not read.
 const PATIENCE: Duration = Duration::from_secs(1);
