@@ -119,7 +119,7 @@ impl Socket {
         };
         // SAFETY: `sockfd_lookup()` has taken a reference to the file of a valid socket.
         let sk = unsafe { (*socket.as_ptr()).sk.cast() };
-        // SAFETY: As above.
+        // SAFETY: The socket has an `sk`, which is valid as long as the file.
         let Some(kind) = (unsafe { Kind::of(sk) }) else {
             // SAFETY: The reference is given up here. As `sockfd_put()`.
             unsafe { bindings::fput((*socket.as_ptr()).file) };
@@ -129,7 +129,7 @@ impl Socket {
         let socket = Socket {
             socket,
             kind,
-            // SAFETY: As above.
+            // SAFETY: The socket has an `sk`, which is valid as long as the file.
             input: unsafe { Input::of(kind, sk) },
         };
         // SAFETY: By the type invariant, `sk` is valid and this refers to its file.
