@@ -293,8 +293,8 @@ impl<T: Events> Drop for Hooked<T> {
     fn drop(&mut self) {
         self.stop();
         let sk = self.socket.sk();
-        // SAFETY: `socket` keeps its `sk` valid, and `lock_class` was made from the same socket.
-        unsafe { self.lock_class.restore(sk) };
+        // SAFETY: `lock_class` was made from `socket`, which keeps its `sk` valid.
+        unsafe { self.lock_class.restore() };
         let _locked = self.socket.lock();
         // If another part of the kernel has taken the socket over, the settings are now its own.
         if self.has_user_data() {

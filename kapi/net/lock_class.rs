@@ -6,16 +6,27 @@
 //!
 //! nbd.c (`nbd_reclassify_socket()`), nvme-tcp and sunrpc give their sockets classes, too, but never
 //! restore the former ones.
+//!
+//! They also give the locks other names. Here the name stays, and only the pointer to the key changes,
+//! with one store. Other tasks may have the socket's descriptor, or may handle its packets, and lockdep
+//! reads the name and the key of a lock before it waits for it. If both changed, it could read a key and
+//! the name that belongs to another one, and would warn (`look_up_lock_class()`). In lockdep's reports the locks
+//! have a number behind the name, such as `sk_lock-AF_INET#2`.
 
 use crate::kapi::bindings;
 #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
 use {
     super::kind::tls_context,
-    crate::kapi::barrier::smp_mb,
-    core::ptr::NonNull,
+    core::ptr::{
+        null_mut,
+        NonNull, //
+    },
     kernel::{
         prelude::*,
-        sync::atomic::Full, //
+        sync::{
+            LockClassKey,
+            SetOnce, //
+        }, //
     },
 };
 
@@ -26,193 +37,161 @@ use {
 /// With the same class for all sockets lockdep would report a deadlock that cannot happen.
 pub(super) struct LockClass {
     #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
-    socket: bindings::lockdep_map,
-    /// If TLS is on top of the socket: the lock that TLS takes for sending, around the lock of the socket.
+    socket: Option<Change>,
+    /// The lock that TLS takes for sending, around the lock of the socket, if TLS is on top of it.
     #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
-    tls: Option<(NonNull<bindings::mutex>, bindings::lockdep_map)>,
+    tls: Option<Change>,
 }
 
-// SAFETY: The copies and the pointer are only used by `restore()`, which any task may call.
+// SAFETY: The pointers are only used by `restore()`, which any task may call.
 unsafe impl Send for LockClass {}
-// SAFETY: The only method on `&LockClass` is `restore()`, which takes the locks.
+// SAFETY: The only method on `&LockClass` is `restore()`, which writes single words with volatile stores.
 unsafe impl Sync for LockClass {}
+
+/// The change of one lock's class.
+#[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
+struct Change {
+    map: NonNull<bindings::lockdep_map>,
+    former: *mut bindings::lock_class_key,
+    given: *mut bindings::lock_class_key,
+}
+
+/// The class of hooked locks that have the same name.
+#[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
+struct Class {
+    /// The address of the name. Lockdep allows only one for each key.
+    name: usize,
+    key: &'static LockClassKey,
+}
+
+/// The classes. Each family of sockets has another name, and so has the lock of TLS, which changes whenever
+/// its module is loaded again. The locks of sockets for which no class is left keep theirs.
+#[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
+static CLASSES: [SetOnce<Class>; 16] = [const { SetOnce::new() }; 16];
 
 #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
 impl LockClass {
     /// Gives the locks of `sk` classes of their own. Returns the former ones.
     ///
-    /// # Context
-    ///
-    /// Process context, without a lock of the socket. May sleep.
-    ///
     /// # Safety
     ///
     /// `sk` must be a valid socket.
     pub(super) unsafe fn give(sk: *mut bindings::sock) -> Self {
-        // One class for each family, as in nbd.c: a task that holds the lock of a socket of one family
-        // may take that of a socket of another, which TLS may use as its transport.
         // SAFETY: By this function's safety requirements, `sk` is valid.
-        let (name, key) = match u32::from(unsafe { (*sk).__sk_common.skc_family }) {
-            bindings::AF_INET => (c"sk_lock-AF_INET-RNBD", kernel::static_lock_class!()),
-            bindings::AF_INET6 => (c"sk_lock-AF_INET6-RNBD", kernel::static_lock_class!()),
-            bindings::AF_VSOCK => (c"sk_lock-AF_VSOCK-RNBD", kernel::static_lock_class!()),
-            _ => (c"sk_lock-AF_UNIX-RNBD", kernel::static_lock_class!()),
-        };
+        let socket = unsafe { Change::make(&raw mut (*sk).sk_lock.dep_map) };
         // SAFETY: By this function's safety requirements, `sk` is valid.
-        let tls = unsafe { tls_lock(sk) };
-        // SAFETY: `sk` is valid, and `tls` is from `tls_lock()`.
-        unsafe { lock_both(sk, tls) };
-        // SAFETY: The lock is held.
-        let socket = unsafe { Self::change(&raw mut (*sk).sk_lock.dep_map, name, key) };
-        let tls_class = tls.map(|lock| {
-            let key = kernel::static_lock_class!();
-            // SAFETY: `tls_lock()` has returned a valid lock.
-            let map = unsafe { &raw mut (*lock.as_ptr()).dep_map };
-            // SAFETY: The lock is held.
-            (lock, unsafe { Self::change(map, c"tls_tx_lock-RNBD", key) })
+        let tls = unsafe { tls_context(sk) }.and_then(|context| {
+            // SAFETY: The pointer is that of a `struct tls_context`, which has a mutex at this offset. It
+            // stays until the socket is closed.
+            unsafe {
+                let lock = context
+                    .add(bindings::OFFSET_TLS_TX_LOCK)
+                    .cast::<bindings::mutex>();
+                Change::make(&raw mut (*lock.as_ptr()).dep_map)
+            }
         });
-        // SAFETY: Both locks were taken above.
-        unsafe { unlock_both(sk, tls) };
-        LockClass {
-            socket,
-            tls: tls_class,
-        }
+        LockClass { socket, tls }
     }
 
-    /// Gives the locks their former classes back. This is necessary because the socket may outlive the
-    /// module, to which the names and keys of the other classes belong.
-    ///
-    /// # Context
-    ///
-    /// Process context, without a lock of the socket. May sleep.
+    /// Gives the locks their former classes back, because they are no longer taken when dirty memory is written
+    /// out.
     ///
     /// # Safety
     ///
-    /// `sk` must be valid, and `self` must be from [`Self::give()`] with the same `sk`.
-    pub(super) unsafe fn restore(&self, sk: *mut bindings::sock) {
-        let tls = self.tls.map(|(lock, _)| lock);
-        // SAFETY: By this function's safety requirements, `sk` is valid. TLS stays on top of a socket
-        // until that is closed, so its lock is valid, too.
-        unsafe { lock_both(sk, tls) };
-        // SAFETY: The lock is held, and the copy is from the same lock.
-        unsafe { Self::put_back(&raw mut (*sk).sk_lock.dep_map, &self.socket) };
-        if let Some((lock, saved)) = &self.tls {
-            // SAFETY: The lock of TLS is held, too, and the copy is from the same lock.
-            unsafe { Self::put_back(&raw mut (*lock.as_ptr()).dep_map, saved) };
+    /// The socket with which [`Self::give()`] has made `self` must still be valid.
+    pub(super) unsafe fn restore(&self) {
+        for change in [&self.socket, &self.tls].into_iter().flatten() {
+            // SAFETY: By this function's safety requirements, the socket is valid, and with it its lock.
+            // TLS stays on top of a socket until that is closed, so its lock is valid, too.
+            unsafe { change.undo() };
         }
-        // SAFETY: Both locks were taken above.
-        unsafe { unlock_both(sk, tls) };
-    }
-
-    /// Gives a lock another class. Returns a copy of its former `lockdep_map`.
-    ///
-    /// # Safety
-    ///
-    /// `map` must be the `lockdep_map` of a valid lock that the caller holds.
-    unsafe fn change(
-        map: *mut bindings::lockdep_map,
-        name: &'static CStr,
-        key: Pin<&'static kernel::sync::LockClassKey>,
-    ) -> bindings::lockdep_map {
-        // SAFETY: By this function's safety requirements, `map` is valid, and nobody else writes to it,
-        // because the lock is held.
-        let saved = unsafe { map.read() };
-        // SAFETY: `map` is valid.
-        unsafe { Self::hide(map) };
-        // SAFETY: As for the read above. The name and the key live as long as the module, which restores
-        // the former class before it is unloaded.
-        unsafe {
-            bindings::lockdep_init_map_type(
-                map,
-                name.as_char_ptr(),
-                key.as_ptr(),
-                0,
-                saved.wait_type_inner,
-                saved.wait_type_outer,
-                saved.lock_type,
-            );
-        }
-        saved
-    }
-
-    /// Undoes [`Self::change()`].
-    ///
-    /// # Safety
-    ///
-    /// As for [`Self::change()`], which must have returned `saved` for the same lock.
-    unsafe fn put_back(map: *mut bindings::lockdep_map, saved: &bindings::lockdep_map) {
-        // SAFETY: By this function's safety requirements, `map` is valid.
-        unsafe { Self::hide(map) };
-        // SAFETY: `saved` is a reference.
-        let mut hidden = unsafe { (&raw const *saved).read() };
-        hidden.key = (&raw mut bindings::__lockdep_no_validate__).cast();
-        // SAFETY: By this function's safety requirements, the lock of `map` is held, so nobody else
-        // writes to it.
-        unsafe { map.write(hidden) };
-        smp_mb(Full);
-        // SAFETY: By this function's safety requirements, the lock of `map` is held.
-        unsafe { (&raw mut (*map).key).write_volatile(saved.key) };
-    }
-
-    /// Makes lockdep ignore a lock while its class changes. Other tasks that have the descriptor may be
-    /// waiting for the lock. Lockdep reads the class before it waits, and would warn if the name did not
-    /// match the key.
-    ///
-    /// # Safety
-    ///
-    /// `map` must be the `lockdep_map` of a valid lock.
-    unsafe fn hide(map: *mut bindings::lockdep_map) {
-        // SAFETY: By this function's safety requirements, `map` is valid. Only the address of the key is
-        // taken.
-        unsafe {
-            (&raw mut (*map).key)
-                .write_volatile((&raw mut bindings::__lockdep_no_validate__).cast());
-        }
-        smp_mb(Full);
     }
 }
 
-/// Returns the lock that TLS takes for sending (`tx_lock` of `tls_get_ctx()`), if TLS is on top of the
-/// socket.
-///
-/// # Safety
-///
-/// `sk` must be a valid socket.
 #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
-unsafe fn tls_lock(sk: *mut bindings::sock) -> Option<NonNull<bindings::mutex>> {
-    // SAFETY: By this function's safety requirements, `sk` is valid.
-    let context = unsafe { tls_context(sk) }?;
-    // SAFETY: The pointer is that of a `struct tls_context`.
-    Some(unsafe { context.add(bindings::OFFSET_TLS_TX_LOCK) }.cast())
-}
-
-/// Locks a socket. If `tls` is given, takes that lock before, in the same order as TLS. May sleep.
-///
-/// # Safety
-///
-/// `sk` must be valid, and `tls` must be from [`tls_lock()`] with the same `sk`.
-#[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
-unsafe fn lock_both(sk: *mut bindings::sock, tls: Option<NonNull<bindings::mutex>>) {
-    if let Some(lock) = tls {
-        // SAFETY: By this function's safety requirements, the lock is valid.
-        unsafe { bindings::mutex_lock(lock.as_ptr()) };
+impl Class {
+    /// Returns the key for locks with the name at this address, if there is memory for it.
+    ///
+    /// Its memory is never freed: tasks that hold a lock, or wait for it, refer to the class that it had when they
+    /// asked for it, even if the module is unloaded meanwhile.
+    fn key_for(name: usize) -> Option<&'static LockClassKey> {
+        for class in &CLASSES {
+            if class.as_ref().is_none() {
+                let key = KBox::pin_init(LockClassKey::new_dynamic(), GFP_KERNEL).ok()?;
+                // SAFETY: The box is leaked, so the key stays where it is.
+                let key = KBox::leak(unsafe { Pin::into_inner_unchecked(key) });
+                class.populate(Class { name, key });
+            }
+            match class.as_ref() {
+                Some(class) if class.name == name => return Some(class.key),
+                _ => {}
+            }
+        }
+        None
     }
-    // SAFETY: By this function's safety requirements, `sk` is valid.
-    unsafe { bindings::lock_sock_nested(sk.cast(), 0) };
 }
 
-/// Undoes [`lock_both()`].
+#[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
+impl Change {
+    /// Gives a lock the class for its name.
+    ///
+    /// # Safety
+    ///
+    /// `map` must be the `lockdep_map` of a valid lock, which stays valid until [`Self::undo()`].
+    unsafe fn make(map: *mut bindings::lockdep_map) -> Option<Self> {
+        // SAFETY: By this function's safety requirements, `map` is valid. A word is never read torn. The two
+        // belong together, unless another part of the kernel gives the lock a class at this very moment.
+        let (name, former) = unsafe {
+            (
+                (&raw const (*map).name).read_volatile(),
+                (&raw const (*map).key).read_volatile(),
+            )
+        };
+        let given = Class::key_for(name.addr())?.as_ptr();
+        let map = NonNull::new(map)?;
+        // SAFETY: By this function's safety requirements, `map` is valid. The key is never freed, and no other
+        // name is used with it.
+        unsafe { set_key(map, given) };
+        Some(Change { map, former, given })
+    }
+
+    /// Gives the lock its former class back, unless somebody else has given it another one.
+    ///
+    /// # Safety
+    ///
+    /// The lock must still be valid.
+    unsafe fn undo(&self) {
+        // SAFETY: By this function's safety requirements, the lock is valid. A word is never read torn.
+        let seen = unsafe { (&raw const (*self.map.as_ptr()).key).read_volatile() };
+        if seen == self.given {
+            // SAFETY: By this function's safety requirements, the lock is valid. It had this key and this name
+            // before.
+            unsafe { set_key(self.map, self.former) };
+        }
+    }
+}
+
+/// Gives a lock another key. The lock may be held, and others may wait for it: lockdep notes the class when
+/// a task asks for the lock, and finds that note by the address of the lock when it is released. (If the task
+/// releases a lock that it has taken before this one, lockdep notes the class anew.)
 ///
 /// # Safety
 ///
-/// The caller must have called [`lock_both()`] with the same arguments.
+/// `map` must be the `lockdep_map` of a valid lock, and `key` a key for locks with the same name, which stays
+/// valid as long as the lock has it.
 #[cfg(CONFIG_DEBUG_LOCK_ALLOC)]
-unsafe fn unlock_both(sk: *mut bindings::sock, tls: Option<NonNull<bindings::mutex>>) {
-    // SAFETY: By this function's safety requirements, `lock_both()` has locked the socket.
-    unsafe { bindings::release_sock(sk.cast()) };
-    if let Some(lock) = tls {
-        // SAFETY: By this function's safety requirements, `lock_both()` has taken this lock.
-        unsafe { bindings::mutex_unlock(lock.as_ptr()) };
+unsafe fn set_key(map: NonNull<bindings::lockdep_map>, key: *mut bindings::lock_class_key) {
+    // SAFETY: By this function's safety requirements, `map` is valid. Lockdep reads and writes these words
+    // without a lock, too, and none is written torn. A class that lockdep has noted in the lock is either cleared
+    // here or, if lockdep notes it afterwards, still valid.
+    unsafe {
+        (&raw mut (*map.as_ptr()).key).write_volatile(key);
+        for class in 0..bindings::NR_LOCKDEP_CACHING_CLASSES as usize {
+            (&raw mut (*map.as_ptr()).class_cache)
+                .cast::<*mut bindings::lock_class>()
+                .add(class)
+                .write_volatile(null_mut());
+        }
     }
 }
 
@@ -232,5 +211,5 @@ impl LockClass {
     /// # Safety
     ///
     /// There are no requirements, as for [`Self::give()`].
-    pub(super) unsafe fn restore(&self, _sk: *mut bindings::sock) {}
+    pub(super) unsafe fn restore(&self) {}
 }

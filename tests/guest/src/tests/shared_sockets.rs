@@ -8,6 +8,7 @@ use std::net::{Ipv4Addr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 use std::{fs, thread};
 
@@ -34,6 +35,7 @@ pub fn tests() -> Vec<Test> {
         test!(sockets_that_are_not_connected),
         test!(sockets_that_were_connected),
         test!(settings_are_given_back),
+        test!(others_use_them_meanwhile),
         test!(bound_by_iscsi).leaves_module().on_request(),
         test!(bound_by_iscsi_and_released)
             .leaves_module()
@@ -160,6 +162,44 @@ fn settings_are_given_back(_: &Guest) {
         // nbd.ko does not touch it.
         let given_back = wait_until(device::SOON, || low_water(&ours) == LOW_WATER);
         assert!(given_back.is_ok(), "{kind:?}: {}", low_water(&ours));
+    }
+}
+
+/// Whoever has a socket's descriptor can wait for the socket's lock while the driver hooks it, or lets go of it.
+/// On the debug kernel, lockdep then looks at the lock while the driver changes its class.
+fn others_use_them_meanwhile(guest: &Guest) {
+    let mut kinds = vec![Transport::Tcp4, Transport::Unix];
+    if guest.expected("takes-mptcp-and-vsock") == Driver::Rnbd {
+        sh("modprobe vsock_loopback");
+        kinds.push(Transport::Vsock);
+    }
+    let netlink = Netlink::open();
+    for kind in kinds {
+        for _ in 0..50 {
+            let server = Server::new();
+            let ours = server.connect(kind);
+            let setup = Setup::new(MIB)
+                .index(0)
+                .sockets([ours.try_clone().unwrap()]);
+            let done = AtomicBool::new(false);
+            thread::scope(|scope| {
+                for _ in 0..2 {
+                    scope.spawn(|| {
+                        while !done.load(Ordering::Relaxed) {
+                            let on = 1_i32.to_ne_bytes();
+                            // An option for which each kind of socket is locked.
+                            set_socket_option(&ours, libc::SOL_SOCKET, libc::SO_KEEPALIVE, &on)
+                                .expect("SO_KEEPALIVE");
+                        }
+                    });
+                }
+                let ended = netlink
+                    .connect(&setup)
+                    .and_then(|index| netlink.disconnect(index));
+                done.store(true, Ordering::Relaxed);
+                ended.expect("to connect and to disconnect");
+            });
+        }
     }
 }
 
