@@ -31,9 +31,12 @@
 ##   make rnbdctl            build/rnbdctl, the operators' tool (Documentation/rnbdctl.rst)
 ##   make kernels            the same for each kernel that KERNEL can name, except debug; the first run
 ##                           takes another 15 minutes and 4.5 GB
-##   make deb                the Debian package, in build/; the first run makes a small Debian root for it
-##   make check-packages     install that package, make its builds fail, boot the result, purge it: in a new
-##                           Debian root, 15 minutes and 6 GB
+##   make deb                the Debian packages, in build/: rnbd-dkms; rnbd-modules, the module for KERNEL;
+##                           rnbd-common, which both need; rnbdctl. The first run makes a small Debian root for it
+##   make deb-dkms           only rnbd-dkms and rnbd-common, for which nothing has to be compiled
+##   make check-packages     install rnbd-dkms, make its builds fail, boot the result, purge it: in a new
+##                           Debian root, 15 minutes and 6 GB; then check-prebuilt
+##   make check-prebuilt     the same with the other packages; 2 GB
 ##   make bench              rnbd.ko and nbd.ko side by side: cost and speed (QUICK=1: minutes)
 ##   make htmldocs           the documentation as HTML, in build/htmldocs; the first run makes a small
 ##                           Debian root for it
@@ -45,7 +48,7 @@
 ## Variables
 ##   KDIR=dir                the kernel build tree for "make"
 ##   DRIVER=nbd              demo, check, check-debug, soak and shell: use the kernel's own driver instead
-##   KERNEL=name             stock, demo, check, soak and shell: use another kernel: debug, that of
+##   KERNEL=name             stock, deb, demo, check, soak and shell: use another kernel: debug, that of
 ##                           check-debug; rt, with PREEMPT_RT; cloud; 7.2; and for stock, check and
 ##                           shell: arm64
 ##   KERNELS=name,...        check: on each of these kernels; all: on all but debug
@@ -125,14 +128,14 @@ uninstall:
 	rm -f $(DESTDIR)/usr/sbin/rnbd-driver $(DESTDIR)/usr/share/man/man8/rnbd-driver.8 \
 		$(DESTDIR)/usr/lib/modprobe.d/rnbd.conf
 
-# The operators' tool, which is no part of the package.
+# The operators' tool. RNBDCTL is the program if it was built before, as it was for the Debian package.
 sbin := $(DESTDIR)/usr/sbin
 share := $(DESTDIR)/usr/share
 units := $(DESTDIR)/usr/lib/systemd/system
 pages := connect exports list show disconnect resize reconnect handover keep events stats watch
 rnbdctl-install:
-	cargo build --release --manifest-path tools/rnbdctl/Cargo.toml --target-dir build/cargo
-	install -D build/cargo/release/rnbdctl $(sbin)/rnbdctl
+	$(if $(RNBDCTL),,cargo build --release --manifest-path tools/rnbdctl/Cargo.toml --target-dir build/cargo)
+	install -D $(or $(RNBDCTL),build/cargo/release/rnbdctl) $(sbin)/rnbdctl
 	install -d $(share)/man/man8
 	$(sbin)/rnbdctl man > $(share)/man/man8/rnbdctl.8
 	for page in $(pages); do $(sbin)/rnbdctl man $$page > $(share)/man/man8/rnbdctl-$$page.8 || exit; done
@@ -149,11 +152,19 @@ rnbdctl-uninstall:
 		$(share)/zsh/vendor-completions/_rnbdctl $(share)/fish/vendor_completions.d/rnbdctl.fish \
 		$(units)/rnbd@.service
 
-deb:
+deb: stock rnbdctl
+	@$(workbench) packaging/crates > build/crates
+	@tools/env package -- tools/deb $(VERSION) $(out:$(CURDIR)/%=%)/rnbd.ko
+
+deb-dkms:
 	@tools/env package -- tools/deb $(VERSION)
 
 check-packages:
 	@tools/check-packages
+	@tools/check-prebuilt
+
+check-prebuilt:
+	@tools/check-prebuilt
 
 # One message for each thing that such a tree can lack.
 check-kdir:
@@ -177,7 +188,7 @@ stock:
 	$(workbench) make --no-print-directory modules
 
 rnbdctl:
-	$(workbench) cargo build --release --manifest-path tools/rnbdctl/Cargo.toml --target-dir build/cargo
+	$(workbench) cargo build --locked --release --manifest-path tools/rnbdctl/Cargo.toml --target-dir build/cargo
 	@cp build/cargo/release/rnbdctl build/rnbdctl
 	@echo build/rnbdctl
 
@@ -246,5 +257,5 @@ help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 .DEFAULT_GOAL := modules
-.PHONY: modules faults modules_install install uninstall deb check-packages check-kdir kernels stock rnbdctl rnbdctl-install rnbdctl-uninstall demo shell check check-debug misuse mutate mutants fuzz soak \
+.PHONY: modules faults modules_install install uninstall deb deb-dkms check-packages check-prebuilt check-kdir kernels stock rnbdctl rnbdctl-install rnbdctl-uninstall demo shell check check-debug misuse mutate mutants fuzz soak \
 	bench lint rustfmt rustfmtcheck clippy rustdoc shellcheck unsafecheck htmldocs clean distclean help
