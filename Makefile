@@ -36,7 +36,8 @@
 ##   make deb-dkms           only rnbd-dkms and rnbd-common, for which nothing has to be compiled
 ##   make check-packages     install rnbd-dkms, make its builds fail, boot the result, purge it: in a new
 ##                           Debian root, 15 minutes and 6 GB; then check-prebuilt
-##   make check-prebuilt     the same with the other packages; 2 GB
+##   make check-prebuilt     the same with the other packages, and with a root file system on a network block
+##                           device; 2 GB
 ##   make bench              rnbd.ko and nbd.ko side by side: cost and speed (QUICK=1: minutes)
 ##   make htmldocs           the documentation as HTML, in build/htmldocs; the first run makes a small
 ##                           Debian root for it
