@@ -58,7 +58,10 @@
 ##   SEED=number             check, check-debug, soak: repeat the random tests of an earlier run
 ##   QUICK=1 ROUNDS=n        bench: measure less; measure n rounds
 ##   MODES="mode ..."        bench: some of cost (instructions for an I/O), wall (speed), scale (many
-##                           devices), connect (connecting and disconnecting)
+##                           devices), connect (connecting and disconnecting), remote (instructions
+##                           of a machine whose server is another one; not unless it is named)
+##   CARD=kind               bench, mode remote: card, plain (no segmentation, checksums and
+##                           scatter-gather), lossy
 ##   SECONDS=n               fuzz: for how long
 ##   V=1                     show the commands of the build
 
@@ -235,7 +238,7 @@ soak:
 	$(workbench) tools/soak
 
 bench:
-	$(workbench) tools/bench
+	$(workbench) env CARD='$(CARD)' tools/bench
 
 lint: rustfmtcheck clippy rustdoc shellcheck unsafecheck htmldocs
 

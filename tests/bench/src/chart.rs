@@ -31,6 +31,9 @@ pub fn draw(path: &Path, parts: &[(Mode, &[Row])]) -> Outcome<()> {
     for (mode, rows) in parts {
         let title = match mode {
             Mode::Cost => "Instructions for an I/O (nbd.ko = 1; shorter is better)",
+            Mode::Remote => {
+                "Instructions for an I/O of a client's machine alone (nbd.ko = 1; shorter is better)"
+            }
             Mode::Wall => "Time for an I/O (nbd.ko = 1; shorter is better)",
         };
         area.draw_text(title, &text(16), (10, y + 20))?;

@@ -58,6 +58,13 @@ const fn file_system(name: &'static str, options: &'static str) -> Cell {
 
 const KIB: u64 = 1 << 10;
 
+/// Whether a cell is asked for: by a part of its name, or because nothing is. Empty parts do not count.
+pub fn is_wanted<'a>(setting: Setting, cell: &Cell, parts: impl Iterator<Item = &'a str>) -> bool {
+    let name = format!("{} {}", setting.name(), cell.name);
+    let mut parts = parts.filter(|part| !part.is_empty()).peekable();
+    parts.peek().is_none() || parts.any(|part| name.contains(part))
+}
+
 /// The cells that are measured in a setting, in the order of running.
 pub fn cells(setting: Setting) -> Vec<Cell> {
     let mut cells = vec![
@@ -107,10 +114,25 @@ pub struct Setting {
     pub instant: bool,
     pub unix: bool,
     pub connections: u32,
+    /// Its name, where the server is on the other side of a network card.
+    pub remote: Option<&'static str>,
 }
 
 impl Setting {
+    /// The server is on another machine.
+    pub const fn remote(name: &'static str) -> Self {
+        Self {
+            instant: true,
+            unix: false,
+            connections: 1,
+            remote: Some(name),
+        }
+    }
+
     pub fn name(&self) -> String {
+        if let Some(name) = self.remote {
+            return name.to_owned();
+        }
         format!(
             "{} {}{}",
             if self.unix { "unix" } else { "tcp" },
@@ -132,6 +154,7 @@ pub fn settings(mode: Mode) -> Vec<Setting> {
             instant: false,
             unix,
             connections: 1,
+            remote: None,
         };
         settings.push(one);
         settings.push(Setting {

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use crate::Outcome;
 use crate::matrix::{REGION_MIB, Setting};
+use crate::remote;
 use crate::sample::Client;
 
 pub const DEVICE: &str = "/dev/nbd0";
@@ -61,7 +62,9 @@ impl Module {
         let (load, name) = match client {
             Client::Nbd => ("modprobe nbd", "nbd"),
             Client::Rnbd => ("insmod /rnbd/rnbd.ko", "rnbd"),
-            Client::Fio | Client::Floor => return Err("that is no driver".into()),
+            Client::Fio | Client::Floor | Client::Sendfile => {
+                return Err("that is no driver".into());
+            }
         };
         sh(&format!("{load} nbds_max={devices}"))?;
         Ok(Self(name))
@@ -123,7 +126,11 @@ impl Server {
         let mut command = if setting.instant {
             let mut command = Command::new(std::env::current_exe()?);
             command.arg("serve");
-            command.arg(if setting.unix { SOCKET } else { "tcp" });
+            if setting.unix {
+                command.arg(SOCKET);
+            } else {
+                command.arg(format!("127.0.0.1:{PORT}"));
+            }
             command
         } else {
             let mut command = Command::new("nbdkit");
@@ -194,6 +201,8 @@ impl Connected {
     pub fn connect(setting: Setting) -> Outcome<Self> {
         let address = if setting.unix {
             format!("-unix {SOCKET}")
+        } else if setting.remote.is_some() {
+            format!("{} {PORT}", remote::SERVER)
         } else {
             format!("127.0.0.1 {PORT}")
         };

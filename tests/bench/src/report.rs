@@ -78,7 +78,7 @@ pub fn report(directory: &Path) -> Outcome<()> {
         return Ok(());
     }
     let mut summaries = Vec::new();
-    for mode in [Mode::Cost, Mode::Wall] {
+    for mode in [Mode::Cost, Mode::Remote, Mode::Wall] {
         let of_mode: Vec<&Sample> = samples.iter().filter(|s| s.mode == mode).collect();
         if of_mode.is_empty() {
             continue;
@@ -99,7 +99,7 @@ fn read(directory: &Path) -> Outcome<Vec<Sample>> {
     for entry in fs::read_dir(directory)? {
         let path = entry?.path();
         let name = path.file_name().and_then(|name| name.to_str());
-        if matches!(name, Some("cost.jsonl" | "wall.jsonl")) {
+        if matches!(name, Some("cost.jsonl" | "remote.jsonl" | "wall.jsonl")) {
             for line in fs::read_to_string(&path)?.lines() {
                 // Whatever else was said in the guest is not for here.
                 if line.starts_with('{') {
@@ -207,7 +207,7 @@ fn interval(sorted: &[f64]) -> Option<(f64, f64)> {
 
 fn means(rows: &[Row]) -> BTreeMap<Client, f64> {
     let mut means = BTreeMap::new();
-    for client in [Client::Rnbd, Client::Fio, Client::Floor] {
+    for client in [Client::Rnbd, Client::Fio, Client::Floor, Client::Sendfile] {
         let logs: Vec<f64> = rows
             .iter()
             .filter_map(|row| row.relative(client))
@@ -227,6 +227,10 @@ fn print_table(mode: Mode, rows: &[Row]) {
             "Cost: thousands of instructions for an I/O, everything included\n\n{:<13} {:<20} {:>8} {:>8} {:>7} {:>7} {:>7} {:>7}",
             "setting", "cell", "nbd.ko", "rnbd.ko", "ratio", "spread", "fio", "floor"
         ),
+        Mode::Remote => println!(
+            "Remote: thousands of instructions for an I/O, of a client's machine alone\n\n{:<13} {:<20} {:>8} {:>8} {:>7} {:>7} {:>7} {:>8}",
+            "setting", "cell", "nbd.ko", "rnbd.ko", "ratio", "spread", "floor", "sendfile"
+        ),
         Mode::Wall => println!(
             "Wall: I/Os in a second, latency, CPU time for an I/O in microseconds (kernel threads' of it)\n\n{:<14} {:<20} {:>9} {:>9} {:>6} {:>9} {:>15} {:>15} {:>15} {:>15}",
             "setting",
@@ -243,13 +247,14 @@ fn print_table(mode: Mode, rows: &[Row]) {
     }
     for row in rows {
         match mode {
-            Mode::Cost => print_cost(row),
+            Mode::Cost => print_cost(row, [Client::Fio, Client::Floor]),
+            Mode::Remote => print_cost(row, [Client::Floor, Client::Sendfile]),
             Mode::Wall => print_wall(row),
         }
     }
     for (client, mean) in means(rows) {
         let (mean, what) = match mode {
-            Mode::Cost => (mean, "cost"),
+            Mode::Cost | Mode::Remote => (mean, "cost"),
             Mode::Wall => (1.0 / mean, "speed"),
         };
         println!("{client:?}: {mean:.3} of nbd.ko's {what}, geometric mean");
@@ -260,7 +265,7 @@ fn print_table(mode: Mode, rows: &[Row]) {
         .max_by(|a, b| a.0.total_cmp(&b.0));
     if let Some((relative, row)) = worst {
         let worst = match mode {
-            Mode::Cost => relative,
+            Mode::Cost | Mode::Remote => relative,
             Mode::Wall => 1.0 / relative,
         };
         println!("Worst: {worst:.3}, {} {}", row.setting, row.cell);
@@ -268,7 +273,7 @@ fn print_table(mode: Mode, rows: &[Row]) {
     println!();
 }
 
-fn print_cost(row: &Row) {
+fn print_cost(row: &Row, references: [Client; 2]) {
     let cost = |client| {
         row.clients
             .get(&client)
@@ -286,8 +291,8 @@ fn print_cost(row: &Row) {
         cost(Client::Rnbd),
         ratio(Client::Rnbd),
         spread(row) * 100.0,
-        ratio(Client::Fio),
-        ratio(Client::Floor)
+        ratio(references[0]),
+        ratio(references[1])
     );
 }
 

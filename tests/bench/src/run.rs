@@ -60,10 +60,7 @@ impl Extent {
 
     fn cells(&self, setting: Setting) -> Vec<Cell> {
         let mut cells = matrix::cells(setting);
-        cells.retain(|cell| {
-            let name = format!("{} {}", setting.name(), cell.name);
-            self.only.is_empty() || self.only.iter().any(|part| name.contains(part))
-        });
+        cells.retain(|cell| matrix::is_wanted(setting, cell, self.only.iter().map(String::as_str)));
         cells
     }
 
@@ -91,7 +88,9 @@ impl Extent {
             let before = Processors::now(&server)?;
             let (told, ios) = match &cell.work {
                 Work::FileSystem { options } => (file_system(DEVICE, options)?, 1),
-                Work::Fio { .. } => self.fio(&cell, &format!("--filename={DEVICE}"))?,
+                Work::Fio { .. } => {
+                    fio(&cell, &format!("--filename={DEVICE}"), &self.length(&cell))?
+                }
             };
             let mut sample = self.sample(client, setting, &cell, round, told);
             let spent = Processors::now(&server)?.since(&before);
@@ -124,7 +123,8 @@ impl Extent {
             };
             if cell.without_device {
                 let before = Processors::now(&server)?;
-                let (told, ios) = self.fio(&cell, &format!("--ioengine=nbd --uri={uri}"))?;
+                let target = format!("--ioengine=nbd --uri={uri}");
+                let (told, ios) = fio(&cell, &target, &self.length(&cell))?;
                 let mut sample = self.sample(Client::Fio, setting, &cell, round, told);
                 let spent = Processors::now(&server)?.since(&before);
                 sample.cpu_us_per_io = sample
@@ -137,6 +137,7 @@ impl Extent {
                     write: cell.name.contains("write"),
                     block: block as usize,
                     depth,
+                    from_file: false,
                 };
                 let (ios, time) = raw::run(setting.unix, &stream, self.ios(&cell), self.limit())?;
                 let told = Told::of(time, ios, ios * block);
@@ -147,32 +148,12 @@ impl Extent {
         Ok(())
     }
 
-    /// Runs fio. Also returns the number of I/Os.
-    fn fio(&self, cell: &Cell, target: &str) -> Outcome<(Told, u64)> {
-        let Work::Fio {
-            arguments,
-            block,
-            depth,
-        } = cell.work
-        else {
-            return Err("that is not fio's".into());
-        };
-        let mut command = format!(
-            "fio --name=j --direct=1 --ioengine=libaio {arguments} {target} \
-             --iodepth={depth} --size={REGION_MIB}M --output-format=json"
-        );
-        if block > 0 {
-            command += &format!(" --bs={block}");
+    /// fio's options for how long a run is.
+    fn length(&self, cell: &Cell) -> String {
+        match self.ios(cell) {
+            Some(ios) => format!("--io_size=1T --number_ios={ios}"),
+            None => format!("--time_based --runtime={}ms", self.limit().as_millis()),
         }
-        command += &match self.ios(cell) {
-            Some(ios) => format!(" --io_size=1T --number_ios={ios}"),
-            None => format!(" --time_based --runtime={}ms", self.limit().as_millis()),
-        };
-        let said = sh(&command)?;
-        // Programs that it loads may say something first.
-        let json = said.find('{').map_or("", |at| &said[at..]);
-        let report: Value = serde_json::from_str(json)?;
-        Told::by_fio(&report["jobs"][0]).ok_or_else(|| format!("{command}: {said}").into())
     }
 
     fn sample(
@@ -183,24 +164,59 @@ impl Extent {
         round: u32,
         told: Told,
     ) -> Sample {
-        Sample {
-            mode: self.mode,
-            client,
-            setting: setting.name(),
-            cell: cell.name.to_owned(),
-            round,
-            ns_per_io: told.ns_per_io,
-            mib_per_s: told.mib_per_s,
-            p50_us: told.p50_us,
-            p99_us: told.p99_us,
-            cpu_us_per_io: told.cpu_us_per_io,
-            kernel_threads_us_per_io: None,
-        }
+        sample(self.mode, client, setting, cell, round, told)
+    }
+}
+
+/// Runs fio, with options for what it works on and for how long. Also returns the number of I/Os.
+pub fn fio(cell: &Cell, target: &str, length: &str) -> Outcome<(Told, u64)> {
+    let Work::Fio {
+        arguments,
+        block,
+        depth,
+    } = cell.work
+    else {
+        return Err("that is not fio's".into());
+    };
+    let mut command = format!(
+        "fio --name=j --direct=1 --ioengine=libaio {arguments} {target} \
+         --iodepth={depth} --size={REGION_MIB}M --output-format=json {length}"
+    );
+    if block > 0 {
+        command += &format!(" --bs={block}");
+    }
+    let said = sh(&command)?;
+    // Programs that it loads may say something first.
+    let json = said.find('{').map_or("", |at| &said[at..]);
+    let report: Value = serde_json::from_str(json)?;
+    Told::by_fio(&report["jobs"][0]).ok_or_else(|| format!("{command}: {said}").into())
+}
+
+pub fn sample(
+    mode: Mode,
+    client: Client,
+    setting: Setting,
+    cell: &Cell,
+    round: u32,
+    told: Told,
+) -> Sample {
+    Sample {
+        mode,
+        client,
+        setting: setting.name(),
+        cell: cell.name.to_owned(),
+        round,
+        ns_per_io: told.ns_per_io,
+        mib_per_s: told.mib_per_s,
+        p50_us: told.p50_us,
+        p99_us: told.p99_us,
+        cpu_us_per_io: told.cpu_us_per_io,
+        kernel_threads_us_per_io: None,
     }
 }
 
 /// What the program that did the I/O tells of it.
-struct Told {
+pub struct Told {
     ns_per_io: f64,
     mib_per_s: f64,
     p50_us: Option<f64>,
@@ -210,7 +226,7 @@ struct Told {
 }
 
 impl Told {
-    fn of(time: Duration, ios: u64, bytes: u64) -> Self {
+    pub fn of(time: Duration, ios: u64, bytes: u64) -> Self {
         Self {
             ns_per_io: time.as_nanos() as f64 / ios as f64,
             mib_per_s: bytes as f64 / time.as_secs_f64() / f64::from(1 << 20),
@@ -218,6 +234,11 @@ impl Told {
             p99_us: None,
             cpu_us_per_io: None,
         }
+    }
+
+    /// Leaves out time in which nothing was done for these I/Os.
+    pub fn leave_out(&mut self, idle_ns: f64, ios: u64) {
+        self.ns_per_io -= idle_ns / ios as f64;
     }
 
     fn by_fio(job: &Value) -> Option<(Self, u64)> {

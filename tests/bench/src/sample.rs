@@ -14,6 +14,8 @@ pub enum Mode {
     Cost,
     /// Several processors, and the clock is a clock.
     Wall,
+    /// As `Cost`, with the server on another machine, and without the time that this one waits.
+    Remote,
 }
 
 impl Mode {
@@ -39,6 +41,8 @@ pub enum Client {
     /// What no driver can do without: the same bytes over a socket and nothing else, or, for a file
     /// system, the same work on a disk of the guest's memory.
     Floor,
+    /// The same with `sendfile`, so that nothing is copied.
+    Sendfile,
 }
 
 /// One run of one cell.
@@ -50,7 +54,7 @@ pub struct Sample {
     pub setting: String,
     pub cell: String,
     pub round: u32,
-    /// Nanoseconds for an I/O; in cost mode half as many instructions.
+    /// Nanoseconds for an I/O; where instructions are counted, twice their number.
     pub ns_per_io: f64,
     pub mib_per_s: f64,
     /// Completion latency, where the program tells.

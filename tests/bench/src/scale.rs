@@ -49,6 +49,7 @@ fn measure(client: Client) -> Outcome<Sample> {
         instant: true,
         unix: false,
         connections: 1,
+        remote: None,
     };
     let server = Server::start(setting)?;
     let before = State::now(&server)?;

@@ -4,14 +4,13 @@
 //! answered with whatever is in a buffer, writes go nowhere.
 
 use std::io::{self, BufRead, BufReader, ErrorKind, Read, Write};
-use std::net::TcpListener;
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::thread;
 
 use crate::Outcome;
 use crate::matrix::REGION_MIB;
-use crate::programs::PORT;
 
 const REQUEST_MAGIC: u32 = 0x2560_9513;
 const REPLY_MAGIC: u32 = 0x6744_6698;
@@ -26,10 +25,10 @@ const BUFFER_BYTES: usize = 256 << 10;
 const COPY_BYTES: usize = 64 << 10;
 const LARGEST_READ: usize = 32 << 20;
 
-/// Serves every connection to `path`, or to the TCP port where that is `tcp`, for ever.
-pub fn serve(path: &str) -> Outcome<()> {
-    if path == "tcp" {
-        let listener = TcpListener::bind(("127.0.0.1", PORT))?;
+/// Serves every connection to a path, or to an address and a port, for ever.
+pub fn serve(place: &str) -> Outcome<()> {
+    if let Ok(address) = place.parse::<SocketAddr>() {
+        let listener = TcpListener::bind(address)?;
         for stream in listener.incoming() {
             let stream = stream?;
             stream.set_nodelay(true)?;
@@ -37,7 +36,7 @@ pub fn serve(path: &str) -> Outcome<()> {
             start(UnixStream::from(OwnedFd::from(stream)));
         }
     } else {
-        for stream in UnixListener::bind(path)?.incoming() {
+        for stream in UnixListener::bind(place)?.incoming() {
             start(stream?);
         }
     }
