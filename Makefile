@@ -132,7 +132,9 @@ uninstall:
 	rm -f $(DESTDIR)/usr/sbin/rnbd-driver $(DESTDIR)/usr/share/man/man8/rnbd-driver.8 \
 		$(DESTDIR)/usr/lib/modprobe.d/rnbd.conf
 
-# The operators' tool. RNBDCTL is the program if it was built before, as it was for the Debian package.
+# The operators' tool. RNBDCTL=file is the program if it was built before, as it was for the Debian package.
+# The environment does not count: rnbdctl's users may have a variable of that name.
+RNBDCTL :=
 sbin := $(DESTDIR)/usr/sbin
 share := $(DESTDIR)/usr/share
 units := $(DESTDIR)/usr/lib/systemd/system
@@ -156,9 +158,14 @@ rnbdctl-uninstall:
 		$(share)/zsh/vendor-completions/_rnbdctl $(share)/fish/vendor_completions.d/rnbdctl.fish \
 		$(units)/rnbd@.service
 
+ifneq ($(filter arm64 debug,$(KERNEL)),)
+deb:
+	@echo 'rnbd: there are no packages for KERNEL=$(KERNEL)' >&2; exit 1
+else
 deb: stock rnbdctl
 	@$(workbench) packaging/crates > build/crates
 	@tools/env package -- tools/deb $(VERSION) $(out:$(CURDIR)/%=%)/rnbd.ko
+endif
 
 deb-dkms:
 	@tools/env package -- tools/deb $(VERSION)
