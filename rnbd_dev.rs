@@ -14,6 +14,7 @@ mod lifetime;
 mod partitions;
 pub(crate) mod running;
 mod setup;
+mod sizes;
 mod start;
 
 use crate::{

@@ -6,7 +6,7 @@
 
 use super::{
     config::Config,
-    setup::checked_block_bytes,
+    sizes::checked_block_bytes,
     Device,
     State,
     USUAL_SIZES, //
