@@ -340,5 +340,6 @@ fn features(flags: u32) -> Features {
         rotational: has(flags::ROTATIONAL),
         discard: has(flags::SEND_TRIM),
         write_zeroes: has(flags::SEND_WRITE_ZEROES),
+        fast_zeroes: has(flags::SEND_WRITE_ZEROES) && has(flags::SEND_FAST_ZERO),
     }
 }

@@ -59,6 +59,9 @@ pub(crate) struct Features {
     pub(crate) rotational: bool,
     pub(crate) discard: bool,
     pub(crate) write_zeroes: bool,
+    /// Zeroing need not write zeroes, where it may unmap. Programs that prefer that to writing
+    /// (`FALLOC_FL_WRITE_ZEROES`) are refused without this feature. It needs `write_zeroes`.
+    pub(crate) fast_zeroes: bool,
 }
 
 /// How long a change of the limits waits for locks, and for requests in flight.
@@ -316,6 +319,8 @@ struct ChangeableLimits {
     features: u32,
     max_hw_discard_sectors: u32,
     max_write_zeroes_sectors: u32,
+    /// It is 0 or the same.
+    max_hw_wzeroes_unmap_sectors: u32,
     /// The logical block size.
     block_bytes: u32,
     sizes: RequestSizes,
@@ -337,6 +342,8 @@ impl ChangeableLimits {
                     .read_volatile(),
                 max_write_zeroes_sectors: (&raw const (*limits).max_write_zeroes_sectors)
                     .read_volatile(),
+                max_hw_wzeroes_unmap_sectors: (&raw const (*limits).max_hw_wzeroes_unmap_sectors)
+                    .read_volatile(),
                 block_bytes: (&raw const (*limits).logical_block_size).read_volatile(),
                 sizes: RequestSizes {
                     physical_block_bytes: (&raw const (*limits).physical_block_size)
@@ -353,6 +360,7 @@ impl ChangeableLimits {
         limits.features = self.features;
         limits.max_hw_discard_sectors = self.max_hw_discard_sectors;
         limits.max_write_zeroes_sectors = self.max_write_zeroes_sectors;
+        limits.max_hw_wzeroes_unmap_sectors = self.max_hw_wzeroes_unmap_sectors;
         limits.logical_block_size = self.block_bytes;
         let physical = self.sizes.physical_block_bytes.max(self.block_bytes);
         limits.physical_block_size = physical;
@@ -389,6 +397,8 @@ impl ChangeableLimits {
         };
         self.max_hw_discard_sectors = sectors(features.discard);
         self.max_write_zeroes_sectors = sectors(features.write_zeroes);
+        let fast = features.write_zeroes && features.fast_zeroes;
+        self.max_hw_wzeroes_unmap_sectors = sectors(fast);
         self
     }
 }

@@ -35,6 +35,7 @@ pub const ROTATIONAL: u64 = 1 << 4;
 pub const SEND_TRIM: u64 = 1 << 5;
 pub const SEND_WRITE_ZEROES: u64 = 1 << 6;
 pub const CAN_MULTI_CONN: u64 = 1 << 8;
+pub const SEND_FAST_ZERO: u64 = 1 << 11;
 
 /// Flags of a command.
 pub const CMD_FLAG_FUA: u16 = 1 << 0;

@@ -213,6 +213,8 @@ fn sizes_of_requests(guest: &Guest) {
             "{minimum} {preferred} {payload}"
         );
         assert!(limit("read_ahead_kb") >= 2 * expected[3] / KIB);
+        assert_eq!(limit("discard_granularity"), expected[1]);
+        assert_eq!(discard_alignment(), 0);
         // The preference survives a change of the block size.
         if expected[0] == 4096 {
             // Not all kernels have blocks larger than a page.
@@ -240,6 +242,12 @@ fn sizes_of_requests(guest: &Guest) {
     let link = connect(&rnbd, &[]);
     assert_eq!(names.map(limit), usual);
     link.disconnect_and_wait();
+}
+
+/// Where in a device the first piece begins that can be discarded as one.
+fn discard_alignment() -> u32 {
+    let text = fs::read_to_string("/sys/block/nbd0/discard_alignment").expect("a limit");
+    text.trim().parse().expect("a number")
 }
 
 /// Not even those that read the partition table, or read ahead.

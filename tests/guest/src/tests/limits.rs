@@ -2,16 +2,23 @@
 
 //! /sys/block/nbdN/queue: what the block layer is told of a device.
 
+use rustix::fs::FallocateFlags;
+use rustix::io::Errno;
+
 use crate::device::{Plan, USUAL_FLAGS, largest_block, sysfs};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test};
-use crate::proto::{READ_ONLY, ROTATIONAL, SEND_FLUSH, SEND_FUA, SEND_TRIM, SEND_WRITE_ZEROES};
+use crate::proto::{
+    Command, READ_ONLY, ROTATIONAL, Request, SEND_FAST_ZERO, SEND_FLUSH, SEND_FUA, SEND_TRIM,
+    SEND_WRITE_ZEROES,
+};
 use crate::test;
 
 pub fn tests() -> Vec<Test> {
     vec![
         test!(before_a_connection),
         test!(follow_the_servers_flags),
+        test!(fast_zeroes),
         test!(follow_the_block_size),
         test!(are_reset_after_a_connection),
         test!(timeout_is_the_block_layers_too),
@@ -95,6 +102,38 @@ fn follow_the_servers_flags(guest: &Guest) {
         }
         assert_constants(guest);
         assert_eq!(rig.disconnect(), Ok(0));
+    }
+}
+
+/// A program that asks for zeroes which need not be written gets them from a server that can tell.
+fn fast_zeroes(guest: &Guest) {
+    const WRITE_ZEROES: FallocateFlags = FallocateFlags::from_bits_retain(0x80);
+    let flags = USUAL_FLAGS & !SEND_WRITE_ZEROES;
+    for (flags, has_fast) in [
+        (flags | SEND_WRITE_ZEROES | SEND_FAST_ZERO, true),
+        (flags | SEND_WRITE_ZEROES, false),
+        (flags | SEND_FAST_ZERO, false),
+        (flags, false),
+    ] {
+        let has_fast = has_fast && guest.expected("fast-zeroes") == Driver::Rnbd;
+        let mut rig = Plan::new(1 << 20).flags(flags).attach();
+        let most = rig.sysfs("queue/write_zeroes_unmap_max_hw_bytes");
+        assert_eq!(most != "0", has_fast, "{most} with flags {flags:#x}");
+        let device = rig.direct();
+        let zeroed = rustix::fs::fallocate(&device, WRITE_ZEROES, 65536, 8192);
+        let requests = rig.server.requests_of(Command::WriteZeroes);
+        let seen: Vec<_> = requests.iter().map(Request::essence).collect();
+        if has_fast {
+            assert_eq!(zeroed, Ok(()));
+            // A server that cannot do it fast does it all the same.
+            assert_eq!(seen, [(Command::WriteZeroes, 0, 65536, 8192)]);
+        } else {
+            assert_eq!(zeroed, Err(Errno::OPNOTSUPP));
+            assert_eq!(seen, []);
+        }
+        drop(device);
+        assert_eq!(rig.disconnect(), Ok(0));
+        assert_eq!(rig.sysfs("queue/write_zeroes_unmap_max_hw_bytes"), "0");
     }
 }
 
