@@ -120,7 +120,7 @@ modules_install: modules
 dkms_source = $(DESTDIR)/usr/src/rnbd-$(VERSION)
 install:
 	install -d $(dkms_source)/packaging $(addprefix $(DESTDIR)/usr/,sbin lib/modprobe.d share/man/man8)
-	cp -r Makefile Kbuild $(wildcard *.rs rnbd_*/) kapi pure $(dkms_source)/
+	cp -r Makefile Kbuild rnbd_trace.c rnbd_trace.h $(wildcard *.rs rnbd_*/) kapi pure $(dkms_source)/
 	install packaging/kernel-tree packaging/dkms-build $(dkms_source)/packaging/
 	sed 's/#MODULE_VERSION#/$(VERSION)/' packaging/dkms.conf > $(dkms_source)/dkms.conf
 	install packaging/rnbd-driver $(DESTDIR)/usr/sbin/

@@ -61,6 +61,24 @@ pub(crate) enum Reason {
     Ended = 9,
 }
 
+impl Reason {
+    /// Returns the reason's name in `Documentation/netlink/rnbd.yaml`; `ended`, which is not there, in trace events.
+    pub(crate) fn name(self) -> &'static CStr {
+        match self {
+            Reason::Closed => c"closed",
+            Reason::ReceiveFailed => c"receive-failed",
+            Reason::SendFailed => c"send-failed",
+            Reason::ProtocolViolated => c"protocol-violated",
+            Reason::TimedOut => c"timed-out",
+            Reason::ShuttingDown => c"shutting-down",
+            Reason::Replaced => c"replaced",
+            Reason::ReplacementFailed => c"replacement-failed",
+            Reason::WantsRekeying => c"wants-rekeying",
+            Reason::Ended => c"ended",
+        }
+    }
+}
+
 /// Why a connection has died, with the error number if there is one.
 #[derive(Clone, Copy)]
 pub(crate) struct Death {

@@ -22,6 +22,7 @@ mod report;
 mod sending;
 mod staging;
 mod stream;
+mod tracing;
 mod traffic;
 mod trimming;
 
@@ -279,7 +280,10 @@ impl Prepared {
         connection.table.add_connection();
         let mut hooked = connection.hooked.lock();
         match connection.socket.hook(memory, connection.clone()) {
-            Ok(hook) => *hooked = Some(hook),
+            Ok(hook) => {
+                connection.trace_birth();
+                *hooked = Some(hook);
+            }
             Err(e) => {
                 connection.table.remove_connection();
                 return Err(e);

@@ -9,6 +9,7 @@
 #include <linux/blkdev.h>
 #include <linux/blk-mq.h>
 #include <linux/in.h>
+#include <linux/nbd.h>
 #include <linux/nsproxy.h>
 #include <net/af_vsock.h>
 #include <net/genetlink.h>
@@ -16,6 +17,8 @@
 #include <net/sock.h>
 #include <net/tcp.h>
 #include <net/tls.h>
+#include <trace/events/nbd.h>
+#include "../rnbd_trace.h"
 #ifdef RNBD_LACKS_GENETLINK
 #include "bindings/genetlink.h"
 #endif
@@ -40,6 +43,10 @@
 //bindgen: --allowlist-function tcp_read_sock
 //bindgen: --allowlist-function tcp_sock_set_nodelay
 //bindgen: --allowlist-function tcp_stream_memory_free
+
+/* The trace events (rnbd_trace.c). */
+//bindgen: --allowlist-var __tracepoint_nbd_.*
+//bindgen: --allowlist-function rust_do_trace_nbd_.*
 
 /* Macros with casts, which bindgen cannot evaluate. Kbuild strips the prefix from the names. */
 #define RNBD_CONST(type, name) const type RNBD_CONST_##name = (__force type)name
@@ -87,6 +94,8 @@ RNBD_CONST(u32, HZ);
 RNBD_CONST(u8, GENL_ADMIN_PERM);
 RNBD_CONST(u32, SOFTIRQ_DISABLE_OFFSET);
 RNBD_CONST(u32, HARDIRQ_MASK);
+
+const size_t RNBD_CONST_NBD_REQUEST_BYTES = sizeof(struct nbd_request);
 
 /* Offsets of fields of types that are not generated, as they depend on hundreds of other types. */
 #define RNBD_OFFSET(type, field, name) const size_t RNBD_CONST_OFFSET_##name = offsetof(type, field)

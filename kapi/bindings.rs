@@ -26,7 +26,7 @@
 pub(crate) use kernel::bindings::*;
 use kernel::ffi;
 
-/// Declares C types to which `struct sock` points, and into which no code here looks.
+/// Declares C types to which declarations only point, and into which no code here looks.
 macro_rules! opaque {
     ($($name:ident),*) => { $(
         #[repr(C)]
@@ -35,6 +35,7 @@ macro_rules! opaque {
 }
 opaque!(
     inet_timewait_death_row,
+    nbd_request,
     numa_drop_counters,
     proto,
     sk_filter,

@@ -17,5 +17,7 @@ pub(crate) mod net;
 pub(crate) mod param;
 pub(crate) mod prepared;
 pub(crate) mod task;
+pub(crate) mod trace;
+mod tracepoint;
 pub(crate) mod try_lock;
 pub(crate) mod wq;

@@ -13,6 +13,8 @@
 
 /// The size of a request on the wire (`struct nbd_request`).
 pub(crate) const REQUEST_BYTES: usize = 28;
+/// Where the cookie is in a request.
+pub(crate) const COOKIE_AT: usize = 8;
 /// The size of a simple reply's header on the wire (`struct nbd_reply`).
 pub(crate) const REPLY_BYTES: usize = 16;
 

@@ -310,6 +310,7 @@ impl Session {
         self.waiting_since.store(0, Relaxed);
         // This comes after the new connection was installed: a request that sees the session revived finds it.
         self.table.fate.revive();
+        new.trace_replacement(c"handover");
         let event = Event::Reconnected(new.incarnation());
         self.table.shared.news.post(notice, event);
         new.as_arc_borrow().announce();

@@ -136,6 +136,7 @@ impl Session {
             new.as_arc_borrow().queue_link_dead();
             new.report_death();
         }
+        new.trace_replacement(c"reconnect");
         let news = (reconnected, Event::Reconnected(new.incarnation()));
         self.table.will_report_end(Some(news), ended);
         new.as_arc_borrow().announce();

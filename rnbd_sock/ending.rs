@@ -182,6 +182,7 @@ impl Connection {
     /// Shuts the socket down and queues the work that reaps the connection. To be called once, by
     /// the task that has marked the connection as dead.
     pub(super) fn end_socket(self: ArcBorrow<'_, Self>, ending: Ending) {
+        self.trace_death(self.death.death());
         self.socket.end(ending);
         self.state.store(ENDED, Release);
         self.queue_receive();

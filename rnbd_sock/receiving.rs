@@ -60,6 +60,7 @@ use crate::{
             Arrival,
             Segment, //
         },
+        trace, //
     },
     pure::{
         cmd::{
@@ -279,6 +280,7 @@ impl Connection {
             ));
             EPROTO
         })?;
+        trace::header_received(&request, reply.cookie, reply.error);
         self.traffic.replied();
         if let Some(error) = ServerError::from_wire(reply.error) {
             self.traffic.failed();
@@ -305,6 +307,7 @@ impl Connection {
     ///
     /// The caller holds the receive lock, so the connection is not reaped concurrently.
     fn complete(&self, request: Unanswered, outcome: Outcome) {
+        self.trace_received(&request);
         if request.should_fake_timeout() {
             self.table.forget_reply(request);
         } else {

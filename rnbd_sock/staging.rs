@@ -159,7 +159,10 @@ impl Connection {
             return false;
         };
         match self.wire_of(&request) {
-            Some(wire) => outbox.transmit.stage(&wire, Some(Payload::new(request))),
+            Some(wire) => {
+                self.trace_staged(&request, &wire);
+                outbox.transmit.stage(&wire, Some(Payload::new(request)));
+            }
             // This cannot happen: `queue_rq` fails requests that NBD has no command for, and each tag
             // has a slot.
             None => request.overrule(Outcome::Complete(Status::IOERR)),

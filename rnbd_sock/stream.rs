@@ -26,10 +26,12 @@ use crate::{
             sock::Socket,
             transfer::Next, //
         },
+        trace, //
     },
     pure::{
         proto::{
             self as proto,
+            COOKIE_AT,
             REPLY_BYTES,
             REQUEST_BYTES, //
         },
@@ -78,6 +80,26 @@ impl Outgoing {
         let data = (bytes - header).min(payload.left_bytes());
         payload.advance(data);
         bytes - header - data
+    }
+
+    /// Traces what is complete once `bytes` more were sent, which must not have been counted yet.
+    #[cold]
+    #[inline(never)]
+    fn trace(&self, bytes: usize, headers: &IoPage) {
+        let Some(payload) = &self.payload else {
+            return;
+        };
+        let header_at = (self.header_at + self.header_left).saturating_sub(REQUEST_BYTES);
+        let mut cookie = [0; size_of::<u64>()];
+        // This cannot fail: the header is in the page as long as its message is staged.
+        let _ = headers.read(header_at + COOKIE_AT, &mut cookie);
+        let cookie = u64::from_be_bytes(cookie);
+        if self.header_left > 0 && bytes >= self.header_left {
+            trace::header_sent(payload.side(), cookie);
+        }
+        if bytes >= self.header_left + payload.left_bytes() {
+            trace::payload_sent(payload.side(), cookie);
+        }
     }
 
     /// Returns whether all of the message was sent.
@@ -216,6 +238,9 @@ impl Transmit {
     fn count(&mut self, mut bytes: usize) -> u64 {
         let mut requests = 0;
         while let Some(first) = self.staged.front_mut() {
+            if trace::is_sending_traced() {
+                first.trace(bytes, &self.headers);
+            }
             bytes = first.advance(bytes);
             if !first.is_sent() {
                 break;

@@ -13,6 +13,8 @@ pub(crate) mod major;
 pub(crate) mod mq;
 pub(crate) mod parked;
 pub(crate) mod payload;
+pub(super) mod pdu;
 pub(crate) mod published;
 pub(crate) mod request;
 pub(crate) mod timed_out;
+mod timeline;

@@ -9,10 +9,10 @@
 //! See also `Documentation/block/blk-mq.rst`.
 
 use super::{
+    pdu::Pdu,
     request::{
         Handle,
         NewRequest,
-        Pdu,
         QueueStatus, //
     },
     timed_out::TimedOutRequest, //

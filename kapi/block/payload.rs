@@ -140,6 +140,11 @@ impl<S: Side> Payload<S> {
         Payload { side, position }
     }
 
+    /// Returns the handle.
+    pub(crate) fn side(&self) -> &S {
+        &self.side
+    }
+
     /// Returns the number of bytes that are left.
     pub(crate) fn left_bytes(&self) -> usize {
         self.position.left_bytes

@@ -28,6 +28,15 @@
 //!
 //! C header: [`include/linux/blk-mq.h`](srctree/include/linux/blk-mq.h)
 
+use super::{
+    pdu::{
+        pdu,
+        trace_refusal,
+        Pdu,
+        REQUEUE, //
+    },
+    timeline::Timeline, //
+};
 use crate::kapi::{
     bindings,
     llist::Linked, //
@@ -96,48 +105,11 @@ pub(crate) enum Outcome {
 }
 
 impl Outcome {
-    /// Converts the outcome to the form in which [`Pdu`] stores it: a `blk_status_t` or
-    /// [`REQUEUE`].
+    /// Converts the outcome to the form in which [`Pdu`] stores it.
     fn pack(self) -> u32 {
         match self {
             Outcome::Complete(status) => u32::from(status.0),
             Outcome::Requeue => REQUEUE,
-        }
-    }
-}
-
-/// The driver's private data in each request (`blk_mq_rq_to_pdu()`).
-pub(super) struct Pdu {
-    /// The number of [`Handle`]s that exist. Dropping the last one ends the request.
-    handles: Atomic<i32>,
-    /// The outcome set by [`Unanswered`]; see [`Outcome::pack()`].
-    outcome: Atomic<u32>,
-    /// The outcome set by [`Unsent`], which takes precedence, or [`NOT_OVERRULED`].
-    overruled: Atomic<u32>,
-    /// The next request in a list of requests that are waiting to be sent.
-    next: Atomic<*mut bindings::request>,
-}
-
-/// [`Outcome::Requeue`] in packed form. It is larger than any `blk_status_t`.
-const REQUEUE: u32 = 1 << 8;
-/// The value of `overruled` unless [`Unsent::overrule()`] was called.
-const NOT_OVERRULED: u32 = 1 << 9;
-
-impl Pdu {
-    pub(super) fn new() -> Self {
-        Pdu {
-            handles: Atomic::new(0),
-            outcome: Atomic::new(0),
-            overruled: Atomic::new(NOT_OVERRULED),
-            next: Atomic::new(core::ptr::null_mut()),
-        }
-    }
-
-    /// Returns the packed outcome. Both handles must be gone.
-    fn final_outcome(&self) -> u32 {
-        match self.overruled.load(Relaxed) {
-            NOT_OVERRULED => self.outcome.load(Relaxed),
-            overruled => overruled,
         }
     }
 }
@@ -229,18 +201,6 @@ pub(super) unsafe fn extent(rq: NonNull<bindings::request>) -> Extent {
     }
 }
 
-/// Returns the private data of a request.
-///
-/// # Safety
-///
-/// `rq` must point to a request of a [`TagSet`](super::mq::TagSet) that exists during `'a`.
-unsafe fn pdu<'a>(rq: NonNull<bindings::request>) -> &'a Pdu {
-    // SAFETY: By this function's safety requirements, the request is followed by a `Pdu` (see
-    // `blk_mq_rq_to_pdu()`), which `init_request` wrote. It consists of atomics, so it may be
-    // shared.
-    unsafe { &*rq.as_ptr().add(1).cast::<Pdu>() }
-}
-
 impl NewRequest {
     /// Returns the extent of the request.
     pub(crate) fn extent(&self) -> Extent {
@@ -257,6 +217,10 @@ impl NewRequest {
     /// Leaves the request to the block layer, which ends it with `status`, or keeps it if that is
     /// [`Status::DEV_RESOURCE`].
     pub(crate) fn refuse(self, status: Status) -> QueueStatus {
+        if status != Status::DEV_RESOURCE {
+            // SAFETY: By the type invariant, the driver owns the request. It ends when `queue_rq` has returned.
+            unsafe { trace_refusal(self.rq, status.0) };
+        }
         QueueStatus::new(status)
     }
 
@@ -287,7 +251,7 @@ impl NewRequest {
         // SAFETY: By the type invariant, the driver owns the request. It belongs to a `TagSet`.
         let pdu = unsafe { pdu(self.rq) };
         pdu.outcome.store(u32::from(Status::IOERR.0), Relaxed);
-        pdu.overruled.store(NOT_OVERRULED, Relaxed);
+        pdu.start_undecided();
         pdu.handles.store(2, Release);
         // SAFETY: By the type invariant, the driver owns the request, which has not been started.
         unsafe { bindings::blk_mq_start_request(self.rq.as_ptr()) };
@@ -315,7 +279,7 @@ mod sealed {
         fn rq(&self) -> NonNull<bindings::request>;
     }
 }
-use sealed::HasHandle;
+pub(in crate::kapi) use sealed::HasHandle;
 
 /// One of the two handles, [`Unsent`] or [`Unanswered`].
 pub(crate) trait Side: HasHandle {
@@ -359,11 +323,18 @@ impl HasHandle for Unanswered {
     }
 }
 
+/// Returns where to note what happens to the request of a handle, if that is traced.
+pub(in crate::kapi) fn timeline(side: &impl Side) -> Option<&Timeline> {
+    // SAFETY: By the invariant of `Handle`, the request is in flight as long as `side` exists. It belongs to a
+    // `TagSet`, as each request that was started does.
+    unsafe { pdu(side.rq()) }.timeline()
+}
+
 impl Unsent {
     /// Sets the outcome of a request that was not completely sent. It takes precedence over that of
     /// the other handle, whichever is set first.
     pub(crate) fn overrule(self, outcome: Outcome) {
-        self.0.pdu().overruled.store(outcome.pack(), Relaxed);
+        self.0.pdu().overrule(outcome.pack());
     }
 }
 
@@ -410,7 +381,10 @@ impl Handle {
     /// caller must not use it afterwards.
     unsafe fn end(rq: NonNull<bindings::request>) {
         // SAFETY: By this function's safety requirements, the request is valid.
-        if unsafe { pdu(rq) }.final_outcome() == REQUEUE {
+        let pdu = unsafe { pdu(rq) };
+        // SAFETY: By this function's safety requirements, the request was not ended.
+        unsafe { pdu.trace_end(rq) };
+        if pdu.final_outcome() == REQUEUE {
             // SAFETY: By this function's safety requirements, the request was started and not
             // ended.
             unsafe { bindings::blk_mq_requeue_request(rq.as_ptr(), true) };

@@ -77,6 +77,18 @@ pub(crate) mod kapi {
         pub(crate) use super::{arrival, iov, page_frag, sock, transfer};
     }
 
+    pub(crate) mod trace {
+        use super::request::Unsent;
+
+        pub(crate) fn is_sending_traced() -> bool {
+            false
+        }
+
+        pub(crate) fn header_sent(_request: &Unsent, _cookie: u64) {}
+
+        pub(crate) fn payload_sent(_request: &Unsent, _cookie: u64) {}
+    }
+
     /// Memory that several may write to: a request's, a page.
     type Memory = std::rc::Rc<std::cell::RefCell<Vec<u8>>>;
 
@@ -224,6 +236,10 @@ pub(crate) mod kapi {
 
             pub(crate) fn left_bytes(&self) -> usize {
                 self.end - self.at
+            }
+
+            pub(crate) fn side(&self) -> &S {
+                &self.side
             }
 
             pub(crate) fn into_side(self) -> S {

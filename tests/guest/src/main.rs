@@ -53,6 +53,7 @@ mod server;
 mod stacks;
 mod sys;
 mod tests;
+mod tracefs;
 mod tree;
 mod uevents;
 mod volatile;

@@ -7,8 +7,8 @@
 use crate::{
     pure::cmd::Cookie,
     pure::proto::{
-        CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, Command, REPLY_BYTES, REQUEST_BYTES, ReplyHeader,
-        RequestHeader, ServerError, WrongMagic, flags,
+        CMD_FLAG_FUA, CMD_FLAG_NO_HOLE, COOKIE_AT, Command, REPLY_BYTES, REQUEST_BYTES,
+        ReplyHeader, RequestHeader, ServerError, WrongMagic, flags,
     },
 };
 use proptest::prelude::*;
@@ -43,6 +43,7 @@ const RANGE: [u8; 12] = [0, 0, 1, 2, 3, 4, 6, 0, 0, 2, 0x10, 0];
 #[test]
 fn a_request_is_28_bytes_in_network_byte_order() {
     assert_eq!(REQUEST_BYTES, 28);
+    assert_eq!(COOKIE_AT, 8);
     assert_encodes(Command::Read, 0, *b"\x25\x60\x95\x13\0\0\0\0", RANGE);
     assert_encodes(Command::Write, 0, *b"\x25\x60\x95\x13\0\0\0\x01", RANGE);
     assert_encodes(Command::Trim, 0, *b"\x25\x60\x95\x13\0\0\0\x04", RANGE);

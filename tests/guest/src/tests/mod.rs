@@ -43,6 +43,7 @@ mod soak;
 mod timeouts;
 mod tls;
 mod tls_records;
+mod trace;
 mod transports;
 mod udev;
 mod user_space;
@@ -80,6 +81,7 @@ pub fn all() -> Vec<Test> {
         connecting::tests(),
         shutdowns::tests(),
         races::tests(),
+        trace::tests(),
         faults::tests(),
         udev::tests(),
         user_space::tests(),

@@ -90,7 +90,7 @@ fn sockets_attr(sockets: &[OwnedFd]) -> Attr {
 }
 
 /// Hands connections of device 0 over: one of them, or all.
-fn hand_over(
+pub fn hand_over(
     rnbd: &Netlink,
     connection: Option<u32>,
     sockets: &[OwnedFd],
