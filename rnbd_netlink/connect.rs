@@ -6,7 +6,10 @@
 use super::{
     check_capable,
     connect_any,
-    handover::descriptors,
+    handover::{
+        backend,
+        descriptors, //
+    },
     refuse_others,
     set_owner, //
 };
@@ -214,7 +217,7 @@ fn parse<'a>(info: &Info<'a>) -> Result<Setup<'a>> {
         server_flags: Some(server_flags),
         client_flags: Some(client_flags(info)),
         sockets,
-        backend: info.attr(BACKEND).map(|a| a.string()),
+        backend: backend(info, BACKEND)?,
         never_scans: info.attr(NO_PARTITION_SCAN).is_some(),
         needs_tls: info.attr(TLS).is_some(),
         ..Setup::default()

@@ -57,7 +57,7 @@ pub(super) fn run(registry: &Registry, info: &Info<'_>) -> Result {
         // which writeback waits.
         sockets: task::memalloc_noio(|| descriptors(info, SOCKETS, sockets))?,
         drain_ms: drain.u32().unwrap_or(0),
-        backend: info.attr(BACKEND).map(|a| a.string()),
+        backend: backend(info, BACKEND)?,
     };
     let device = index.u32().and_then(|index| registry.find(index));
     let Some(device) = device.filter(|d| !d.is_dying()) else {
@@ -87,6 +87,23 @@ pub(super) fn descriptors(info: &Info<'_>, kind: u16, list: Attr<'_>) -> Result<
         descriptors.push(i32::from_ne_bytes(*number), GFP_KERNEL)?;
     }
     Ok(descriptors)
+}
+
+/// Returns the identifier of the backend, if there is an attribute of this kind.
+///
+/// # Errors
+///
+/// `EINVAL`: there is a zero byte in it. Those who read the identifier would see only what is before that.
+pub(super) fn backend<'a>(info: &Info<'a>, kind: u16) -> Result<Option<&'a [u8]>> {
+    let bytes = info.attr(kind).map(|a: Attr<'a>| a.string());
+    if bytes.is_some_and(|bytes| bytes.contains(&0)) {
+        info.complain(
+            Some(kind),
+            c"the identifier must not have a zero byte in it",
+        );
+        return Err(EINVAL);
+    }
+    Ok(bytes)
 }
 
 /// Tells the sender why a handover is refused, and returns the error.

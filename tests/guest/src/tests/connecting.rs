@@ -424,6 +424,11 @@ fn refusals(guest: &Guest) {
         Errno::INVAL,
         "the flags must be below 2^32",
     );
+    with(
+        vec![attr(BACKEND, Bytes::from(&b"a\0b"[..]))],
+        Errno::INVAL,
+        "the identifier must not have a zero byte in it",
+    );
     let words = "the command does not have this attribute";
     with(vec![attr(CONNECTION, 0_u32)], Errno::INVAL, words);
     with(vec![attr(DRAIN, 0_u32)], Errno::INVAL, words);

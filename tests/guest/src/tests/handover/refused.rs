@@ -105,6 +105,10 @@ fn refusals(guest: &Guest) {
     let mut wrong = all(&two);
     wrong[1] = attr(BACKEND, "c");
     refused(wrong, Errno::INVAL, another);
+    let mut cut = all(&two);
+    cut[1] = attr(BACKEND, Bytes::from(&b"b\0c"[..]));
+    let zero = "the identifier must not have a zero byte in it";
+    refused(cut, Errno::INVAL, zero);
     let single = vec![attr(DEVICE, 1u32), sockets_attr(&two[..1]), drain()];
     let words = "the server does not allow several connections (NBD_FLAG_CAN_MULTI_CONN)";
     refused(single, Errno::INVAL, words);
