@@ -9,6 +9,7 @@
 
 use crate::{
     kapi::block::{
+        disk::DiskRef,
         parked::Parked,
         request::{
             Outcome,
@@ -181,6 +182,26 @@ impl Table {
         self.slots
             .iter()
             .any(|slot| slot.status() == (connection, true))
+    }
+
+    /// Returns the age of the oldest command in flight on `connection`, in milliseconds; 0 if there is none. Commands
+    /// that wait to be sent are among them, and those whose reply is being received.
+    ///
+    /// Returns `None` if that is not known, because the number of hardware queues is being changed.
+    ///
+    /// # Context
+    ///
+    /// May sleep, but does not wait. `disk` is that of the session.
+    pub(crate) fn oldest_ms(&self, disk: &DiskRef, connection: u16) -> Option<u64> {
+        let mut oldest_ms = 0;
+        let told = disk.look_at_requests(|request| {
+            let slot = self.slot(request.hw_queue, request.tag);
+            // A command that was claimed stays on its connection until its reply was received.
+            if slot.is_some_and(|slot| slot.status().0 == connection) {
+                oldest_ms = oldest_ms.max(request.age_ms);
+            }
+        });
+        told.then_some(oldest_ms)
     }
 
     /// Claims all commands in flight on `connection`, and requeues them, or fails them if the

@@ -86,6 +86,7 @@ mod connection {
     pub(super) const RECONNECTS: u16 = 14;
     pub(super) const IDLE: u16 = 15;
     pub(super) const SILENT: u16 = 16;
+    pub(super) const OLDEST: u16 = 17;
 }
 
 /// How much is told of a backend's identifier, in bytes: what is told of a device has to fit into a message.
@@ -214,6 +215,9 @@ fn add_connections(dump: &mut Dump<'_>, device: &Device, listed: usize) -> Resul
         };
         if let Some(connection) = connection {
             let mut list = connection_attributes(connection)?;
+            if let Some(oldest_ms) = oldest_ms(device, &running, connection) {
+                put_u64(&mut list, connection::OLDEST, oldest_ms)?;
+            }
             put_u32(&mut list, INDEX, device.index)?;
             dump.add(&list)?;
         }
@@ -327,6 +331,17 @@ fn connection_attributes(connection: &Connection) -> Result<KVec<u8>> {
         }
     }
     Ok(list)
+}
+
+/// Returns the age of the oldest request in flight on a connection, in milliseconds; 0 if there is none, and `None` if
+/// that is not known now.
+fn oldest_ms(device: &Device, running: &Running, connection: &Connection) -> Option<u64> {
+    // Its requests are on other connections now, or wait for one, or have failed.
+    if connection.is_dead() {
+        return Some(0);
+    }
+    let table = running.session.table();
+    table.oldest_ms(&device.disk, connection.id())
 }
 
 /// Appends as much of a backend's identifier as is told.

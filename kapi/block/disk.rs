@@ -268,7 +268,7 @@ impl DiskRef {
         unsafe { bindings::disk_force_media_change(self.as_ptr()) };
     }
 
-    fn tags(&self) -> *mut bindings::blk_mq_tag_set {
+    pub(super) fn tags(&self) -> *mut bindings::blk_mq_tag_set {
         // SAFETY: By the type invariant, the queue is valid.
         unsafe { (*self.queue()).tag_set }
     }

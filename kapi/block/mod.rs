@@ -8,6 +8,7 @@ mod cache;
 pub(crate) mod disk;
 mod frozen;
 pub(crate) mod gendisk;
+pub(crate) mod in_flight;
 pub(crate) mod limits;
 pub(crate) mod major;
 pub(crate) mod mq;

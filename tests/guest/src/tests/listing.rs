@@ -2,9 +2,9 @@
 
 //! The generic netlink family "rnbd", which lists devices and connections.
 
-use std::fs::File;
+use std::fs::{self, File};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use neli::attr::Attribute;
 use rustix::io::Errno;
@@ -12,7 +12,7 @@ use rustix::thread::{CapabilitySet, capabilities, gettid, set_capabilities};
 
 use crate::device::{self, Plan, SOON, USUAL_FLAGS, read_page};
 use crate::driver::Driver;
-use crate::harness::{Guest, Test, skip, wait_until};
+use crate::harness::{Guest, Test, run_on, skip, wait_until};
 use crate::netlink::{Attr, Netlink, Setup, attr, find, number, text};
 use crate::proto::{CAN_MULTI_CONN, CLEAR_SOCK, Command, READ_ONLY};
 use crate::server::Transport;
@@ -25,6 +25,7 @@ pub fn tests() -> Vec<Test> {
         test!(devices),
         test!(states_of_devices),
         test!(connections),
+        test!(the_oldest_request),
         test!(addresses),
         test!(one_device),
         test!(without_privilege),
@@ -83,6 +84,7 @@ mod conn {
     pub const BYTES_RECEIVED: u16 = 13;
     pub const RECONNECTS: u16 = 14;
     pub const SILENT: u16 = 16;
+    pub const OLDEST: u16 = 17;
 }
 
 /// A socket to talk to the family with.
@@ -207,6 +209,7 @@ fn connections(guest: &Guest) {
     assert_eq!(sum(&seen, conn::ERRORS), 1);
     assert_eq!(sum(&seen, conn::IN_FLIGHT), 0);
     assert_eq!(sum(&seen, conn::SILENT), 0);
+    assert_eq!(sum(&seen, conn::OLDEST), 0);
     assert_eq!(sum(&seen, conn::BYTES_SENT), (before + 9) * 28);
     assert!(sum(&seen, conn::BYTES_RECEIVED) >= 8 * 4096 + 9 * 16);
 
@@ -229,6 +232,66 @@ fn connections(guest: &Guest) {
 fn sum(connections: &[Vec<Attr>], kind: u16) -> u64 {
     let counts = connections.iter().map(|c| number::<u64>(c, kind));
     counts.map(|count| count.expect("a counter")).sum()
+}
+
+/// It ages while others are answered, and also where the block layer takes no time stamps.
+fn the_oldest_request(guest: &Guest) {
+    const AGE: Duration = Duration::from_millis(600);
+    let rnbd = open(guest);
+    let setup = Setup::new(MIB).index(0).flags(USUAL_FLAGS | CAN_MULTI_CONN);
+    let link = setup
+        .attach_over(&[Transport::Unix, Transport::Unix])
+        .settle();
+    let direct = link.direct();
+    let oldest = || {
+        let seen = list_connections(&rnbd, 0);
+        let ages = seen.iter().map(|c| number::<u64>(c, conn::OLDEST));
+        ages.map(|age| age.expect("an age")).collect::<Vec<u64>>()
+    };
+    // The jiffies of a machine that is busy may be late by as much.
+    for (stamps, late) in [("1", 10), ("0", 2000)] {
+        fs::write("/sys/block/nbd0/queue/iostats", stamps).expect("iostats");
+        assert_eq!(oldest(), [0, 0]);
+        link.server.forget_requests();
+        // The first block is answered when the last one is asked for.
+        link.server.script(|conn, request| match request.offset {
+            0 => {
+                let first = request.clone();
+                loop {
+                    let next = conn.next_request()?;
+                    conn.serve(&next)?;
+                    if next.offset == MIB - 4096 {
+                        return conn.serve(&first);
+                    }
+                }
+            }
+            _ => conn.serve(request),
+        });
+        thread::scope(|scope| {
+            // Both use the connection of this processor.
+            run_on(0);
+            let began = Instant::now();
+            let first = scope.spawn(|| read_page(&direct, 0));
+            link.server.wait_for_command(Command::Read);
+            while began.elapsed() < AGE {
+                assert_eq!(read_page(&direct, 8192), Ok(()));
+            }
+            let ages = oldest();
+            let passed = began.elapsed().as_millis() as u64;
+            let age = ages.iter().sum::<u64>();
+            // The thread may have begun late.
+            let right = (400..=passed + late).contains(&age);
+            assert!(right, "{ages:?} after {passed} ms, iostats {stamps}");
+            assert!(ages.contains(&0), "{ages:?}");
+            let seen = list_connections(&rnbd, 0);
+            assert_eq!(sum(&seen, conn::IN_FLIGHT), 1);
+            assert!(sum(&seen, conn::SILENT) < 300, "the others are answered");
+            assert_eq!(read_page(&direct, MIB - 4096), Ok(()));
+            assert_eq!(first.join().unwrap(), Ok(()));
+        });
+        assert_eq!(oldest(), [0, 0]);
+        link.server.be_honest();
+    }
 }
 
 fn addresses(guest: &Guest) {
