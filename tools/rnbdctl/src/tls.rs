@@ -3,7 +3,7 @@
 //! TLS: the handshake in this process, the keys to the kernel.
 //!
 //! - `options` has what the command line and the URI say of TLS
-//! - `client` reads certificates and keys, and says which ciphers are offered
+//! - `client` reads certificates and keys, and says which ciphers are offered; `client_error` is what is wrong there
 //! - `session` is the connection while this process encrypts: during the handshakes of TLS and of NBD
 //! - `kernel` hands the keys to the kernel, which encrypts from then on
 //! - `problem` says what went wrong
@@ -14,6 +14,7 @@
 //! that belongs to the kernel is read here.
 
 mod client;
+mod client_error;
 mod kernel;
 mod options;
 mod problem;

@@ -2,7 +2,7 @@
 
 //! What is known before a connection is made: whom to trust, who this is, and which ciphers are offered.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use rustls::client::{Resumption, WebPkiServerVerifier};
@@ -12,49 +12,8 @@ use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKey
 use rustls::version::{TLS12, TLS13};
 use rustls::{CipherSuite, ClientConfig, ClientConnection, RootCertStore};
 
+use super::client_error::ClientError;
 use super::options::{Files, TlsArgs, UriTls};
-
-/// Why nothing can be begun.
-#[derive(Debug, thiserror::Error)]
-pub enum ClientError {
-    #[error("{}: {}", .0.display(), pem_text(.1))]
-    Pem(PathBuf, PemError),
-    #[error("{}: {}", .0.display(), .1)]
-    File(PathBuf, String),
-    #[error("{}: it is no directory", .0.display())]
-    Directory(PathBuf),
-    #[error("{}: there is no ca-cert.pem", .0.display())]
-    NoIssuers(PathBuf),
-    #[error("the system has no certificates of issuers{0}")]
-    NobodyTrusted(String),
-    #[error("the server's certificate must have a name, which is not known")]
-    NoName,
-    #[error("{0:?} is no name of a server")]
-    Name(String),
-    #[error(transparent)]
-    Tls(#[from] rustls::Error),
-}
-
-impl ClientError {
-    /// What the reader can do.
-    pub fn advice(&self) -> Option<&'static str> {
-        match self {
-            Self::NobodyTrusted(_) | Self::NoIssuers(_) => {
-                Some("--tls-ca names a file with the certificate of the issuer.")
-            }
-            Self::NoName => Some("--tls-hostname says which name it must have."),
-            _ => None,
-        }
-    }
-}
-
-fn pem_text(error: &PemError) -> String {
-    match error {
-        PemError::Io(error) => error.to_string(),
-        PemError::NoItemsFound => "nothing in it is what is looked for, in PEM".into(),
-        error => format!("it is no PEM: {error}"),
-    }
-}
 
 /// What all connections to a server begin with.
 #[derive(Debug)]

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 
-use super::client::ClientError;
+use super::client_error::ClientError;
 
 /// How a server with TLS is checked, and how it checks the client.
 #[derive(Args, Clone, Debug, Default)]

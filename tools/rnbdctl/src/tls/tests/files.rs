@@ -6,7 +6,7 @@ use std::fs;
 use std::os::unix::fs::symlink;
 
 use super::pki::Pki;
-use crate::tls::client::ClientError;
+use crate::tls::client_error::ClientError;
 use crate::tls::options::{Files, TlsArgs, UriTls};
 
 #[test]

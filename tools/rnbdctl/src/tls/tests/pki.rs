@@ -18,7 +18,7 @@ use rustls::version::{TLS12, TLS13};
 use rustls::{CipherSuite, RootCertStore, ServerConfig};
 
 use crate::tls::options::{TlsArgs, UriTls};
-use crate::tls::{Client, client::ClientError};
+use crate::tls::{Client, client_error::ClientError};
 
 pub struct Pki {
     pub dir: PathBuf,
