@@ -4,6 +4,8 @@
 
 use serde::Serialize;
 
+use crate::netlink::tls::Tls;
+
 /// Whether a device has a session.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
@@ -142,6 +144,8 @@ pub struct Connection {
     pub protocol: Option<&'static str>,
     /// Whether an upper layer protocol, such as TLS, is on top of the socket.
     pub ulp: bool,
+    /// How the kernel encrypts it, if it does and that was asked.
+    pub tls: Option<Tls>,
     pub in_flight: Option<u64>,
     pub requests: Option<u64>,
     pub replies: Option<u64>,
@@ -153,6 +157,8 @@ pub struct Connection {
     pub idle_ms: Option<u64>,
     /// For how long the server has owed replies and been silent.
     pub silent_ms: Option<u64>,
+    /// The age of the oldest request in flight; 0: there is none.
+    pub oldest_ms: Option<u64>,
 }
 
 impl Connection {
@@ -166,6 +172,7 @@ impl Connection {
             local: None,
             protocol: None,
             ulp: false,
+            tls: None,
             in_flight: None,
             requests: None,
             replies: None,
@@ -175,6 +182,7 @@ impl Connection {
             reconnects: None,
             idle_ms: None,
             silent_ms: None,
+            oldest_ms: None,
         }
     }
 

@@ -53,6 +53,7 @@ mod of_connection {
     pub const RECONNECTS: u16 = 14;
     pub const IDLE: u16 = 15;
     pub const SILENT: u16 = 16;
+    pub const OLDEST: u16 = 17;
 }
 
 /// Attributes of a handover.
@@ -228,6 +229,7 @@ fn connection(answer: &Answer) -> Option<(u32, Connection)> {
         local: answer.bytes(LOCAL).map(sockaddr::show),
         protocol,
         ulp: answer.has(ULP),
+        tls: None,
         in_flight: answer.number(IN_FLIGHT),
         requests: answer.number(REQUESTS),
         replies: answer.number(REPLIES),
@@ -237,6 +239,7 @@ fn connection(answer: &Answer) -> Option<(u32, Connection)> {
         reconnects: answer.number(RECONNECTS),
         idle_ms: answer.number(IDLE),
         silent_ms: answer.number(SILENT),
+        oldest_ms: answer.number(OLDEST),
     };
     Some((answer.number(DEVICE)?, connection))
 }
@@ -299,7 +302,8 @@ mod tests {
                 .with(of_connection::ULP, ())?
                 .with(of_connection::REQUESTS, 9_u64)?
                 .with(of_connection::RECONNECTS, 4_u32)?
-                .with(of_connection::SILENT, 1500_u64)
+                .with(of_connection::SILENT, 1500_u64)?
+                .with(of_connection::OLDEST, 1700_u64)
         };
         let (device, connection) = connection(&attrs().unwrap().into()).unwrap();
         assert_eq!((device, connection.index), (3, 1));
@@ -310,6 +314,7 @@ mod tests {
         assert_eq!((connection.requests, connection.replies), (Some(9), None));
         assert_eq!(connection.reconnects, Some(4));
         assert_eq!(connection.silent_ms, Some(1500));
+        assert_eq!(connection.oldest_ms, Some(1700));
     }
 
     #[test]

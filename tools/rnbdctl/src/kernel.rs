@@ -9,6 +9,7 @@ use crate::device::{Connection, Device};
 use crate::failure::{Exit, Failure};
 use crate::family_rnbd::{Handover, Rnbd};
 use crate::netlink::NetlinkError;
+use crate::netlink::tls::{SockDiag, Tls};
 use crate::sysfs::{Driver, Sysfs};
 
 const ASKING: &str = "asking the kernel for the family rnbd";
@@ -107,6 +108,22 @@ impl Kernel {
         })
     }
 
+    /// As [`Self::connections`], with what is known of their encryption.
+    ///
+    /// # Errors
+    ///
+    /// The same.
+    pub fn connections_with_tls(
+        &self,
+        index: Option<u32>,
+    ) -> Result<Option<Vec<(u32, Connection)>>, Failure> {
+        let mut found = self.connections(index)?;
+        for (_, connection) in found.iter_mut().flatten() {
+            connection.tls = tls(connection);
+        }
+        Ok(found)
+    }
+
     /// The connections of one device, or of all, each with its device's index; `None` if they are not
     /// known, or are not told to this user.
     ///
@@ -127,4 +144,14 @@ impl Kernel {
             Err(error) => Err(error.during(ASKING)),
         }
     }
+}
+
+/// How the kernel encrypts a connection. Where it does not tell, nothing else is wrong.
+fn tls(connection: &Connection) -> Option<Tls> {
+    if !connection.ulp {
+        return None;
+    }
+    let local = connection.local.as_ref()?.parse().ok()?;
+    let peer = connection.peer.as_ref()?.parse().ok()?;
+    SockDiag::open().ok()?.tls(local, peer).ok()?
 }

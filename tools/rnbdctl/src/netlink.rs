@@ -3,6 +3,7 @@
 //! Generic netlink: a family of the kernel, its commands and its dumps.
 
 pub mod listener;
+pub mod tls;
 
 use std::cell::Cell;
 use std::io::{self, Cursor};

@@ -57,7 +57,7 @@ pub fn show(args: &ShowArgs) -> Result<(), Failure> {
     if args.json {
         return report(&kernel, vec![device], Some(args.device));
     }
-    let told = kernel.connections(Some(args.device))?;
+    let told = kernel.connections_with_tls(Some(args.device))?;
     let are_hidden = told.is_none() && kernel.not_known().is_none();
     let told = told.unwrap_or_default().into_iter();
     let connections: Vec<Connection> = told.map(|(_, found)| found).collect();
@@ -80,7 +80,7 @@ fn tell_what_is_not_known(kernel: &Kernel) {
 
 /// Prints devices as JSON, with the connections of `index` or of all.
 fn report(kernel: &Kernel, devices: Vec<Device>, index: Option<u32>) -> Result<(), Failure> {
-    let connections = kernel.connections(index)?;
+    let connections = kernel.connections_with_tls(index)?;
     let detailed = |device: Device| {
         let of_it = |list: &Vec<(u32, Connection)>| {
             let of_it = list.iter().filter(|(owner, _)| *owner == device.index);
@@ -164,16 +164,14 @@ fn render_device(device: &Device) -> String {
 
 fn render_connections(connections: &[Connection]) -> String {
     let row = |connection: &Connection| {
-        let kind = match (connection.protocol, connection.ulp) {
-            (protocol, true) => format!("{}+ulp", protocol.unwrap_or("-")),
-            (protocol, false) => or_dash(protocol),
-        };
-        let silent = connection.silent_ms.filter(|time| *time > 0);
+        let is_long = |time: &u64| *time > 0;
+        let silent = connection.silent_ms.filter(is_long);
+        let oldest = connection.oldest_ms.filter(is_long);
         [
             connection.index.to_string(),
             connection.state.name().into(),
             or_dash(connection.peer.as_deref()),
-            kind,
+            protocol(connection),
             or_dash(connection.in_flight),
             or_dash(connection.requests),
             or_dash(connection.errors),
@@ -182,6 +180,7 @@ fn render_connections(connections: &[Connection]) -> String {
             or_dash(connection.reconnects),
             or_dash(connection.idle_ms.map(duration)),
             or_dash(silent.map(duration)),
+            or_dash(oldest.map(duration)),
         ]
     };
     let head = [
@@ -197,13 +196,26 @@ fn render_connections(connections: &[Connection]) -> String {
         "RECONNECTS",
         "IDLE",
         "SILENT",
+        "OLDEST",
     ];
     table(head, &connections.iter().map(row).collect::<Vec<_>>())
+}
+
+/// The protocol of a connection, and what is on top of it.
+fn protocol(connection: &Connection) -> String {
+    let protocol = connection.protocol.unwrap_or("-");
+    match &connection.tls {
+        Some(tls) => format!("{protocol}+tls-{}/{}", tls.version, tls.cipher),
+        None if connection.ulp => format!("{protocol}+ulp"),
+        None => protocol.into(),
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::ConnectionState;
+    use crate::netlink::tls::Tls;
 
     #[test]
     fn what_is_not_known_is_a_dash() {
@@ -232,6 +244,21 @@ mod tests {
             "{text}"
         );
         assert!(text.contains("  timeout                 -\n"), "{text}");
+    }
+
+    #[test]
+    fn what_is_on_top_of_a_connection() {
+        let mut connection = Connection::new(0, ConnectionState::Alive);
+        assert_eq!(protocol(&connection), "-");
+        connection.protocol = Some("tcp");
+        assert_eq!(protocol(&connection), "tcp");
+        connection.ulp = true;
+        assert_eq!(protocol(&connection), "tcp+ulp");
+        connection.tls = Some(Tls {
+            version: "1.3",
+            cipher: "aes-gcm-256",
+        });
+        assert_eq!(protocol(&connection), "tcp+tls-1.3/aes-gcm-256");
     }
 
     #[test]

@@ -152,7 +152,7 @@ fn of_operations(stats: &[(String, IoStat)]) -> Vec<Metric> {
 /// What the driver has counted, where it tells.
 fn of_connections(connections: &[(u32, Connection)]) -> Vec<Metric> {
     type Value = fn(&Connection) -> Option<f64>;
-    let metrics: [(&str, &str, Kind, Value); 10] = [
+    let metrics: [(&str, &str, Kind, Value); 11] = [
         (
             "rnbd_connection_alive",
             "Whether requests are sent on the connection.",
@@ -212,6 +212,12 @@ fn of_connections(connections: &[(u32, Connection)]) -> Vec<Metric> {
             "For how long the server has owed replies and been silent.",
             Kind::Gauge,
             |c| Some(c.silent_ms? as f64 / 1000.0),
+        ),
+        (
+            "rnbd_connection_oldest_request_seconds",
+            "The age of the oldest request in flight, 0 if there is none.",
+            Kind::Gauge,
+            |c| Some(c.oldest_ms? as f64 / 1000.0),
         ),
     ];
     let metric = |(name, help, kind, value): (_, _, _, Value)| {

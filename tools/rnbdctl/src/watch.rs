@@ -2,12 +2,13 @@
 
 //! A table of what the devices do, drawn again and again.
 
+use std::collections::BTreeMap;
 use std::io::{IsTerminal, stdout};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::cli::WatchArgs;
-use crate::device::{Device, State};
+use crate::device::{Connection, Device, State};
 use crate::failure::Failure;
 use crate::kernel::Kernel;
 use crate::sysfs::{IoStat, Operations, SECTOR};
@@ -20,6 +21,8 @@ const CLEAR: &str = "\x1b[H\x1b[J";
 struct Sample {
     at: Instant,
     devices: Vec<(Device, IoStat)>,
+    /// The age of the oldest request of each device whose connections are told, in milliseconds.
+    oldest: BTreeMap<u32, u64>,
 }
 
 impl Sample {
@@ -33,6 +36,7 @@ impl Sample {
         Ok(Self {
             at: Instant::now(),
             devices: devices.into_iter().filter_map(with_stat).collect(),
+            oldest: oldest(&kernel.connections(None)?.unwrap_or_default()),
         })
     }
 
@@ -41,6 +45,17 @@ impl Sample {
         let (_, stat) = devices.find(|(device, _)| device.index == index)?;
         Some(*stat)
     }
+}
+
+fn oldest(connections: &[(u32, Connection)]) -> BTreeMap<u32, u64> {
+    let mut oldest = BTreeMap::new();
+    for (index, connection) in connections {
+        if let Some(age) = connection.oldest_ms {
+            let of_device = oldest.entry(*index).or_default();
+            *of_device = age.max(*of_device);
+        }
+    }
+    oldest
 }
 
 /// # Errors
@@ -137,6 +152,7 @@ fn render(before: &Sample, now: &Sample) -> String {
             format!("{:.1}", rates.written_bytes / 1e6),
             stat.in_flight.to_string(),
             or_dash(rates.latency.map(|time| format!("{time:.2}"))),
+            or_dash(now.oldest.get(&device.index)),
             format!("{:.0}", rates.busy),
         ]
     };
@@ -151,6 +167,7 @@ fn render(before: &Sample, now: &Sample) -> String {
         "WRITE MB/S",
         "IN FLIGHT",
         "LATENCY MS",
+        "OLDEST MS",
         "BUSY %",
     ];
     table(head, &now.devices.iter().map(row).collect::<Vec<_>>())
@@ -198,12 +215,14 @@ mod tests {
         let before = Sample {
             at,
             devices: Vec::new(),
+            oldest: BTreeMap::new(),
         };
         let mut device = Device::unused(1);
         device.state = State::Connected;
         let now = Sample {
             at: at + Duration::from_secs(1),
             devices: vec![(device, stat(10, 16, 10))],
+            oldest: BTreeMap::from([(1, 7)]),
         };
         let text = render(&before, &now);
         let line = text.lines().nth(1).unwrap();
@@ -219,6 +238,7 @@ mod tests {
             "0.0",
             "0",
             "1.00",
+            "7",
             "1",
         ];
         assert_eq!(words, expected);

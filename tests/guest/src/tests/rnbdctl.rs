@@ -2,7 +2,7 @@
 
 //! The operators' tool, as operators use it, with either driver.
 
-mod encrypted;
+pub mod encrypted;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -479,6 +479,11 @@ fn statistics(guest: &Guest) {
         table.starts_with("DEVICE") && table.contains("nbd0"),
         "{table}"
     );
+    if guest.driver == Driver::Rnbd {
+        let age = "rnbd_connection_oldest_request_seconds{device=\"nbd0\",connection=\"0\"} 0\n";
+        assert!(text.contains(age), "{text}");
+        assert!(ok("show nbd0").contains("OLDEST"));
+    }
     disconnect("disconnect nbd0");
     assert_eq!(
         ok("watch --once --interval 0.1"),

@@ -2,7 +2,7 @@
 
 //! Connections that the tool has encrypted by the kernel, with the servers that people use.
 
-mod pki;
+pub mod pki;
 
 use std::fs;
 
@@ -73,7 +73,10 @@ fn nbdkit_over_several_connections(_: &Guest) {
     let shown = ok("show nbd0");
     say(&shown);
     if tells_more(&ok("show nbd0 --json")) {
-        assert_eq!(shown.matches("tcp+ulp").count(), 3, "{shown}");
+        let protocol = "tcp+tls-1.3/aes-gcm-128";
+        assert_eq!(shown.matches(protocol).count(), 3, "{shown}");
+        let json = ok("list --json");
+        assert_eq!(json.matches("\"version\": \"1.3\"").count(), 3, "{json}");
     }
     fio("--rw=randwrite --bsrange=512-256k --ioengine=libaio --iodepth=16");
     use_and_disconnect();
