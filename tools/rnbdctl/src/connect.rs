@@ -198,26 +198,16 @@ mod tests {
     use super::*;
     use crate::negotiate::BlockSizes;
 
-    fn export(flags: u16, minimum: u32) -> Export {
-        Export {
-            size: 1 << 20,
-            flags,
-            block_sizes: Some(BlockSizes {
-                minimum,
-                preferred: 4096,
-                max_payload: 1 << 20,
-            }),
-            description: None,
-        }
-    }
-
     #[test]
     fn block_sizes() {
         assert_eq!(choose_block_size(None, &Export::default()).unwrap(), 512);
-        assert_eq!(choose_block_size(None, &export(1, 1)).unwrap(), 512);
-        assert_eq!(choose_block_size(None, &export(1, 4096)).unwrap(), 4096);
-        assert_eq!(choose_block_size(Some(4096), &export(1, 1)).unwrap(), 4096);
-        let failure = choose_block_size(Some(512), &export(1, 4096)).unwrap_err();
+        assert_eq!(choose_block_size(None, &Export::of(1, 1)).unwrap(), 512);
+        assert_eq!(choose_block_size(None, &Export::of(1, 4096)).unwrap(), 4096);
+        assert_eq!(
+            choose_block_size(Some(4096), &Export::of(1, 1)).unwrap(),
+            4096
+        );
+        let failure = choose_block_size(Some(512), &Export::of(1, 4096)).unwrap_err();
         assert_eq!(failure.exit, Exit::Usage);
     }
 
@@ -243,10 +233,10 @@ mod tests {
 
     #[test]
     fn flags_are_those_of_the_server() {
-        assert_eq!(flags(&export(0x105, 1), false), 0x105);
-        assert_eq!(flags(&export(0x105, 1), true), 0x107);
+        assert_eq!(flags(&Export::of(0x105, 1), false), 0x105);
+        assert_eq!(flags(&Export::of(0x105, 1), true), 0x107);
         assert_eq!(
-            flags(&export(0x104, 1), false),
+            flags(&Export::of(0x104, 1), false),
             1,
             "no flags without HAS_FLAGS"
         );

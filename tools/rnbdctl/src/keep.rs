@@ -5,6 +5,7 @@
 //! - `config` reads what is to be kept; `find` finds that among the devices, and what it lacks
 //! - `dial` opens connections; `pass` gives them to the kernel; `backoff` is the time between attempts
 //! - `keeper` does all this for one device; `disconnect` undoes it at the end
+//! - `kept` is what is known of a device; `lock` keeps another run of the program away from it
 //! - `notifier` tells the service manager
 //!
 //! The main thread waits for messages of others, which wait for events of the kernel, for signals, and for servers.
@@ -16,6 +17,8 @@ mod dial;
 mod disconnect;
 mod find;
 mod keeper;
+mod kept;
+mod lock;
 mod notifier;
 mod pass;
 
@@ -30,6 +33,7 @@ use signal_hook::iterator::Signals;
 use self::dial::{Dialled, Dialler};
 use self::disconnect::disconnect;
 use self::keeper::Keeper;
+use self::lock::Lock;
 use self::notifier::Notifier;
 use crate::cli::KeepArgs;
 use crate::connect::{no_driver, open_family};
@@ -57,7 +61,11 @@ pub fn run(args: &KeepArgs) -> Result<(), Failure> {
         .map(|(number, path)| Keeper::new(number, path))
         .collect();
     let keepers = keepers?;
-    config::check_distinct(keepers.iter().map(|keeper| &keeper.config))?;
+    config::check_distinct(keepers.iter().map(|keeper| &keeper.kept.config))?;
+    let locks = keepers.iter().map(|keeper| Lock::take(&keeper.kept));
+    let locks: Result<Vec<Lock>, Failure> = locks.collect();
+    // They are held to the end.
+    let _locks = locks?;
     // The threads inherit it.
     avoid_own_writeback();
     let (sender, told) = channel();
@@ -219,9 +227,16 @@ impl Keep {
 
     fn stop(self) {
         self.notifier.stop();
-        for keeper in self.keepers.iter().filter(|_| self.disconnect) {
-            if let Err(failure) = disconnect(keeper) {
-                keeper.say(&failure.to_string());
+        if !self.disconnect {
+            return;
+        }
+        let ours = self
+            .keepers
+            .iter()
+            .filter(|keeper| keeper.ended().is_none());
+        for kept in ours.map(|keeper| &keeper.kept) {
+            if let Err(failure) = disconnect(kept) {
+                kept.say(&failure.to_string());
             }
         }
     }

@@ -85,6 +85,23 @@ pub struct Export {
     pub description: Option<String>,
 }
 
+#[cfg(test)]
+impl Export {
+    /// One of 1 MiB, with these flags and this smallest block.
+    pub fn of(flags: u16, minimum: u32) -> Self {
+        Self {
+            size: 1 << 20,
+            flags,
+            block_sizes: Some(BlockSizes {
+                minimum,
+                preferred: 4096,
+                max_payload: 1 << 20,
+            }),
+            description: None,
+        }
+    }
+}
+
 /// One line of a server's list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listed {

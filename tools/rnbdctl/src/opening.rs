@@ -33,10 +33,18 @@ pub struct Opened {
 ///
 /// The step that failed, and why.
 pub fn open(uri: &NbdUri, wanted: Option<u32>, args: &ServerArgs) -> Result<Opened, Failure> {
-    open_among(uri, wanted, args, |_| true)
+    open_among(uri, wanted, Fewer::WillNotDo, args, |_| true)
 }
 
-/// As [`open`], to one of the addresses that `may` accepts.
+/// Whether fewer connections than wanted are of use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fewer {
+    WillDo,
+    WillNotDo,
+}
+
+/// As [`open`], to one of the addresses that `may` accepts. If fewer connections will do, they are those that the server
+/// accepts, if it accepts any.
 ///
 /// # Errors
 ///
@@ -44,6 +52,7 @@ pub fn open(uri: &NbdUri, wanted: Option<u32>, args: &ServerArgs) -> Result<Open
 pub fn open_among(
     uri: &NbdUri,
     wanted: Option<u32>,
+    fewer: Fewer,
     args: &ServerArgs,
     may: impl Fn(&Address) -> bool,
 ) -> Result<Opened, Failure> {
@@ -53,7 +62,14 @@ pub fn open_among(
     let (socket, export) = handshake.go(&uri.export).map_err(go)?;
     let mut sockets = vec![socket];
     for number in 1..connections(wanted, &export)? {
-        let (socket, same) = server.reach_at(&address)?.go(&uri.export).map_err(go)?;
+        let handshake = server.reach_at(&address);
+        let opened = handshake.and_then(|handshake| handshake.go(&uri.export).map_err(go));
+        let (socket, same) = match opened {
+            Ok(opened) => opened,
+            // Whoever asks for the rest is told why there is no more.
+            Err(_) if fewer == Fewer::WillDo => break,
+            Err(failure) => return Err(failure),
+        };
         compare(number + 1, &export, &same)?;
         sockets.push(socket);
     }
@@ -105,24 +121,10 @@ fn compare(number: u32, first: &Export, other: &Export) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::negotiate::BlockSizes;
-
-    fn export(flags: u16, minimum: u32) -> Export {
-        Export {
-            size: 1 << 20,
-            flags,
-            block_sizes: Some(BlockSizes {
-                minimum,
-                preferred: 4096,
-                max_payload: 1 << 20,
-            }),
-            description: None,
-        }
-    }
 
     #[test]
     fn several_connections_take_a_server_that_allows_them() {
-        let (one, several) = (export(1, 1), export(1 | wire::CAN_MULTI_CONN, 1));
+        let (one, several) = (Export::of(1, 1), Export::of(1 | wire::CAN_MULTI_CONN, 1));
         assert_eq!(connections(None, &one).unwrap(), 1);
         assert_eq!(connections(Some(1), &one).unwrap(), 1);
         assert_eq!(connections(Some(2), &one).unwrap_err().exit, Exit::Refused);
@@ -133,9 +135,9 @@ mod tests {
 
     #[test]
     fn another_export_is_noticed() {
-        let first = export(1, 1);
+        let first = Export::of(1, 1);
         assert!(compare(2, &first, &first.clone()).is_ok());
-        let sizes = [export(3, 1), export(1, 512)];
+        let sizes = [Export::of(3, 1), Export::of(1, 512)];
         for other in sizes {
             assert!(compare(2, &first, &other).is_err());
         }

@@ -13,7 +13,7 @@ use super::Message;
 use crate::cli::ServerArgs;
 use crate::dial::{Address, resolve};
 use crate::failure::{Exit, Failure};
-use crate::opening::{Opened, open_among};
+use crate::opening::{Fewer, Opened, open_among};
 use crate::uri::NbdUri;
 
 /// What is to be opened.
@@ -23,6 +23,7 @@ pub struct Order {
     pub uris: Vec<(usize, NbdUri)>,
     /// How many connections; `None`: as many as help.
     pub wanted: Option<u32>,
+    pub fewer: Fewer,
     /// How they are reached.
     pub server: ServerArgs,
     /// Addresses that the device is connected to. Others could be other stores. Empty: any will do.
@@ -83,7 +84,7 @@ fn dial(order: &Order) -> Result<Reached, Failure> {
         |address: &Address| order.peers.is_empty() || order.peers.contains(&address.to_string());
     let mut failures: Vec<Failure> = Vec::new();
     for (place, uri) in &order.uris {
-        match open_among(uri, order.wanted, &order.server, may) {
+        match open_among(uri, order.wanted, order.fewer, &order.server, may) {
             Ok(opened) => return Ok(Reached::Opened(*place, opened)),
             Err(failure) => failures.push(failure),
         }
@@ -160,6 +161,7 @@ mod tests {
         Order {
             uris: uris.into_iter().enumerate().collect(),
             wanted: Some(1),
+            fewer: Fewer::WillNotDo,
             server: ServerArgs {
                 connect_timeout: Duration::from_secs(5),
                 tls: TlsArgs::default(),

@@ -10,24 +10,24 @@ use std::path::Path;
 use rustix::fs::OFlags;
 
 use super::find::{Condition, Found, find};
-use super::keeper::Keeper;
+use super::kept::Kept;
 use crate::connect::open_family;
 use crate::device::Device;
 use crate::failure::Failure;
 use crate::kernel::Kernel;
 
-/// Disconnects what a keeper has kept. What is left connected is said.
+/// Disconnects what was kept. What is left connected is said.
 ///
 /// # Errors
 ///
 /// The kernel's reason.
-pub fn disconnect(keeper: &Keeper) -> Result<(), Failure> {
-    let Some((kernel, device)) = kept(keeper)? else {
+pub fn disconnect(kept: &Kept) -> Result<(), Failure> {
+    let Some((kernel, device)) = still_there(kept)? else {
         return Ok(());
     };
     // Opening a device that does not answer may have to wait for it.
-    if !Condition::of(&kernel, &device, &keeper.deaths)?.is_alive {
-        keeper.say(&format!(
+    if !Condition::of(&kernel, &device, &kept.deaths)?.is_alive {
+        kept.say(&format!(
             "{} has lost its connections, and stays connected",
             device.device
         ));
@@ -37,28 +37,28 @@ pub fn disconnect(keeper: &Keeper) -> Result<(), Failure> {
     let _claimed = match claim(Path::new(&device.device)) {
         Ok(claimed) => claimed,
         Err(why) => {
-            keeper.say(&format!("{} {why}, and stays connected", device.device));
+            kept.say(&format!("{} {why}, and stays connected", device.device));
             return Ok(());
         }
     };
     // While it is open, nobody can connect it to something else. nbd.ko does not compare the identifier.
-    if kept(keeper)?.is_none_or(|(_, now)| now.index != device.index) {
+    if still_there(kept)?.is_none_or(|(_, now)| now.index != device.index) {
         return Ok(());
     }
     open_family()?
-        .disconnect(device.index, keeper.config.backend())
+        .disconnect(device.index, kept.config.backend())
         .map_err(|error| error.during("disconnecting the device"))
 }
 
-/// The device, if it is still that of the keeper.
-fn kept(keeper: &Keeper) -> Result<Option<(Kernel, Device)>, Failure> {
-    if keeper.index.is_none() || keeper.ended().is_some() {
+/// The device, if it is still that which was kept.
+fn still_there(kept: &Kept) -> Result<Option<(Kernel, Device)>, Failure> {
+    if kept.index.is_none() {
         return Ok(None);
     }
     let kernel = Kernel::look()?;
-    let found = find(&kernel.devices()?, &keeper.config)?;
+    let found = find(&kernel.devices()?, &kept.config)?;
     Ok(match found {
-        Found::Device(device) if Some(device.index) == keeper.index => Some((kernel, device)),
+        Found::Device(device) if Some(device.index) == kept.index => Some((kernel, device)),
         _ => None,
     })
 }

@@ -10,17 +10,17 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::backoff::Backoff;
-use super::config::{Config, name};
+use super::config::Config;
 use super::dial::{Dialled, Dialler, Order, Reached};
 use super::find::{Condition, Deaths, Found, Goal, find};
+use super::kept::Kept;
 use super::pass;
 use crate::cli::ServerArgs;
 use crate::failure::{Exit, Failure};
 use crate::handover::{check_allowed, check_driver, check_reconfigurable};
 use crate::kernel::Kernel;
 use crate::listen::{Event, Kind};
-use crate::log::tell;
-use crate::negotiate::Export;
+use crate::opening::Fewer;
 use crate::sysfs::{Driver, Sysfs};
 use crate::tls::TlsArgs;
 
@@ -61,17 +61,7 @@ impl From<Failure> for Trouble {
 pub struct Keeper {
     /// Its place among all.
     number: usize,
-    name: String,
-    path: PathBuf,
-    pub(super) config: Config,
-    /// The device, once it was connected.
-    pub(super) index: Option<u32>,
-    /// What was last accepted as its export.
-    pub(super) known: Option<Export>,
-    /// Which URI was used last.
-    pub(super) in_use: Option<usize>,
-    /// What is to be replaced, where the driver does not list it.
-    pub(super) deaths: Deaths,
+    pub(super) kept: Kept,
     task: Task,
     backoff: Backoff,
     /// The number of the last order. What comes of earlier ones is not wanted any more.
@@ -91,13 +81,7 @@ impl Keeper {
     pub fn new(number: usize, path: PathBuf) -> Result<Self, Failure> {
         Ok(Self {
             number,
-            name: name(&path),
-            config: Config::read(&path)?,
-            path,
-            index: None,
-            known: None,
-            in_use: None,
-            deaths: Deaths::default(),
+            kept: Kept::new(path)?,
             task: Task::Look,
             backoff: Backoff::default(),
             orders: 0,
@@ -114,12 +98,12 @@ impl Keeper {
     ///
     /// Those of [`Config::check_transports`].
     pub fn check_transports(&self, driver: Option<Driver>) -> Result<(), Failure> {
-        self.config.check_transports(&self.path, driver)
+        self.kept.config.check_transports(&self.kept.path, driver)
     }
 
     /// In one line.
     pub fn status(&self) -> String {
-        format!("{}: {}", self.name, self.status)
+        format!("{}: {}", self.kept.name, self.status)
     }
 
     /// Whether it has a device that works, and does what it was last told to. One that it has refused is not its
@@ -127,7 +111,7 @@ impl Keeper {
     pub fn is_settled(&self) -> bool {
         match self.task {
             Task::Ended(exit) => exit.is_none(),
-            _ => self.index.is_some() && self.is_alive && !self.wants_handover,
+            _ => self.kept.index.is_some() && self.is_alive && !self.wants_handover,
         }
     }
 
@@ -148,22 +132,17 @@ impl Keeper {
         }
     }
 
-    /// Prints what has happened.
-    pub(super) fn say(&self, what: &str) {
-        tell(&format!("{}: {what}", self.name));
-    }
-
     /// Something has happened to a device.
     pub fn heard(&mut self, event: &Event) {
-        if Some(event.index) != self.index {
+        if Some(event.index) != self.kept.index {
             return;
         }
         if event.kind == Kind::ConnectionDead {
-            self.deaths.number = self.deaths.number.saturating_add(1);
+            self.kept.deaths.number = self.kept.deaths.number.saturating_add(1);
             let place = event
                 .connection
                 .map_or("a connection".into(), |place| format!("connection {place}"));
-            self.say(&match event.reason {
+            self.kept.say(&match event.reason {
                 Some("replaced") => format!("{place} has ended, which was replaced"),
                 reason => format!("{place} is dead ({})", reason.unwrap_or("why is not told")),
             });
@@ -173,7 +152,7 @@ impl Keeper {
 
     /// Nobody knows what has happened.
     pub fn missed(&mut self) {
-        self.deaths.more = true;
+        self.kept.deaths.more = true;
         self.look_soon();
     }
 
@@ -190,30 +169,36 @@ impl Keeper {
             return;
         }
         let driver = Sysfs::new().driver();
-        let config = Config::read(&self.path);
-        let config = config.and_then(|new| new.check_transports(&self.path, driver).map(|()| new));
+        let config = Config::read(&self.kept.path);
+        let config =
+            config.and_then(|new| new.check_transports(&self.kept.path, driver).map(|()| new));
         let config = match config {
             Ok(config) => config,
-            Err(failure) => return self.say(&format!("the old configuration stays: {failure}")),
+            Err(failure) => {
+                return self
+                    .kept
+                    .say(&format!("the old configuration stays: {failure}"));
+            }
         };
         let is_same =
             |new: &Config, old: &Config| (new.device, new.backend()) == (old.device, old.backend());
-        if !is_same(&config, &self.config) {
-            return self.say(
+        if !is_same(&config, &self.kept.config) {
+            return self.kept.say(
                 "the old configuration stays: another device or identifier takes a restart of the program",
             );
         }
-        self.say("the configuration was read again");
-        self.in_use = self
+        self.kept.say("the configuration was read again");
+        self.kept.in_use = self
+            .kept
             .in_use
-            .filter(|place| config.uris.get(*place) == self.config.uris.get(*place));
-        self.config = config;
+            .filter(|place| config.uris.get(*place) == self.kept.config.uris.get(*place));
+        self.kept.config = config;
         self.complaint = None;
-        self.wants_handover = self.index.is_some();
+        self.wants_handover = self.kept.index.is_some();
         // What was ordered before is not wanted any more. What it was ordered for is.
         self.orders += 1;
         if let Task::Dial(goal) = std::mem::replace(&mut self.task, Task::Look) {
-            self.deaths.put_back(&goal);
+            self.kept.deaths.put_back(&goal);
         }
         self.backoff = Backoff::default();
         if let Err(failure) = self.set_timeouts() {
@@ -222,8 +207,8 @@ impl Keeper {
     }
 
     fn set_timeouts(&self) -> Result<(), Failure> {
-        match self.index {
-            Some(index) => pass::timeouts(index, &self.config),
+        match self.kept.index {
+            Some(index) => pass::timeouts(index, &self.kept.config),
             None => Ok(()),
         }
     }
@@ -247,7 +232,7 @@ impl Keeper {
     fn pursue(&mut self, goal: Goal, after_wait: bool, now: Instant, dialler: &Dialler) {
         if !after_wait && !matches!(goal, Goal::HandOver { .. }) {
             self.backoff.lost(now);
-            let delay = self.backoff.delay(self.config.max_retry_delay);
+            let delay = self.backoff.delay(self.kept.config.max_retry_delay);
             if !delay.is_zero() {
                 self.task = Task::Wait(now + delay);
                 return;
@@ -257,7 +242,7 @@ impl Keeper {
         match dialler.dial(self.number, self.orders, self.order(&goal)) {
             Ok(()) => {
                 // What dies from now on comes on top.
-                self.deaths = Deaths::default();
+                self.kept.deaths = Deaths::default();
                 self.task = Task::Dial(goal);
             }
             Err(failure) => self.retry(&failure, now),
@@ -265,18 +250,18 @@ impl Keeper {
     }
 
     fn order(&self, goal: &Goal) -> Order {
-        let mut uris: Vec<_> = self.config.uris.iter().cloned().enumerate().collect();
+        let mut uris: Vec<_> = self.kept.config.uris.iter().cloned().enumerate().collect();
         let (wanted, peers) = match goal {
-            Goal::Connect => (self.config.connections(), Vec::new()),
+            Goal::Connect => (self.kept.config.connections(), Vec::new()),
             Goal::Adopt { peers, .. } => (None, peers.clone()),
             Goal::Replace { dead, peers, .. } => {
-                (dead.or(self.config.connections()), peers.clone())
+                (dead.or(self.kept.config.connections()), peers.clone())
             }
             Goal::HandOver { connections } => (Some(*connections), Vec::new()),
         };
         // While a connection is alive, another server could be another store. Where the addresses are known, they
         // decide: somebody else may have handed the connections over.
-        if let (Goal::Replace { all: false, .. }, Some(in_use)) = (goal, self.in_use) {
+        if let (Goal::Replace { all: false, .. }, Some(in_use)) = (goal, self.kept.in_use) {
             if peers.is_empty() {
                 uris.retain(|(place, _)| *place == in_use);
             } else {
@@ -286,8 +271,13 @@ impl Keeper {
         Order {
             uris,
             wanted,
+            // A server that has restarted may take some of its clients back before it has room for the others.
+            fewer: match goal {
+                Goal::Replace { .. } => Fewer::WillDo,
+                _ => Fewer::WillNotDo,
+            },
             server: ServerArgs {
-                connect_timeout: self.config.connect_timeout,
+                connect_timeout: self.kept.config.connect_timeout,
                 // The URI says what is needed for TLS.
                 tls: TlsArgs::default(),
             },
@@ -299,10 +289,10 @@ impl Keeper {
     /// Looks what the device lacks.
     fn look(&mut self) -> Result<Option<Goal>, Trouble> {
         let kernel = Kernel::look()?;
-        let found = find(&kernel.devices()?, &self.config).map_err(Trouble::End)?;
+        let found = find(&kernel.devices()?, &self.kept.config).map_err(Trouble::End)?;
         let device = match found {
             Found::Device(device) => device,
-            Found::Nothing if self.index.is_none() => {
+            Found::Nothing if self.kept.index.is_none() => {
                 self.status = "not connected yet".into();
                 return Ok(Some(Goal::Connect));
             }
@@ -314,10 +304,10 @@ impl Keeper {
                 )));
             }
         };
-        if self.index != Some(device.index) {
+        if self.kept.index != Some(device.index) {
             self.is_alive = false;
             check_reconfigurable(&device).map_err(Trouble::End)?;
-            let peers = Condition::of(&kernel, &device, &self.deaths)?.peers;
+            let peers = Condition::of(&kernel, &device, &self.kept.deaths)?.peers;
             if !peers.is_empty() {
                 self.status = format!("{} is connected already", device.device);
                 let index = device.index;
@@ -326,7 +316,7 @@ impl Keeper {
             // Nobody tells what it is connected to.
             self.adopt(device.index)?;
         }
-        let condition = Condition::of(&kernel, &device, &self.deaths)?;
+        let condition = Condition::of(&kernel, &device, &self.kept.deaths)?;
         self.status = condition.status;
         self.is_alive = condition.is_alive;
         let goal = condition.goal;
@@ -352,9 +342,10 @@ impl Keeper {
 
     /// Keeps a device from now on that somebody else has connected, or an earlier run of the program.
     fn adopt(&mut self, index: u32) -> Result<(), Failure> {
-        self.say(&format!("/dev/nbd{index} is connected already"));
-        self.index = Some(index);
-        (self.known, self.in_use) = (None, None);
+        self.kept
+            .say(&format!("/dev/nbd{index} is connected already"));
+        self.kept.index = Some(index);
+        (self.kept.known, self.kept.in_use) = (None, None);
         self.missed();
         self.set_timeouts()
     }
@@ -370,7 +361,7 @@ impl Keeper {
         let is_handover = matches!(goal, Goal::HandOver { .. });
         let is_adoption = matches!(goal, Goal::Adopt { .. });
         let outcome = match dialled.outcome {
-            Ok(Reached::Opened(place, opened)) => pass::on(self, &goal, place, opened),
+            Ok(Reached::Opened(place, opened)) => pass::on(&mut self.kept, &goal, place, opened),
             Ok(Reached::Same) => match &goal {
                 Goal::Adopt { index, .. } => self.adopt(*index),
                 _ => Ok(()),
@@ -394,10 +385,10 @@ impl Keeper {
             // Nothing is lost: whoever wants a handover asks again.
             Err(failure) if is_handover => {
                 self.complain(&failure);
-                self.say("the connections stay as they are");
+                self.kept.say("the connections stay as they are");
             }
             Err(failure) => {
-                self.deaths.put_back(&goal);
+                self.kept.deaths.put_back(&goal);
                 self.give_way(failure.into(), now);
             }
         }
@@ -413,7 +404,7 @@ impl Keeper {
                 self.complain(&failure);
                 self.status = failure.to_string();
                 // That somebody has disconnected it is as good an end as another.
-                let was_kept = self.index.is_some() && failure.exit == Exit::NoDevice;
+                let was_kept = self.kept.index.is_some() && failure.exit == Exit::NoDevice;
                 self.task = Task::Ended((!was_kept).then_some(failure.exit));
             }
         }
@@ -421,7 +412,7 @@ impl Keeper {
 
     fn retry(&mut self, failure: &Failure, now: Instant) {
         self.backoff.failed();
-        let delay = self.backoff.delay(self.config.max_retry_delay);
+        let delay = self.backoff.delay(self.kept.config.max_retry_delay);
         self.task = Task::Wait(now + delay);
         self.complain(failure);
         self.status = format!("trying again: {failure}");
@@ -430,7 +421,7 @@ impl Keeper {
     fn complain(&mut self, failure: &Failure) {
         let words = failure.to_string();
         if self.complaint.as_ref() != Some(&words) {
-            self.say(&words);
+            self.kept.say(&words);
             self.complaint = Some(words);
         }
     }

@@ -4,7 +4,7 @@
 
 use super::config::Config;
 use super::find::{Condition, Found, Goal, find};
-use super::keeper::Keeper;
+use super::kept::Kept;
 use crate::connect::{open_family, prepare, start};
 use crate::device::Device;
 use crate::dial::Address;
@@ -23,22 +23,22 @@ const PASSING: &str = "passing the connections to the device";
 /// # Errors
 ///
 /// `Refused`: it is another export. Or the kernel's reason.
-pub fn on(keeper: &mut Keeper, goal: &Goal, place: usize, opened: Opened) -> Result<(), Failure> {
-    if let Some(known) = &keeper.known {
+pub fn on(kept: &mut Kept, goal: &Goal, place: usize, opened: Opened) -> Result<(), Failure> {
+    if let Some(known) = &kept.known {
         check_known(known, &opened.export)?;
     }
     let export = opened.export.clone();
     match goal {
-        Goal::Connect => connect(keeper, opened)?,
-        Goal::HandOver { .. } => all(keeper, &opened)?,
+        Goal::Connect => connect(kept, opened)?,
+        Goal::HandOver { .. } => all(kept, &opened)?,
         // Nothing is dead any more, so nothing was passed on.
-        Goal::Replace { .. } if replace(keeper, &opened)? == 0 => return Ok(()),
+        Goal::Replace { .. } if replace(kept, &opened)? == 0 => return Ok(()),
         Goal::Replace { .. } => (),
         // Nothing is opened for this.
         Goal::Adopt { .. } => return Ok(()),
     }
-    keeper.known = Some(export);
-    keeper.in_use = Some(place);
+    kept.known = Some(export);
+    kept.in_use = Some(place);
     Ok(())
 }
 
@@ -63,8 +63,8 @@ fn check_known(known: &Export, export: &Export) -> Result<(), Failure> {
     ))
 }
 
-fn connect(keeper: &mut Keeper, opened: Opened) -> Result<(), Failure> {
-    let (config, number) = (&keeper.config, opened.sockets.len());
+fn connect(kept: &mut Kept, opened: Opened) -> Result<(), Failure> {
+    let (config, number) = (&kept.config, opened.sockets.len());
     let (address, export) = (opened.address.clone(), opened.export.clone());
     let mut setup = prepare(opened, config.block_size, config.read_only)?;
     setup.index = config.device;
@@ -72,8 +72,8 @@ fn connect(keeper: &mut Keeper, opened: Opened) -> Result<(), Failure> {
     setup.dead_conn_timeout = config.dead_conn_timeout;
     setup.backend = config.backend().map(str::to_owned);
     let index = start(&open_family()?, &setup, &export)?;
-    keeper.index = Some(index);
-    keeper.say(&format!(
+    kept.index = Some(index);
+    kept.say(&format!(
         "connected /dev/nbd{index} to {address}, {number} {}",
         connections(number)
     ));
@@ -81,9 +81,9 @@ fn connect(keeper: &mut Keeper, opened: Opened) -> Result<(), Failure> {
 }
 
 /// Returns how many connections were passed on.
-fn replace(keeper: &Keeper, opened: &Opened) -> Result<usize, Failure> {
-    let (kernel, device) = look_again(keeper)?;
-    let peers = Condition::of(&kernel, &device, &keeper.deaths)?.peers;
+fn replace(kept: &Kept, opened: &Opened) -> Result<usize, Failure> {
+    let (kernel, device) = look_again(kept)?;
+    let peers = Condition::of(&kernel, &device, &kept.deaths)?.peers;
     check_peers(&peers, &opened.address)?;
     check_export(&kernel, &device, &opened.export)?;
     let dead = count_dead(&kernel, device.index)?;
@@ -98,26 +98,26 @@ fn replace(keeper: &Keeper, opened: &Opened) -> Result<usize, Failure> {
     let sockets = opened.sockets.get(..number).unwrap_or_default();
     let change = Change {
         sockets,
-        timeout: keeper.config.timeout,
-        dead_conn_timeout: keeper.config.dead_conn_timeout,
+        timeout: kept.config.timeout,
+        dead_conn_timeout: kept.config.dead_conn_timeout,
     };
-    reconfigure(device.index, keeper.config.backend(), &change)?;
+    reconfigure(device.index, kept.config.backend(), &change)?;
     let what = if dead.is_some() {
         "replaced"
     } else {
         "offered"
     };
     let (named, address) = (connections(number), &opened.address);
-    keeper.say(&format!("{what} {number} {named}, to {address}"));
+    kept.say(&format!("{what} {number} {named}, to {address}"));
     Ok(number)
 }
 
-fn all(keeper: &Keeper, opened: &Opened) -> Result<(), Failure> {
-    let (kernel, device) = look_again(keeper)?;
+fn all(kept: &Kept, opened: &Opened) -> Result<(), Failure> {
+    let (kernel, device) = look_again(kept)?;
     check_export(&kernel, &device, &opened.export)?;
-    let (sockets, drain) = (&opened.sockets, keeper.config.drain);
+    let (sockets, drain) = (&opened.sockets, kept.config.drain);
     hand_over(&kernel, &device, None, sockets, drain)?;
-    keeper.say(&format!(
+    kept.say(&format!(
         "handed {} {} over to {}",
         sockets.len(),
         connections(sockets.len()),
@@ -147,10 +147,10 @@ fn reconfigure(index: u32, backend: Option<&str>, change: &Change<'_>) -> Result
 }
 
 /// Dialling takes time.
-fn look_again(keeper: &Keeper) -> Result<(Kernel, Device), Failure> {
+fn look_again(kept: &Kept) -> Result<(Kernel, Device), Failure> {
     let kernel = Kernel::look()?;
-    match find(&kernel.devices()?, &keeper.config)? {
-        Found::Device(device) if Some(device.index) == keeper.index => Ok((kernel, device)),
+    match find(&kernel.devices()?, &kept.config)? {
+        Found::Device(device) if Some(device.index) == kept.index => Ok((kernel, device)),
         _ => Err(Failure::new(
             Exit::Failed,
             PASSING,

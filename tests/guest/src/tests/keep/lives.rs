@@ -29,6 +29,7 @@ pub fn tests() -> Vec<Test> {
         test!(hands_over_at_sighup),
         test!(somebody_else_disconnects),
         test!(what_is_left_at_the_end),
+        test!(two_for_one_device),
         test!(somebody_elses_device),
         test!(a_device_of_another_server),
         test!(configurations_that_make_no_sense),
@@ -241,6 +242,24 @@ fn what_is_left_at_the_end(_: &Guest) {
     let last = end("--disconnect");
     let gone = wait_until(SOON, || device::pid(0).is_none());
     assert!(gone.is_ok(), "{}", last.daemon.said());
+}
+
+/// Both would connect a device of their own, where the configuration names none.
+fn two_for_one_device(_: &Guest) {
+    let _storage = Storage::new();
+    let _host = Host::local("kept");
+    let config = config(&["kept"], "").replace("device = \"/dev/nbd0\"\n", "");
+    let mut kept = Kept::start(&config, "");
+    let words = "another \"rnbdctl keep\" keeps the device with the identifier \"kept\"";
+    fails(
+        &format!("keep {CONFIG}"),
+        3,
+        &[words, "/run/rnbd/kept.backend"],
+    );
+    assert_eq!(device::pid(1), None);
+    kept.daemon.kill();
+    let again = Kept::start(&config, "");
+    again.expect_said("/dev/nbd0 is connected already", 1);
 }
 
 fn somebody_elses_device(_: &Guest) {

@@ -2,13 +2,14 @@
 
 //! Servers that are restarted again and again, with `rnbdctl keep` as the only helper.
 
-use std::fs;
+use std::fs::{self, OpenOptions};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use super::super::journals::{EXT4, Kind, XFS};
 use super::super::outages::{Host, SIZE, STORAGE, Storage, under_fio};
 use super::super::user_space::serve;
-use super::{Kept, config, expect_connections, read_direct};
+use super::{Kept, config, expect_alive, expect_connections, only_rnbd, read_direct};
 use crate::device::{self, SOON};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, say};
@@ -21,6 +22,8 @@ pub fn tests() -> Vec<Test> {
         test!(under_fio_200_times).limit_seconds(2400).on_request(),
         test!(several_connections_are_restored),
         test!(under_a_mounted_file_system),
+        test!(under_a_mounted_xfs),
+        test!(a_server_with_less_room),
         test!(of_each_server).limit_seconds(200),
     ]
 }
@@ -92,7 +95,18 @@ fn several_connections_are_restored(guest: &Guest) {
 
 fn under_a_mounted_file_system(guest: &Guest) {
     let _storage = Storage::new();
-    sh(&format!("mkfs.ext4 -q {STORAGE}"));
+    restart_under(guest, &EXT4);
+}
+
+fn under_a_mounted_xfs(guest: &Guest) {
+    let _storage = Storage::new();
+    restart_under(guest, &XFS);
+}
+
+fn restart_under(guest: &Guest, kind: &Kind) {
+    let storage = OpenOptions::new().write(true).open(STORAGE).unwrap();
+    storage.set_len(kind.size).unwrap();
+    sh(&format!("{} {STORAGE}", kind.make));
     let mut host = Host::local("kept");
     let kept = Kept::start(
         &config(&["kept"], &format!("connections = 1\n{}", timeout(guest))),
@@ -116,9 +130,29 @@ fn under_a_mounted_file_system(guest: &Guest) {
         }
         copy.join().expect("to copy");
     });
-    sh("umount /tmp/mnt && fsck.ext4 -fn /dev/nbd0");
+    let check = kind.check;
+    sh(&format!("umount /tmp/mnt && {check} /dev/nbd0"));
     drop(kept);
-    sh(&format!("fsck.ext4 -fn {STORAGE}"));
+    sh(&format!("{check} {STORAGE}"));
+}
+
+/// It takes back one connection of two, and the other one when it has room again.
+fn a_server_with_less_room(guest: &Guest) {
+    only_rnbd(guest);
+    let _storage = Storage::new();
+    let mut host = Host::local("kept");
+    let kept = Kept::start(&config(&["kept"], "connections = 2"), "");
+    host.kill();
+    let _ = fs::remove_file("/tmp/kept.sock");
+    let server = format!("nbdkit -f -U /tmp/kept.sock --filter=limit file {STORAGE} limit=1");
+    let full = serve(&server, "/tmp/kept.sock");
+    kept.expect_said("replaced 1 connection, to /tmp/kept.sock", 1);
+    expect_alive(1);
+    read_direct().expect("to read");
+    drop(full);
+    host.revive();
+    kept.expect_replaced(3);
+    expect_alive(2);
 }
 
 /// Others than nbdkit.

@@ -34,7 +34,7 @@ fn what_is_refused_is_not_settled() {
 fn what_is_lost_is_not_settled() {
     let mut keeper = keeper("lost");
     assert!(!keeper.is_settled());
-    keeper.index = Some(0);
+    keeper.kept.index = Some(0);
     assert!(!keeper.is_settled());
     keeper.is_alive = true;
     assert!(keeper.is_settled());
@@ -46,13 +46,13 @@ fn what_is_lost_is_not_settled() {
 #[test]
 fn a_reload_forgets_no_death() {
     let mut keeper = keeper("reload");
-    fs::write(&keeper.path, "uris = ['nbd://127.0.0.1:3']").unwrap();
+    fs::write(&keeper.kept.path, "uris = ['nbd://127.0.0.1:3']").unwrap();
     keeper.task = Task::Dial(replace(false, &[]));
     keeper.reload();
-    fs::remove_file(&keeper.path).unwrap();
-    assert_eq!(keeper.config.uris.len(), 1);
+    fs::remove_file(&keeper.kept.path).unwrap();
+    assert_eq!(keeper.kept.config.uris.len(), 1);
     assert!(matches!(keeper.task, Task::Look));
-    assert_eq!(keeper.deaths.number, 1);
+    assert_eq!(keeper.kept.deaths.number, 1);
 }
 
 #[test]
@@ -62,11 +62,11 @@ fn where_lost_connections_are_made_to() {
         let order = keeper.order(goal);
         order.uris.iter().map(|(place, _)| *place).collect()
     };
-    keeper.in_use = Some(1);
+    keeper.kept.in_use = Some(1);
     assert_eq!(places(&keeper, &replace(true, &[])), [0, 1]);
     assert_eq!(places(&keeper, &replace(false, &[])), [1]);
     // Somebody else may have handed the others over. The address decides, and what was used last comes first.
     assert_eq!(places(&keeper, &replace(false, &["127.0.0.1:1"])), [1, 0]);
-    keeper.in_use = None;
+    keeper.kept.in_use = None;
     assert_eq!(places(&keeper, &replace(false, &[])), [0, 1]);
 }
