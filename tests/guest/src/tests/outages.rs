@@ -10,6 +10,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use fastrand::Rng;
+use regex_lite::Regex;
 use rustix::io::Errno;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
@@ -157,24 +158,39 @@ impl Drop for Attached {
     }
 }
 
-/// Lets fio write, read and verify again and again, until `f` returns.
+/// Lets fio write, read and verify again and again, until `f` returns. Says how long the slowest request took.
 pub fn under_fio(f: impl FnOnce()) {
     let done = AtomicBool::new(false);
     thread::scope(|scope| {
         let load = scope.spawn(|| {
-            let mut runs = 0;
+            let (mut runs, mut slowest) = (0, Duration::ZERO);
             while !done.load(Ordering::Relaxed) {
-                fio("--rw=randrw --bsrange=4k-32k --ioengine=libaio --iodepth=16");
+                fio(
+                    "--rw=randrw --bsrange=4k-32k --ioengine=libaio --iodepth=16 --output-format=json",
+                );
                 runs += 1;
+                slowest = slowest.max(slowest_request());
             }
-            runs
+            (runs, slowest)
         });
         let until_done = Until(&done);
         f();
         drop(until_done);
-        let runs: u32 = load.join().expect("fio");
-        say(&format!("{runs} runs of fio"));
+        let (runs, slowest): (u32, Duration) = load.join().expect("fio");
+        let slowest = slowest.as_millis();
+        say(&format!(
+            "{runs} runs of fio; the slowest request took {slowest} ms"
+        ));
     });
+}
+
+/// Of the last run of fio.
+fn slowest_request() -> Duration {
+    let report = fs::read_to_string("/tmp/fio.txt").expect("the report");
+    let latency = Regex::new(r#""clat_ns" : \{\s*"min" : \d+,\s*"max" : (\d+)"#).unwrap();
+    let found = latency.captures_iter(&report);
+    let slowest = found.map(|found| found[1].parse().expect("nanoseconds"));
+    Duration::from_nanos(slowest.max().expect("a latency"))
 }
 
 fn servers_of_single_connections_die(_: &Guest) {
@@ -260,7 +276,7 @@ impl Namespace {
         thread::scope(|scope| scope.spawn(moved).join().expect("what it is to do"))
     }
 
-    fn host(&self, number: u8) -> Host {
+    pub fn host(&self, number: u8) -> Host {
         let (name, port) = (self.0, Self::PORT);
         let address = format!("10.9.{number}.2:{port}");
         Host::start(Host {

@@ -8,7 +8,7 @@ use rustix::process::Signal;
 
 use super::super::outages::{Host, SIZE, STORAGE, Storage, under_fio};
 use super::super::rnbdctl::{fails, ok};
-use super::{expect_alive, expect_connections, only_rnbd, read_direct};
+use super::{BLUE, Connected, GREEN, expect_alive, expect_connections, only_rnbd, read_direct};
 use crate::device::SOON;
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, say, wait_until};
@@ -25,26 +25,6 @@ pub fn tests() -> Vec<Test> {
         test!(events_for_programs),
         test!(missed_events),
     ]
-}
-
-const BLUE: &str = "nbd+unix:///?socket=/tmp/blue.sock";
-const GREEN: &str = "nbd+unix:///?socket=/tmp/green.sock";
-
-/// What is still connected when a test ends is disconnected before its servers end.
-struct Connected(Netlink);
-
-impl Connected {
-    fn to(options: &str) -> Self {
-        ok(&format!("connect {options} nbd0"));
-        Self(Netlink::open())
-    }
-}
-
-impl Drop for Connected {
-    fn drop(&mut self) {
-        let _ = self.0.disconnect_backend(0, b"image");
-        self.0.wait_free(0);
-    }
 }
 
 fn handover(guest: &Guest) {

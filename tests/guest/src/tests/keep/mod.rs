@@ -2,11 +2,15 @@
 
 //! `rnbdctl keep`, which reconnects devices, as their only helper; and the commands that do parts of that.
 //!
+//! - `blue_green`: planned handovers, by the command
+//! - `encrypted`: servers with TLS
 //! - `restarts`: servers that are restarted under load
 //! - `lives`: what `keep` does from its start to its end, and what it refuses to do
 //! - `commands`: handover, reconnect, events
 
+mod blue_green;
 mod commands;
+mod encrypted;
 mod lives;
 mod restarts;
 
@@ -24,14 +28,23 @@ use crate::sys::Buffer;
 use super::rnbdctl::ok;
 
 pub fn tests() -> Vec<Test> {
-    [restarts::tests(), lives::tests(), commands::tests()]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        restarts::tests(),
+        encrypted::tests(),
+        lives::tests(),
+        commands::tests(),
+        blue_green::tests(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 const CONFIG: &str = "/tmp/kept.toml";
 const NOTES: &str = "/tmp/kept.notify";
+
+const BLUE: &str = "nbd+unix:///?socket=/tmp/blue.sock";
+const GREEN: &str = "nbd+unix:///?socket=/tmp/green.sock";
 
 /// What most tests want to have kept: an nbdkit that listens at `/tmp/NAME.sock`.
 fn config(names: &[&str], more: &str) -> String {
@@ -148,6 +161,23 @@ impl Drop for Kept {
         if free.is_err() {
             complain(format!("nbd0 is still in use: {}", self.daemon.said()));
         }
+    }
+}
+
+/// What is still connected when a test ends is disconnected before its servers end.
+struct Connected(Netlink);
+
+impl Connected {
+    fn to(options: &str) -> Self {
+        ok(&format!("connect {options} nbd0"));
+        Self(Netlink::open())
+    }
+}
+
+impl Drop for Connected {
+    fn drop(&mut self) {
+        let _ = self.0.disconnect_backend(0, b"image");
+        self.0.wait_free(0);
     }
 }
 
