@@ -48,8 +48,8 @@ pub(crate) fn request_staged(
         timeline.staged(connection);
     }
     if is_on!(nbd_send_request) {
-        // SAFETY: The header has the size of `struct nbd_request`, which is packed, so it is valid as one. By the invariant of `Handle`,
-        // the request is in flight as long as `request` exists.
+        // SAFETY: The header has the size of `struct nbd_request`, which is packed, so it is valid as one. By the
+        // invariant of `Handle`, the request is in flight as long as `request` exists.
         unsafe {
             do_trace!(nbd_send_request(
                 header.as_mut_ptr().cast::<NbdRequest>(),

@@ -45,8 +45,7 @@ pub(crate) mod flags {
     pub(crate) const SEND_WRITE_ZEROES: u32 = 1 << 6;
     /// A flush on one connection covers the writes that were completed on the others.
     pub(crate) const CAN_MULTI_CONN: u32 = 1 << 8;
-    /// The server knows whether it can make a range read as zeroes faster than by writing them
-    /// (`NBD_CMD_FLAG_FAST_ZERO`).
+    /// The server can be asked to fail rather than to write zeroes one by one (`NBD_CMD_FLAG_FAST_ZERO`).
     pub(crate) const SEND_FAST_ZERO: u32 = 1 << 11;
 }
 

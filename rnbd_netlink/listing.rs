@@ -334,11 +334,11 @@ fn connection_attributes(connection: &Connection) -> Result<KVec<u8>> {
 }
 
 /// Returns the age of the oldest request in flight on a connection, in milliseconds; 0 if there is none, and `None` if
-/// that is not known now.
+/// the connection is dead or that is not known now.
 fn oldest_ms(device: &Device, running: &Running, connection: &Connection) -> Option<u64> {
     // Its requests are on other connections now, or wait for one, or have failed.
     if connection.is_dead() {
-        return Some(0);
+        return None;
     }
     let table = running.session.table();
     table.oldest_ms(&device.disk, connection.id())

@@ -3,6 +3,8 @@
 //!
 //! C header: `rnbd_trace.h`
 
+#![cfg_attr(not(CONFIG_TRACEPOINTS), allow(unused_unsafe))]
+
 use crate::kapi::{
     bindings,
     tracepoint::do_trace, //
