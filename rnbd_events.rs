@@ -8,13 +8,20 @@
 
 #![forbid(unsafe_code)]
 
-use crate::kapi::{
-    llist::List,
-    net::namespace::Namespace,
-    prepared::Item,
-    wq::Queue, //
+use crate::{
+    kapi::{
+        llist::List,
+        net::namespace::Namespace,
+        prepared::Item,
+        wq::Queue, //
+    },
+    pure::chunk::Text,
 };
 use kernel::{
+    alloc::flags::{
+        GFP_NOWAIT,
+        __GFP_NOWARN, //
+    },
     impl_has_work,
     new_work,
     prelude::*,
@@ -132,14 +139,29 @@ pub(crate) struct Connected {
     pub(crate) by_netlink: bool,
 }
 
+/// An error that the server has returned for a command.
+pub(crate) struct ServerFailure {
+    pub(crate) incarnation: Incarnation,
+    /// The number in the reply, which is one of the protocol's.
+    pub(crate) error: u32,
+    /// The number of the command (`NBD_CMD_*`).
+    pub(crate) command: u16,
+    pub(crate) offset_bytes: u64,
+    pub(crate) len_bytes: u32,
+    /// The offset in the export where the error is, if the server has told that.
+    pub(crate) at: Option<u64>,
+    /// What the server has said.
+    pub(crate) text: Text,
+}
+
 /// What has happened.
-#[derive(Clone, Copy)]
 pub(crate) enum Event {
     Connected(Connected),
     ConnectionDead(Incarnation, Death),
     Reconnected(Incarnation),
     Disconnected,
     Resized(Size),
+    ServerError(KBox<ServerFailure>),
 }
 
 /// Sends events to user space. `rnbd_netlink/events.rs` implements it.
@@ -156,7 +178,7 @@ pub(crate) trait Listeners: Send + Sync {
     /// # Context
     ///
     /// May sleep, but does not wait for I/O.
-    fn tell(&self, origin: &Origin, event: Event);
+    fn tell(&self, origin: &Origin, event: &Event);
 }
 
 /// An event and its origin.
@@ -210,7 +232,7 @@ impl WorkItem for EventQueue {
     fn run(this: Arc<EventQueue>) {
         let mut batch = this.news.take();
         while let Some(item) = batch.pop() {
-            this.listeners.tell(&item.value.origin, item.value.event);
+            this.listeners.tell(&item.value.origin, &item.value.event);
         }
     }
 }
@@ -246,8 +268,39 @@ impl EventQueue {
             return;
         }
         item.value.event = event;
+        self.append(item);
+    }
+
+    /// Has listeners told of an error that the server has returned, if there are any now. Without memory, they are not
+    /// told.
+    ///
+    /// # Context
+    ///
+    /// Any context, including softirq.
+    pub(crate) fn post_server_error(
+        self: &Arc<Self>,
+        origin: &Arc<Origin>,
+        failure: impl FnOnce() -> ServerFailure,
+    ) {
+        if !self.listeners.are_there(origin) {
+            return;
+        }
+        let Ok(failure) = KBox::new(failure(), GFP_NOWAIT | __GFP_NOWARN) else {
+            return;
+        };
+        let news = Item::new_at_once(News {
+            origin: origin.clone(),
+            event: Event::ServerError(failure),
+        });
+        if let Ok(news) = news {
+            self.append(news);
+        }
+    }
+
+    /// Appends an event to those that were not sent yet.
+    fn append(self: &Arc<Self>, news: KBox<Item<News>>) {
         // The list is never closed.
-        let _ = self.news.push(item);
+        let _ = self.news.push(news);
         // If the work is queued already, it will find the event.
         let _ = self.queue.enqueue::<Arc<Self>, 0>(self.clone());
     }

@@ -31,7 +31,10 @@ use crate::{
         Connection,
         Position, //
     },
-    rnbd_table::Table, //
+    rnbd_table::{
+        Structured,
+        Table, //
+    }, //
 };
 use kernel::{
     new_delayed_work,
@@ -105,6 +108,8 @@ pub(crate) struct Options {
     pub(crate) depth: u32,
     /// The server's transmission flags (`NBD_FLAG_*`).
     pub(crate) flags: u32,
+    /// Whether the server sends structured replies.
+    pub(crate) structured: Structured,
     /// `NBD_DO_IT` starts the session.
     pub(crate) by_ioctl: bool,
     /// The request timeout in jiffies, 0 if none is set.
@@ -138,6 +143,7 @@ impl Session {
             options.hw_queues,
             options.depth,
             options.timeout_jiffies,
+            options.structured,
         )?;
         let mut connections = KVec::with_capacity(sockets.len(), GFP_KERNEL)?;
         let session = Self::connect(&table, sockets, &mut connections).and_then(|()| {

@@ -14,6 +14,7 @@
 
 #![forbid(unsafe_code)]
 
+mod chunks;
 mod draining;
 mod ending;
 mod receiving;
@@ -47,7 +48,10 @@ use crate::{
         Incarnation,
         Notice, //
     },
-    rnbd_table::Table, //
+    rnbd_table::{
+        Structured,
+        Table, //
+    }, //
 };
 use ending::{
     death_of_stream,
@@ -81,7 +85,10 @@ use kernel::{
 use receiving::WORKER_CALLS;
 use report::Addresses;
 use sending::Sending;
-use stream::Receive;
+use stream::{
+    Mode,
+    Receive, //
+};
 use traffic::Traffic;
 
 pub(crate) use report::Life;
@@ -315,7 +322,7 @@ impl Connection {
         let notice = Notice::new(&table.origin)?;
         let addresses = Addresses::of(&socket);
         let sending = Sending::new()?;
-        let receive = Receive::new()?;
+        let receive = Receive::new(table.structured != Structured::No)?;
         let connection = Arc::pin_init(
             pin_init!(Connection {
                 position,
@@ -455,7 +462,7 @@ impl Connection {
             Err(e) => {
                 self.receive_failed(e);
                 // What follows in the stream means nothing.
-                receive.failed = Some(e);
+                receive.mode = Mode::Failed(e);
                 self.mark_dead(death_of_stream(e));
             }
         }
@@ -472,9 +479,7 @@ impl Connection {
             hooked.stop();
         }
         if let Some(payload) = receive.current.take() {
-            payload
-                .into_side()
-                .finish(self.table.lost_command_outcome());
+            self.table.give_up(payload.into_side());
         }
         self.give_back_unsent();
         self.end_trimming();

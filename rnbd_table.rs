@@ -24,6 +24,7 @@ use crate::{
             Parking,
             Slot, //
         },
+        coverage::Progress,
         fate::Fate, //
     },
     rnbd_events::{
@@ -64,6 +65,17 @@ impl Parking for Parked {
     }
 }
 
+/// Whether the server answers reads by structured replies. Other commands may be answered by either kind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Structured {
+    /// It does not.
+    No,
+    /// It may.
+    Possible,
+    /// It does. A simple reply to a read violates the protocol.
+    Required,
+}
+
 /// The number of bits of a slot number that hold the tag. The hardware queue is above them, as in
 /// `blk_mq_unique_tag()`.
 const TAG_BITS: u32 = 16;
@@ -93,8 +105,12 @@ pub(crate) struct Table {
     pub(crate) origin: Arc<Origin>,
     /// Limits the messages that a server can cause.
     pub(crate) log: Ratelimit,
+    /// Whether the server sends structured replies.
+    pub(crate) structured: Structured,
     depth: u32,
     slots: KVVec<Slot<Parked>>,
+    /// The state of the structured reply to the command in each slot. It is empty if the server sends none.
+    progress: KVVec<Progress>,
     /// The request timeout in jiffies, 0 if none is set.
     timeout_jiffies: Atomic<u32>,
     pub(crate) fate: Fate,
@@ -125,11 +141,19 @@ impl Table {
         connections: u32,
         depth: u32,
         timeout_jiffies: u32,
+        structured: Structured,
     ) -> Result<Arc<Self>> {
         let count = connections as usize * depth as usize;
         let mut slots = KVVec::with_capacity(count, GFP_KERNEL)?;
         for _ in 0..count {
             slots.push(Slot::new(Parked::empty()), GFP_KERNEL)?;
+        }
+        let mut progress = KVVec::new();
+        if structured != Structured::No {
+            progress.reserve(count, GFP_KERNEL)?;
+            for _ in 0..count {
+                progress.push(Progress::new(), GFP_KERNEL)?;
+            }
         }
         Arc::pin_init(
             pin_init!(Table {
@@ -137,8 +161,10 @@ impl Table {
                 origin,
                 shared,
                 log: Ratelimit::new(),
+                structured,
                 depth,
                 slots,
+                progress,
                 timeout_jiffies: Atomic::new(timeout_jiffies),
                 fate: Fate::new(),
                 table_read: Atomic::new(NOT_READING),
@@ -155,17 +181,35 @@ impl Table {
 
     /// Returns the slot of a tag.
     pub(crate) fn slot(&self, hw_queue: u32, tag: u32) -> Option<&Slot<Parked>> {
+        self.slots.get(self.index(hw_queue, tag)?)
+    }
+
+    /// Returns the index of a tag's slot.
+    fn index(&self, hw_queue: u32, tag: u32) -> Option<usize> {
         if tag >= self.depth {
             return None;
         }
         let index = u64::from(hw_queue) * u64::from(self.depth) + u64::from(tag);
-        self.slots.get(usize::try_from(index).ok()?)
+        usize::try_from(index).ok()
     }
 
     /// Returns the slot that a cookie from the wire names.
     pub(crate) fn slot_of(&self, cookie: Cookie) -> Option<&Slot<Parked>> {
-        let number = cookie.slot();
-        self.slot(number >> TAG_BITS, number & ((1 << TAG_BITS) - 1))
+        let (hw_queue, tag) = tag_of(cookie);
+        self.slot(hw_queue, tag)
+    }
+
+    /// Returns where the state of the structured reply to the command in a slot is kept, if the server sends such
+    /// replies. Only the holder of the command's claim may use it.
+    pub(crate) fn progress_of(&self, cookie: Cookie) -> Option<&Progress> {
+        let (hw_queue, tag) = tag_of(cookie);
+        self.progress.get(self.index(hw_queue, tag)?)
+    }
+
+    /// Returns when the last chunk of the reply to the command of a tag has come, in jiffies, if any has.
+    pub(crate) fn heard_at(&self, hw_queue: u32, tag: u32) -> Option<usize> {
+        let progress = self.progress.get(self.index(hw_queue, tag)?)?;
+        progress.heard_at(self.slot(hw_queue, tag)?.generation())
     }
 
     /// Returns the cookie of the command for which a tag's slot was started last.
@@ -209,18 +253,30 @@ impl Table {
     pub(crate) fn reclaim(&self, connection: u16) {
         for slot in &self.slots {
             if let Some(request) = slot.reclaim(connection) {
-                request.finish(self.lost_command_outcome());
+                self.give_up(request);
             }
         }
     }
 
-    /// Undoes a claim, as if the reply had not arrived (fault injection,
-    /// `blk_should_fake_timeout()`).
+    /// Ends a claimed command whose connection has died.
+    pub(crate) fn give_up(&self, request: Unanswered) {
+        if self.structured != Structured::No {
+            let (hw_queue, tag) = request.tag();
+            let index = self.index(hw_queue, tag);
+            if let Some(progress) = index.and_then(|index| self.progress.get(index)) {
+                progress.clear();
+            }
+        }
+        request.finish(self.lost_command_outcome());
+    }
+
+    /// Undoes a claim: after a chunk that is not the last one, after a reply that violates the protocol, or as if a reply
+    /// had not arrived (fault injection, `blk_should_fake_timeout()`).
     ///
     /// # Context
     ///
     /// The connection must not be reaped concurrently: the caller holds its receive lock.
-    pub(crate) fn forget_reply(&self, request: Unanswered) {
+    pub(crate) fn unclaim(&self, request: Unanswered) {
         let (hw_queue, tag) = request.tag();
         if let Some(slot) = self.slot(hw_queue, tag) {
             slot.unclaim(request);
@@ -385,4 +441,10 @@ impl Table {
             self.all_reaped.wait(&mut unreaped);
         }
     }
+}
+
+/// Returns the number of the hardware queue, and the tag, that a cookie from the wire names.
+fn tag_of(cookie: Cookie) -> (u32, u32) {
+    let number = cookie.slot();
+    (number >> TAG_BITS, number & ((1 << TAG_BITS) - 1))
 }

@@ -10,6 +10,7 @@ use crate::{
         Status, //
     },
     pure::{
+        chunk::Text,
         cmd::Cookie,
         proto::{
             self as proto,
@@ -67,6 +68,37 @@ impl kernel::fmt::Display for RequestDescription<'_> {
             return f.write_str(name);
         }
         write!(f, "{name} of {len_bytes} bytes at {offset_bytes}")
+    }
+}
+
+/// Formats what a server has told of an error for the log.
+///
+/// Only printable characters of ASCII stay as they are, except for quotation marks and backslashes, so that this is one
+/// line, and its end can be found.
+pub(crate) struct ServersWords<'a> {
+    /// The offset in the export where the error is.
+    pub(crate) at: Option<u64>,
+    pub(crate) text: &'a Text,
+}
+
+impl kernel::fmt::Display for ServersWords<'_> {
+    fn fmt(&self, f: &mut kernel::fmt::Formatter<'_>) -> kernel::fmt::Result {
+        if let Some(at) = self.at {
+            write!(f, ", at byte {at}")?;
+        }
+        let text = self.text.as_bytes();
+        if text.is_empty() {
+            return Ok(());
+        }
+        write!(f, ": \"")?;
+        for &byte in text {
+            match byte {
+                b'"' | b'\\' => write!(f, "\\{}", char::from(byte))?,
+                b' '..=b'~' => write!(f, "{}", char::from(byte))?,
+                _ => write!(f, "\\x{byte:02x}")?,
+            }
+        }
+        write!(f, "\"{}", if self.text.is_cut() { "..." } else { "" })
     }
 }
 

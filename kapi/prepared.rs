@@ -7,6 +7,13 @@
 use super::llist::Linked;
 use core::ptr;
 use kernel::{
+    alloc::{
+        flags::{
+            GFP_NOWAIT,
+            __GFP_NOWARN, //
+        },
+        Flags, //
+    },
     prelude::*,
     sync::atomic::Atomic, //
 };
@@ -32,11 +39,24 @@ impl<T> Item<T> {
     ///
     /// Process context. May sleep.
     pub(crate) fn new(value: T) -> Result<KBox<Self>> {
+        Self::with(value, GFP_KERNEL)
+    }
+
+    /// As [`Self::new()`], but does not wait for memory, and does not warn if there is none.
+    ///
+    /// # Context
+    ///
+    /// Any context.
+    pub(crate) fn new_at_once(value: T) -> Result<KBox<Self>> {
+        Self::with(value, GFP_NOWAIT | __GFP_NOWARN)
+    }
+
+    fn with(value: T, flags: Flags) -> Result<KBox<Self>> {
         let item = Item {
             value,
             next: Atomic::new(ptr::null_mut()),
         };
-        Ok(KBox::new(item, GFP_KERNEL)?)
+        Ok(KBox::new(item, flags)?)
     }
 }
 

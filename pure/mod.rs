@@ -8,7 +8,9 @@
 #![forbid(unsafe_code)]
 
 pub(crate) mod atomic;
+pub(crate) mod chunk;
 pub(crate) mod cmd;
+pub(crate) mod coverage;
 pub(crate) mod fate;
 pub(crate) mod proto;
 pub(crate) mod ring;

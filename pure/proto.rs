@@ -43,6 +43,8 @@ pub(crate) mod flags {
     pub(crate) const SEND_TRIM: u32 = 1 << 5;
     /// The server supports [`super::Command::WriteZeroes`].
     pub(crate) const SEND_WRITE_ZEROES: u32 = 1 << 6;
+    /// The server supports `NBD_CMD_FLAG_DF`, which it can only say if structured replies were agreed on.
+    pub(crate) const SEND_DF: u32 = 1 << 7;
     /// A flush on one connection covers the writes that were completed on the others.
     pub(crate) const CAN_MULTI_CONN: u32 = 1 << 8;
     /// The server can be asked to fail rather than to write zeroes one by one (`NBD_CMD_FLAG_FAST_ZERO`).

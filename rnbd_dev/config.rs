@@ -27,7 +27,9 @@ use crate::{
             TaskId, //
         },
     },
-    rnbd_session::Session, //
+    pure::proto::flags,
+    rnbd_session::Session,
+    rnbd_table::Structured, //
 };
 use kernel::{
     prelude::*,
@@ -68,6 +70,8 @@ pub(crate) struct Config {
     pub(super) sizes: RequestSizes,
     /// All sockets must be encrypted by TLS in the kernel.
     pub(super) needs_tls: bool,
+    /// The server answers reads by structured replies only.
+    pub(super) needs_structured: bool,
     /// What the disk of a started device has.
     pub(super) disk_has: Geometry,
     pub(super) sockets: KVec<Socket>,
@@ -230,6 +234,7 @@ impl Config {
             block_bytes: DEFAULT_BLOCK_BYTES,
             sizes: USUAL_SIZES,
             needs_tls: false,
+            needs_structured: false,
             disk_has: Geometry {
                 size_bytes: 0,
                 block_bytes: DEFAULT_BLOCK_BYTES,
@@ -257,6 +262,17 @@ impl Config {
             running: None,
             dead_timeout_jiffies: 0,
             module,
+        }
+    }
+
+    /// Returns whether the server sends structured replies.
+    pub(super) fn structured(&self) -> Structured {
+        if self.needs_structured {
+            Structured::Required
+        } else if self.flags & flags::SEND_DF != 0 {
+            Structured::Possible
+        } else {
+            Structured::No
         }
     }
 

@@ -59,6 +59,8 @@ pub(crate) struct Setup<'a> {
     pub(crate) never_scans: bool,
     /// All sockets must be encrypted by TLS in the kernel, also those that come later.
     pub(crate) needs_tls: bool,
+    /// The server answers reads by structured replies only.
+    pub(crate) needs_structured: bool,
 }
 
 impl Setup<'_> {
@@ -154,6 +156,7 @@ impl Device {
         config.sizes = setup.sizes.unwrap_or(USUAL_SIZES);
         config.never_scans = setup.never_scans;
         config.needs_tls = setup.needs_tls;
+        config.needs_structured = setup.needs_structured;
         for fd in &setup.sockets {
             let fd = i32::try_from(*fd).map_err(|_| EINVAL)?;
             let socket = self.socket_from_fd(fd)?;

@@ -338,6 +338,7 @@ impl Device {
             hw_queues: self.disk.hw_queues(),
             depth: QUEUE_DEPTH,
             flags: config.flags,
+            structured: config.structured(),
             by_ioctl: !config.bound,
             timeout_jiffies,
             dead_timeout_jiffies: match config.bound {

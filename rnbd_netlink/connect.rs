@@ -71,6 +71,7 @@ const TLS: u16 = 14;
 const OWNED: u16 = 15;
 const DISCONNECT_ON_CLOSE: u16 = 16;
 const DESTROY_ON_DISCONNECT: u16 = 17;
+const STRUCTURED_REPLIES: u16 = 18;
 
 /// All of them.
 const ALL: &[u16] = &[
@@ -89,6 +90,7 @@ const ALL: &[u16] = &[
     OWNED,
     DISCONNECT_ON_CLOSE,
     DESTROY_ON_DISCONNECT,
+    STRUCTURED_REPLIES,
 ];
 
 /// The requirements for them. The two that are missing above are those of the command handover.
@@ -106,6 +108,7 @@ pub(super) const POLICY: &[Policy] = &[
     Policy::U32,
     Policy::U32,
     Policy::U32,
+    Policy::FLAG,
     Policy::FLAG,
     Policy::FLAG,
     Policy::FLAG,
@@ -220,6 +223,7 @@ fn parse<'a>(info: &Info<'a>) -> Result<Setup<'a>> {
         backend: backend(info, BACKEND)?,
         never_scans: info.attr(NO_PARTITION_SCAN).is_some(),
         needs_tls: info.attr(TLS).is_some(),
+        needs_structured: info.attr(STRUCTURED_REPLIES).is_some(),
         ..Setup::default()
     })
 }

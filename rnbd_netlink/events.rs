@@ -15,7 +15,10 @@ use super::{
 };
 use crate::{
     kapi::{
-        net::group::Group,
+        net::{
+            attr,
+            group::Group, //
+        },
         task, //
     },
     rnbd_events::{
@@ -25,6 +28,7 @@ use crate::{
         Incarnation,
         Listeners,
         Origin,
+        ServerFailure,
         Size, //
     },
     rnbd_shared::Events, //
@@ -62,6 +66,7 @@ const CMD_CONNECTION_DEAD: u8 = 4;
 const CMD_RECONNECTED: u8 = 5;
 const CMD_DISCONNECTED: u8 = 6;
 const CMD_RESIZED: u8 = 7;
+const CMD_SERVER_ERROR: u8 = 10;
 
 /// The attributes of an event.
 mod attribute {
@@ -77,6 +82,12 @@ mod attribute {
     pub(super) const CONNECTIONS: u16 = 10;
     pub(super) const INTERFACE: u16 = 11;
     pub(super) const PID: u16 = 12;
+    pub(super) const ERROR: u16 = 13;
+    pub(super) const COMMAND: u16 = 14;
+    pub(super) const OFFSET: u16 = 15;
+    pub(super) const LENGTH: u16 = 16;
+    pub(super) const TEXT: u16 = 17;
+    pub(super) const ERROR_OFFSET: u16 = 18;
 }
 
 /// Multicasts events to the members of the group of the family "rnbd".
@@ -87,7 +98,7 @@ impl Listeners for Told {
         self.0.has_listeners(&origin.namespace)
     }
 
-    fn tell(&self, origin: &Origin, event: Event) {
+    fn tell(&self, origin: &Origin, event: &Event) {
         let attributes = task::memalloc_noio(|| attributes(origin, event));
         let Ok(attributes) = attributes else {
             return self.0.report_lost(&origin.namespace);
@@ -100,13 +111,14 @@ impl Listeners for Told {
 }
 
 /// Returns the number of the command that an event is sent as.
-fn command(event: Event) -> u8 {
+fn command(event: &Event) -> u8 {
     match event {
         Event::Connected(_) => CMD_CONNECTED,
         Event::ConnectionDead(..) => CMD_CONNECTION_DEAD,
         Event::Reconnected(_) => CMD_RECONNECTED,
         Event::Disconnected => CMD_DISCONNECTED,
         Event::Resized(_) => CMD_RESIZED,
+        Event::ServerError(_) => CMD_SERVER_ERROR,
     }
 }
 
@@ -115,21 +127,22 @@ fn command(event: Event) -> u8 {
 /// # Errors
 ///
 /// `ENOMEM`.
-fn attributes(origin: &Origin, event: Event) -> Result<KVec<u8>> {
+fn attributes(origin: &Origin, event: &Event) -> Result<KVec<u8>> {
     let mut list = KVec::new();
     put_u32(&mut list, attribute::DEVICE, origin.device)?;
     if let Some(backend) = &origin.backend {
         put_backend(&mut list, attribute::BACKEND, backend)?;
     }
     match event {
-        Event::Connected(connected) => put_connected(&mut list, connected)?,
+        Event::Connected(connected) => put_connected(&mut list, *connected)?,
         Event::ConnectionDead(incarnation, death) => {
-            put_incarnation(&mut list, incarnation)?;
-            put_death(&mut list, death)?;
+            put_incarnation(&mut list, *incarnation)?;
+            put_death(&mut list, *death)?;
         }
-        Event::Reconnected(incarnation) => put_incarnation(&mut list, incarnation)?,
+        Event::Reconnected(incarnation) => put_incarnation(&mut list, *incarnation)?,
         Event::Disconnected => {}
-        Event::Resized(size) => put_size(&mut list, size)?,
+        Event::Resized(size) => put_size(&mut list, *size)?,
+        Event::ServerError(failure) => put_failure(&mut list, failure)?,
     }
     Ok(list)
 }
@@ -156,6 +169,22 @@ fn put_death(list: &mut KVec<u8>, death: Death) -> Result {
         put_u32(list, attribute::ERRNO, u32::from(death.errno))?;
     }
     Ok(())
+}
+
+/// Appends what is told of an error that the server has returned.
+fn put_failure(list: &mut KVec<u8>, failure: &ServerFailure) -> Result {
+    put_incarnation(list, failure.incarnation)?;
+    put_u32(list, attribute::ERROR, failure.error)?;
+    put_u32(list, attribute::COMMAND, u32::from(failure.command))?;
+    put_u64(list, attribute::OFFSET, failure.offset_bytes)?;
+    put_u32(list, attribute::LENGTH, failure.len_bytes)?;
+    if let Some(at) = failure.at {
+        put_u64(list, attribute::ERROR_OFFSET, at)?;
+    }
+    match failure.text.as_bytes() {
+        [] => Ok(()),
+        text => attr::put_string(list, attribute::TEXT, text),
+    }
 }
 
 /// Appends the size of a device.

@@ -37,6 +37,7 @@ use crate::{
         Connection,
         Life, //
     }, //
+    rnbd_table::Structured,
 };
 use kernel::{
     prelude::*,
@@ -67,6 +68,7 @@ mod device {
     pub(super) const ALIVE: u16 = 10;
     pub(super) const TIMEOUT: u16 = 11;
     pub(super) const DEAD_CONN_TIMEOUT: u16 = 12;
+    pub(super) const STRUCTURED_REPLIES: u16 = 13;
 }
 
 /// The other attributes of a connection.
@@ -263,6 +265,9 @@ fn put_session(list: &mut KVec<u8>, running: &Running) -> Result {
     put_u32(list, device::CONNECTIONS, connections as u32)?;
     put_u32(list, device::ALIVE, alive as u32)?;
     put_u64(list, device::TIMEOUT, running.timeout_ms())?;
+    if session.table().structured != Structured::No {
+        attr::put(list, device::STRUCTURED_REPLIES, &[])?;
+    }
     let dead_timeout = usize::try_from(session.dead_timeout_jiffies())?;
     put_u64(
         list,

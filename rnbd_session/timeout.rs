@@ -18,6 +18,7 @@ use crate::{
         },
         task, //
     },
+    pure::time::elapsed,
     rnbd_events::{
         Death,
         Reason, //
@@ -70,8 +71,14 @@ impl Session {
             return TimeoutStatus::ResetTimer;
         };
         drop(connections);
-        if !unclaimed && connection.traffic().idle_jiffies() < rq.timeout_jiffies() as usize {
+        let timeout = rq.timeout_jiffies() as usize;
+        if !unclaimed && connection.traffic().idle_jiffies() < timeout {
             // Its data is arriving. (Or it is ending this moment: C has that race, too.)
+            return TimeoutStatus::ResetTimer;
+        }
+        let heard_at = self.table.heard_at(tag.0, tag.1);
+        if heard_at.is_some_and(|then| elapsed(task::jiffies(), then) < timeout) {
+            // A part of its data has arrived, and the server was not silent since.
             return TimeoutStatus::ResetTimer;
         }
         if count == 1 && self.table.timeout_jiffies() == 0 {

@@ -36,7 +36,11 @@
 #![forbid(unsafe_code)]
 
 use super::{
-    stream::Receive,
+    chunks::Next,
+    stream::{
+        Mode,
+        Receive, //
+    },
     Connection,
     REAPED, //
 };
@@ -45,6 +49,7 @@ use crate::{
         block::{
             payload::Payload,
             request::{
+                Op,
                 Outcome,
                 Side,
                 Status,
@@ -63,6 +68,7 @@ use crate::{
         trace, //
     },
     pure::{
+        chunk::Text,
         cmd::{
             ClaimError,
             Cookie, //
@@ -73,9 +79,12 @@ use crate::{
             REPLY_BYTES, //
         },
     },
+    rnbd_events::ServerFailure,
     rnbd_translate::{
+        command_of,
         status_of,
-        RequestDescription, //
+        RequestDescription,
+        ServersWords, //
     },
 };
 use kernel::{
@@ -94,7 +103,7 @@ const INLINE_DATA_BYTES: usize = 32 << 10;
 /// the data that comes along with it, one for the rest of the data.
 const SENDER_CALLS: u32 = 2;
 /// The outcome of a command that the server has executed.
-const SUCCESS: Outcome = Outcome::Complete(Status::OK);
+pub(super) const SUCCESS: Outcome = Outcome::Complete(Status::OK);
 
 impl Connection {
     /// Logs why nothing more can be received, unless the reason was logged already or the end was
@@ -129,14 +138,18 @@ impl Connection {
         receive: &mut Receive,
         arrival: Arrival<'_>,
     ) -> bool {
-        let stayed = arrival.read(|segment| match self.receive_segment(receive, segment) {
-            Ok(continues) => continues,
-            Err(e) => {
-                receive.failed = Some(e);
+        let stayed = arrival.read(|segment| {
+            let received = match receive.mode {
+                Mode::Simple => self.receive_segment::<false>(receive, segment),
+                Mode::Structured => self.receive_segment::<true>(receive, segment),
+                Mode::Failed(_) => Ok(false),
+            };
+            received.unwrap_or_else(|e| {
+                receive.mode = Mode::Failed(e);
                 false
-            }
+            })
         });
-        stayed || receive.failed.is_some()
+        stayed || receive.wants_work()
     }
 
     /// Receives a segment of the stream. Returns whether the callback should continue with the next
@@ -145,23 +158,20 @@ impl Connection {
     /// # Errors
     ///
     /// `EPROTO`: the server has violated the protocol.
-    fn receive_segment(
+    fn receive_segment<const CHUNKS: bool>(
         self: ArcBorrow<'_, Self>,
         receive: &mut Receive,
         segment: &mut Segment<'_>,
     ) -> Result<bool> {
-        if receive.failed.is_some() {
-            return Ok(false);
-        }
         loop {
-            self.parse(receive)?;
-            if receive.awaited_bytes() > INLINE_DATA_BYTES {
+            let left = self.parse::<CHUNKS>(receive, INLINE_DATA_BYTES)?;
+            if left || receive.awaited_bytes() > INLINE_DATA_BYTES {
                 return Ok(false);
             }
             if segment.left_bytes() == 0 {
                 return Ok(true);
             }
-            let taken = receive.take_from(segment)?;
+            let taken = receive.take_from::<CHUNKS>(segment)?;
             self.traffic.received(taken);
         }
     }
@@ -180,7 +190,7 @@ impl Connection {
         match self.receive_up_to(receive, SENDER_CALLS, INLINE_DATA_BYTES) {
             Ok(left) => left,
             Err(e) => {
-                receive.failed = Some(e);
+                receive.mode = Mode::Failed(e);
                 true
             }
         }
@@ -205,12 +215,23 @@ impl Connection {
         calls: u32,
         bytes: usize,
     ) -> Result<bool> {
-        if let Some(error) = receive.failed {
-            return Err(error);
+        match receive.mode {
+            Mode::Simple => self.receive_replies::<false>(receive, calls, bytes),
+            Mode::Structured => self.receive_replies::<true>(receive, calls, bytes),
+            Mode::Failed(error) => Err(error),
         }
+    }
+
+    /// As [`Self::receive_up_to()`]. `CHUNKS` tells whether the server may send structured replies.
+    fn receive_replies<const CHUNKS: bool>(
+        self: ArcBorrow<'_, Self>,
+        receive: &mut Receive,
+        calls: u32,
+        bytes: usize,
+    ) -> Result<bool> {
         for _ in 0..calls {
-            if !receive.is_parsed() {
-                self.parse(receive)?;
+            if !receive.is_parsed::<CHUNKS>() && self.parse::<CHUNKS>(receive, bytes)? {
+                break;
             }
             if receive.awaited_bytes() > bytes {
                 break;
@@ -230,68 +251,75 @@ impl Connection {
             self.traffic.received(got);
             if !all && !self.socket.has_input() {
                 // The callback reports the next bytes.
-                self.parse(receive)?;
-                return Ok(false);
+                return self.parse::<CHUNKS>(receive, bytes);
             }
         }
         Ok(true)
     }
 
-    /// Handles the replies that were received.
-    fn parse(self: ArcBorrow<'_, Self>, receive: &mut Receive) -> Result {
-        receive.parse(
-            |header| self.handle_reply(header),
-            |payload| self.complete(payload.into_side(), SUCCESS),
-        )
+    /// Handles the replies that were received. Returns whether there is a hole that is left to the receive work, as those
+    /// of more than `limit` bytes are.
+    ///
+    /// # Errors
+    ///
+    /// `EPROTO`: the server has violated the protocol.
+    fn parse<const CHUNKS: bool>(
+        self: ArcBorrow<'_, Self>,
+        receive: &mut Receive,
+        limit: usize,
+    ) -> Result<bool> {
+        loop {
+            if CHUNKS && receive.chunk.is_some() {
+                match self.parse_chunk(receive, limit)? {
+                    Next::Reply => {}
+                    Next::Receive => return Ok(false),
+                    Next::LeaveToWork => return Ok(true),
+                }
+            }
+            receive.parse::<CHUNKS>(
+                |header, chunk| match CHUNKS {
+                    true => self.handle_either(header, chunk),
+                    false => self.handle_reply::<false>(header),
+                },
+                |payload| self.complete(payload.into_side(), SUCCESS),
+            )?;
+            if !(CHUNKS && receive.chunk.is_some()) {
+                return Ok(false);
+            }
+        }
     }
 
-    /// Finds and claims the command that a reply belongs to, and completes it unless data follows
+    /// Finds and claims the command that a simple reply belongs to, and completes it unless data follows
     /// (`nbd_handle_reply()`).
     ///
-    /// Returns the command if data follows.
+    /// Returns the command if data follows. `CHUNKS` tells whether the server may send structured replies.
     ///
     /// # Errors
     ///
     /// `EPROTO`: this is not a reply to a command in flight on this connection.
     // Inlined, it would have the loop in `parse()` prepare for it also where no header has come.
     #[inline(never)]
-    fn handle_reply(
+    pub(super) fn handle_reply<const CHUNKS: bool>(
         self: ArcBorrow<'_, Self>,
         header: &[u8; REPLY_BYTES],
     ) -> Result<Option<Payload<Unanswered>>> {
         let reply = ReplyHeader::decode(header).map_err(|magic| {
-            self.report_violation(format_args!("wrong magic ({:#010x})", magic.0));
-            EPROTO
+            self.report_violation(format_args!("wrong magic ({:#010x})", magic.0))
         })?;
         let cookie = Cookie(reply.cookie);
-        let claimed = match self.table.slot_of(cookie) {
-            Some(slot) => slot.claim(cookie.generation(), self.id()),
-            None => Err(ClaimError::Stale),
+        let request = self.claim(cookie)?;
+        let request = match CHUNKS {
+            true => self.check_simple(cookie, request)?,
+            false => request,
         };
-        let request = claimed.map_err(|why| {
-            let why = match why {
-                ClaimError::Stale => "no such command is in flight",
-                ClaimError::OtherConnection => "its command was sent on another connection",
-                ClaimError::Claimed => "its command was answered or given up before",
-            };
-            self.report_violation(format_args!(
-                "unexpected reply (cookie {:#018x}): {why}",
-                cookie.0
-            ));
-            EPROTO
-        })?;
         trace::header_received(&request, reply.cookie, reply.error);
         self.traffic.replied();
         if let Some(error) = ServerError::from_wire(reply.error) {
             self.traffic.failed();
-            let outcome = if error == ServerError::Shutdown {
-                // The command may be sent again at once, but not here.
-                self.drain();
-                self.table.lost_command_outcome()
-            } else {
-                self.report_server_error(&request, reply.error);
-                Outcome::Complete(status_of(error, request.extent().op))
-            };
+            if error != ServerError::Shutdown {
+                self.report_server_error(&request, reply.error, None, &Text::EMPTY);
+            }
+            let outcome = self.outcome_of(error, request.extent().op, 0);
             self.complete(request, outcome);
             return Ok(None);
         }
@@ -303,20 +331,64 @@ impl Connection {
         Ok(None)
     }
 
+    /// Returns the outcome of a command for which the server has returned an error. `good_sectors` from its start are
+    /// good all the same.
+    pub(super) fn outcome_of(
+        self: ArcBorrow<'_, Self>,
+        error: ServerError,
+        op: Op,
+        good_sectors: u32,
+    ) -> Outcome {
+        if error == ServerError::Shutdown {
+            // The command may be sent again at once, but not here.
+            self.drain();
+            return self.table.lost_command_outcome();
+        }
+        match (status_of(error, op), good_sectors) {
+            (status, 0) => Outcome::Complete(status),
+            (status, good) => Outcome::Partly(status, good),
+        }
+    }
+
+    /// Claims the command that a reply belongs to.
+    ///
+    /// # Errors
+    ///
+    /// `EPROTO`: this is not a reply to a command in flight on this connection.
+    #[inline]
+    pub(super) fn claim(&self, cookie: Cookie) -> Result<Unanswered> {
+        let claimed = match self.table.slot_of(cookie) {
+            Some(slot) => slot.claim(cookie.generation(), self.id()),
+            None => Err(ClaimError::Stale),
+        };
+        claimed.map_err(|why| {
+            let why = match why {
+                ClaimError::Stale => "no such command is in flight",
+                ClaimError::OtherConnection => "its command was sent on another connection",
+                ClaimError::Claimed => "its command was answered or given up before",
+            };
+            self.report_violation(format_args!(
+                "unexpected reply (cookie {:#018x}): {why}",
+                cookie.0
+            ))
+        })
+    }
+
     /// Ends a command that was answered.
     ///
     /// The caller holds the receive lock, so the connection is not reaped concurrently.
-    fn complete(&self, request: Unanswered, outcome: Outcome) {
+    #[inline]
+    pub(super) fn complete(&self, request: Unanswered, outcome: Outcome) {
         self.trace_received(&request);
         if request.should_fake_timeout() {
-            self.table.forget_reply(request);
+            self.table.unclaim(request);
         } else {
             request.finish(outcome);
         }
     }
 
-    /// Logs a violation of the protocol, for which the connection is closed.
-    pub(super) fn report_violation(&self, what: core::fmt::Arguments<'_>) {
+    /// Logs a violation of the protocol, for which the connection is closed. Returns `EPROTO`.
+    pub(super) fn report_violation(&self, what: core::fmt::Arguments<'_>) -> Error {
         if self.table.log.allow() {
             pr_err!(
                 "nbd{}: connection {}: {what}, closing it\n",
@@ -324,17 +396,36 @@ impl Connection {
                 self.index()
             );
         }
+        EPROTO.into()
     }
 
-    /// Logs an error that the server has returned.
-    fn report_server_error(&self, request: &Unanswered, error: u32) {
+    /// Logs an error that the server has returned, and tells listeners of it. `at` is the offset in the export that the
+    /// server has told with it, and `text` what it has said.
+    pub(super) fn report_server_error(
+        &self,
+        request: &Unanswered,
+        error: u32,
+        at: Option<u64>,
+        text: &Text,
+    ) {
         if !self.table.log.allow() {
             return;
         }
+        let (device, extent) = (self.table.device, request.extent());
         pr_err!(
-            "nbd{}: server returned error {error} for {}\n",
-            self.table.device,
-            RequestDescription(&request.extent())
+            "nbd{device}: server returned error {error} for {}{}\n",
+            RequestDescription(&extent),
+            ServersWords { at, text }
         );
+        let news = &self.table.shared.news;
+        news.post_server_error(&self.table.origin, || ServerFailure {
+            incarnation: self.incarnation(),
+            error,
+            command: command_of(extent.op).map_or(0, |command| command as u16),
+            offset_bytes: extent.offset_bytes,
+            len_bytes: extent.len_bytes,
+            at,
+            text: *text,
+        });
     }
 }

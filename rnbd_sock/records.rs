@@ -19,7 +19,6 @@ use super::{
 use crate::{
     kapi::errno::{
         EKEYEXPIRED,
-        EPROTO,
         EREMOTEIO, //
     },
     pure::tls::{
@@ -60,10 +59,7 @@ impl Connection {
                 Err(EREMOTEIO.into())
             }
             Meaning::KeyUpdate => Err(EKEYEXPIRED.into()),
-            Meaning::Unexpected(what) => {
-                self.report_unexpected(what);
-                Err(EPROTO.into())
-            }
+            Meaning::Unexpected(what) => Err(self.report_unexpected(what)),
         }
     }
 
@@ -82,20 +78,19 @@ impl Connection {
         }
     }
 
-    fn report_unexpected(&self, what: Unexpected) {
+    /// Logs a record that no server sends. Returns `EPROTO`.
+    fn report_unexpected(&self, what: Unexpected) -> Error {
         match what {
             Unexpected::Record(kind) => {
-                self.report_violation(format_args!("unexpected TLS record (type {kind})"));
+                self.report_violation(format_args!("unexpected TLS record (type {kind})"))
             }
             Unexpected::AlertSize => {
-                self.report_violation(format_args!("TLS alert of a wrong size"));
+                self.report_violation(format_args!("TLS alert of a wrong size"))
             }
             Unexpected::Empty => self.report_violation(format_args!("empty TLS handshake record")),
-            Unexpected::Handshake(kind) => {
-                self.report_violation(format_args!(
-                    "unexpected TLS handshake message (type {kind})"
-                ));
-            }
+            Unexpected::Handshake(kind) => self.report_violation(format_args!(
+                "unexpected TLS handshake message (type {kind})"
+            )),
         }
     }
 }

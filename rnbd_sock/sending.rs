@@ -26,7 +26,8 @@ use crate::{
     rnbd_events::{
         Death,
         Reason, //
-    }, //
+    },
+    rnbd_table::Structured, //
 };
 use kernel::{
     new_mutex,
@@ -328,7 +329,7 @@ impl Connection {
     ///
     /// May sleep.
     pub(super) fn nothing_outstanding(&self) -> bool {
-        if self.table.has_open(self.id()) {
+        if self.awaits_reply() {
             return false;
         }
         let outbox = self.sending.outbox.try_lock().unwrap_or_else(|| {
@@ -338,7 +339,14 @@ impl Connection {
             self.sending.outbox.lock()
         });
         // What that task has sent may not have been open above.
-        !outbox.transmit.has_requests() && !self.table.has_open(self.id())
+        !outbox.transmit.has_requests() && !self.awaits_reply()
+    }
+
+    /// Returns whether a command waits for its reply, or for the rest of it.
+    fn awaits_reply(&self) -> bool {
+        // A command of which a chunk is being received is not open, and may be again.
+        let has_partial = || self.table.structured != Structured::No && self.traffic.awaited() > 0;
+        self.table.has_open(self.id()) || has_partial()
     }
 
     /// Allows the next task that queues a command to send it.

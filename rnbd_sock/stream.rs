@@ -29,6 +29,10 @@ use crate::{
         trace, //
     },
     pure::{
+        chunk::{
+            Receiving,
+            PART_BYTES, //
+        },
         proto::{
             self as proto,
             COOKIE_AT,
@@ -136,8 +140,21 @@ pub(crate) struct Receive {
     records: Records,
     /// The command whose data is being received.
     pub(crate) current: Option<Payload<Unanswered>>,
-    /// The reason why nothing more can be received, if that was found outside of the receive work.
-    pub(crate) failed: Option<Error>,
+    /// The chunk that is being received, up to the end of its data.
+    pub(super) chunk: Option<Receiving>,
+    /// How much of holes was filled since the receive work has last filled one.
+    pub(super) zeroed_bytes: usize,
+    pub(super) mode: Mode,
+}
+
+/// What a connection may receive.
+pub(super) enum Mode {
+    /// Simple replies only.
+    Simple,
+    /// Structured replies, too.
+    Structured,
+    /// Nothing more can be received, for this reason.
+    Failed(Error),
 }
 
 /// The result of sending.
@@ -270,7 +287,8 @@ impl Transmit {
 }
 
 impl Receive {
-    /// Returns a receive side that has received nothing.
+    /// Returns a receive side that has received nothing. `structured` tells whether the server may send structured
+    /// replies.
     ///
     /// # Errors
     ///
@@ -279,7 +297,7 @@ impl Receive {
     /// # Context
     ///
     /// May sleep.
-    pub(crate) fn new() -> Result<Self> {
+    pub(crate) fn new(structured: bool) -> Result<Self> {
         Ok(Receive {
             buffer: IoPage::new()?,
             pieces: Pieces::new(PIECES)?,
@@ -287,7 +305,12 @@ impl Receive {
             end: 0,
             records: Records::new(),
             current: None,
-            failed: None,
+            chunk: None,
+            zeroed_bytes: 0,
+            mode: match structured {
+                true => Mode::Structured,
+                false => Mode::Simple,
+            },
         })
     }
 
@@ -296,9 +319,25 @@ impl Receive {
         self.current.as_ref().map_or(0, Payload::left_bytes)
     }
 
-    /// Returns whether [`Self::parse()`] has nothing to do.
-    pub(crate) fn is_parsed(&self) -> bool {
-        self.start == self.end && self.current.as_ref().is_none_or(|p| p.left_bytes() > 0)
+    /// Returns whether there is nothing to parse. `CHUNKS` tells whether the server may send structured replies.
+    pub(crate) fn is_parsed<const CHUNKS: bool>(&self) -> bool {
+        self.start == self.end
+            && self.current.as_ref().is_none_or(|p| p.left_bytes() > 0)
+            && !(CHUNKS && self.has_hole())
+    }
+
+    /// Returns whether a hole is left to the receive work.
+    fn has_hole(&self) -> bool {
+        matches!(self.chunk, Some(Receiving::Hole(..)))
+    }
+
+    /// Returns whether the receive work has something to do although nothing is left to receive.
+    pub(super) fn wants_work(&self) -> bool {
+        match self.mode {
+            Mode::Simple => false,
+            Mode::Structured => self.has_hole(),
+            Mode::Failed(_) => true,
+        }
     }
 
     /// Receives the awaited data and some bytes beyond it, with one call. Returns the number of
@@ -363,28 +402,38 @@ impl Receive {
     /// # Context
     ///
     /// Any context, including softirq.
-    pub(crate) fn take_from(&mut self, segment: &mut Segment<'_>) -> Result<usize> {
+    pub(crate) fn take_from<const CHUNKS: bool>(
+        &mut self,
+        segment: &mut Segment<'_>,
+    ) -> Result<usize> {
         let before = segment.left_bytes();
         if let Some(payload) = &mut self.current {
             segment.move_to(payload)?;
         } else {
-            let missing = REPLY_BYTES.saturating_sub(self.end);
+            let wanted = match &self.chunk {
+                Some(Receiving::Start(chunk)) if CHUNKS => chunk.wanted_bytes(),
+                _ => REPLY_BYTES,
+            };
+            let missing = wanted.saturating_sub(self.end);
             self.end += segment.move_to_page(&mut self.buffer, self.end, missing)?;
         }
         Ok(before - segment.left_bytes())
     }
 
-    /// Parses what was received.
+    /// Parses what was received, up to the first chunk.
     ///
-    /// Passes each header to `handle`, which returns the command if data follows. Copies data to
-    /// its command, and passes that to `complete` once it has all of its data.
+    /// Passes each header to `handle`, which returns the command if data follows, or stores the chunk that the header
+    /// begins. Copies data to its command, and passes that to `complete` once it has all of its data.
     ///
     /// # Errors
     ///
     /// Those of `handle`. The stream cannot be parsed any further.
-    pub(crate) fn parse(
+    pub(crate) fn parse<const CHUNKS: bool>(
         &mut self,
-        handle: impl Fn(&[u8; REPLY_BYTES]) -> Result<Option<Payload<Unanswered>>>,
+        handle: impl Fn(
+            &[u8; REPLY_BYTES],
+            &mut Option<Receiving>,
+        ) -> Result<Option<Payload<Unanswered>>>,
         complete: impl Fn(Payload<Unanswered>),
     ) -> Result {
         loop {
@@ -399,12 +448,15 @@ impl Receive {
             let Some(header) = self.next_header()? else {
                 return Ok(());
             };
-            self.current = handle(&header)?;
+            self.current = handle(&header, &mut self.chunk)?;
+            if CHUNKS && self.chunk.is_some() {
+                return Ok(());
+            }
         }
     }
 
     /// Copies bytes that were received ahead to the command that they belong to.
-    fn move_to(&mut self, payload: &mut Payload<Unanswered>) -> Result {
+    pub(super) fn move_to(&mut self, payload: &mut Payload<Unanswered>) -> Result {
         let ahead = self.end - self.start;
         if ahead > 0 && payload.left_bytes() > 0 {
             self.start += self.buffer.copy_to(self.start, ahead, payload)?;
@@ -429,10 +481,32 @@ impl Receive {
         Ok(Some(header))
     }
 
-    /// Moves a partial header of `len` bytes to the front of the buffer, so that there is room for the rest of it.
+    /// Returns the next part of a chunk, of `len` bytes, if all of it was received. `len` must be at most
+    /// [`PART_BYTES`].
+    pub(super) fn next_part<'a>(
+        &mut self,
+        room: &'a mut [u8; PART_BYTES],
+        len: usize,
+    ) -> Result<Option<&'a [u8]>> {
+        let there = self.end - self.start;
+        if there < len {
+            if self.start > 0 {
+                self.move_to_front(there)?;
+            }
+            return Ok(None);
+        }
+        let (part, _) = room.split_at_mut(len);
+        self.buffer.read(self.start, part)?;
+        self.start += len;
+        self.reset_if_empty();
+        Ok(Some(part))
+    }
+
+    /// Moves a part of a header, or of a chunk, of `len` bytes to the front of the buffer, so that there is room for
+    /// the rest of it.
     #[cold]
     fn move_to_front(&mut self, len: usize) -> Result {
-        let mut header = [0; REPLY_BYTES];
+        let mut header = [0; PART_BYTES];
         let (have, _) = header.split_at_mut(len);
         self.buffer.read(self.start, have)?;
         self.buffer.write(0, have)?;

@@ -12,6 +12,7 @@ pub(crate) mod in_flight;
 pub(crate) mod limits;
 pub(crate) mod major;
 pub(crate) mod mq;
+mod outcome;
 pub(crate) mod parked;
 pub(crate) mod payload;
 pub(super) mod pdu;

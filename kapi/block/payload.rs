@@ -7,6 +7,7 @@
 
 use super::request::{
     NewRequest,
+    Op,
     Side,
     Unanswered, //
 };
@@ -19,7 +20,7 @@ use kernel::prelude::*;
 ///
 /// - `bio` is null or one of the request's bios.
 /// - `index` and `done_bytes` are a position in that bio, as in `struct bvec_iter`.
-/// - From there, `bio_left_bytes` are left in the bio, and `left_bytes` in the request.
+/// - From there, `left_bytes` are left of what the position is to pass, and `bio_left_bytes` of these are in the bio.
 #[derive(Clone, Copy)]
 struct Position {
     bio: *mut bindings::bio,
@@ -70,7 +71,10 @@ impl Position {
             {
                 self.done_bytes = iter.bi_bvec_done;
             }
-            self.bio_left_bytes = iter.bi_size;
+            // The last bio may hold more than the position is to pass.
+            self.bio_left_bytes = iter
+                .bi_size
+                .min(u32::try_from(self.left_bytes).unwrap_or(u32::MAX));
         }
     }
 
@@ -134,8 +138,18 @@ impl<S: Side> Payload<S> {
         } else {
             0
         };
-        // SAFETY: The request is in flight as long as `side` exists. Only a read or a write has
-        // data here, and the bios of these hold `left_bytes`.
+        // SAFETY: Only a read or a write has data here, and the bios of these hold `left_bytes`.
+        unsafe { Self::of_first(side, left_bytes) }
+    }
+
+    /// Creates a payload for the first `left_bytes` of the request's data.
+    ///
+    /// # Safety
+    ///
+    /// The request's bios must hold so much data.
+    unsafe fn of_first(side: S, left_bytes: usize) -> Self {
+        // SAFETY: The request is in flight as long as `side` exists, and by this function's safety requirements its
+        // bios hold `left_bytes`.
         let position = unsafe { Position::start((*side.rq().as_ptr()).bio, left_bytes) };
         Payload { side, position }
     }
@@ -188,6 +202,42 @@ impl<S: Side> Payload<S> {
 }
 
 impl Payload<Unanswered> {
+    /// Creates a payload for `len_bytes` of a read's data, from `offset_bytes` on.
+    ///
+    /// # Errors
+    ///
+    /// Returns the handle if the request is no read, or does not have so much data there.
+    pub(crate) fn within(
+        side: Unanswered,
+        offset_bytes: u64,
+        len_bytes: u32,
+    ) -> core::result::Result<Self, Unanswered> {
+        let extent = side.extent();
+        let end_bytes = offset_bytes.checked_add(u64::from(len_bytes));
+        if extent.op != Op::Read || end_bytes.is_none_or(|end| end > u64::from(extent.len_bytes)) {
+            return Err(side);
+        }
+        let end_bytes = offset_bytes as usize + len_bytes as usize;
+        // SAFETY: The request is a read, whose bios hold at least `end_bytes`.
+        let mut payload = unsafe { Self::of_first(side, end_bytes) };
+        payload.advance(offset_bytes as usize);
+        Ok(payload)
+    }
+
+    /// Fills the rest with zeroes.
+    ///
+    /// # Context
+    ///
+    /// Any context. It takes about as long as copying so much.
+    pub(crate) fn zero(&mut self) {
+        // `fill()` passes on the errors of the closure, which has none.
+        let _ = self.fill(self.left_bytes(), |to, _, step| {
+            // SAFETY: `to` has room for `step` bytes, in memory of a request.
+            unsafe { to.write_bytes(0, step) };
+            Ok(())
+        });
+    }
+
     /// Fills up to `bytes` of memory from the current position, and moves on by that amount.
     ///
     /// The arguments of `copy` are: where to copy to, how much was copied before, and how much to

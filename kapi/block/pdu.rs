@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The driver's private data in each request.
 
-use super::timeline::Timeline;
+use super::{
+    outcome::REQUEUE,
+    timeline::Timeline, //
+};
 use crate::kapi::{
     bindings,
     tracepoint::is_on, //
@@ -16,7 +19,8 @@ use kernel::sync::atomic::{
 pub(in crate::kapi) struct Pdu {
     /// The number of [`Handle`](super::request::Handle)s that exist. Dropping the last one ends the request.
     pub(super) handles: Atomic<i32>,
-    /// The outcome set by [`Unanswered`](super::request::Unanswered): a `blk_status_t` or [`REQUEUE`].
+    /// The outcome set by [`Unanswered`](super::request::Unanswered), as
+    /// [`Outcome::pack()`](super::outcome::Outcome::pack) returns it.
     pub(super) outcome: Atomic<u32>,
     /// The outcome set by [`Unsent`](super::request::Unsent), which takes precedence, or [`NOT_OVERRULED`]. In
     /// addition [`TRACED`] may be set.
@@ -28,13 +32,11 @@ pub(in crate::kapi) struct Pdu {
     timeline: Timeline,
 }
 
-/// The outcome of a request that is requeued. It is larger than any `blk_status_t`.
-pub(super) const REQUEUE: u32 = 1 << 8;
-/// The value of `overruled` unless [`Pdu::overrule()`] was called.
+/// The value of `overruled` unless [`Pdu::overrule()`] was called. No packed outcome is equal to it.
 const NOT_OVERRULED: u32 = 1 << 9;
 /// The trace event `nbd_request_done` was switched on when the request was started.
 ///
-/// This is a bit of `overruled`, so that a start without the event need not write anything else.
+/// This is a bit of `overruled` that no packed outcome has, so that a start without the event need not write anything else.
 const TRACED: u32 = 1 << 10;
 
 impl Pdu {
@@ -63,7 +65,7 @@ impl Pdu {
         self.overruled.store(outcome | traced, Relaxed);
     }
 
-    /// Returns the outcome, a `blk_status_t` or [`REQUEUE`]. Both handles must be gone.
+    /// Returns the packed outcome. Both handles must be gone.
     pub(super) fn final_outcome(&self) -> u32 {
         match self.overruled.load(Relaxed) {
             NOT_OVERRULED => self.outcome.load(Relaxed),
@@ -108,12 +110,12 @@ impl Pdu {
     #[cold]
     #[inline(never)]
     unsafe fn trace_end_now(&self, rq: NonNull<bindings::request>) {
-        let Ok(status) = u8::try_from(self.final_outcome()) else {
-            // It is requeued.
-            return;
-        };
-        // SAFETY: By this function's safety requirements, the request was started and has not ended.
-        unsafe { Timeline::report(self.timeline(), rq, status) };
+        let outcome = self.final_outcome();
+        if outcome != REQUEUE {
+            // The status is in the lowest byte.
+            // SAFETY: By this function's safety requirements, the request was started and has not ended.
+            unsafe { Timeline::report(self.timeline(), rq, outcome as u8) };
+        }
     }
 }
 

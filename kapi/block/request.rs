@@ -28,12 +28,20 @@
 //!
 //! C header: [`include/linux/blk-mq.h`](srctree/include/linux/blk-mq.h)
 
+pub(crate) use super::outcome::{
+    Outcome,
+    Status, //
+};
+
 use super::{
+    outcome::{
+        good_sectors,
+        REQUEUE, //
+    },
     pdu::{
         pdu,
         trace_refusal,
-        Pdu,
-        REQUEUE, //
+        Pdu, //
     },
     timeline::Timeline, //
 };
@@ -56,26 +64,6 @@ use kernel::{
     },
 };
 
-/// A status of the block layer (`blk_status_t`).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Status(pub(super) u8);
-
-impl Status {
-    pub(crate) const OK: Status = Status(bindings::BLK_STS_OK as u8);
-    /// The operation is not supported (`EOPNOTSUPP`).
-    pub(crate) const NOTSUPP: Status = Status(bindings::BLK_STS_NOTSUPP);
-    /// There is no space left (`ENOSPC`).
-    pub(crate) const NOSPC: Status = Status(bindings::BLK_STS_NOSPC);
-    /// The target failed the request (`EREMOTEIO`).
-    pub(crate) const TARGET: Status = Status(bindings::BLK_STS_TARGET);
-    /// An I/O error (`EIO`).
-    pub(crate) const IOERR: Status = Status(bindings::BLK_STS_IOERR);
-    /// The request cannot be started yet. This does not end it: the block layer keeps it until the
-    /// queue runs again, which the driver must ensure
-    /// ([`Dispatch::run_again()`](super::mq::Dispatch::run_again)).
-    pub(crate) const DEV_RESOURCE: Status = Status(bindings::BLK_STS_DEV_RESOURCE);
-}
-
 /// The operation of a request (`enum req_op`). Those that a disk without zones does not get are
 /// `Other`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -92,25 +80,6 @@ impl Op {
     /// Returns whether the operation changes the medium (`op_is_write()`). A flush does not.
     pub(crate) fn is_write(self) -> bool {
         matches!(self, Op::Write | Op::Discard | Op::WriteZeroes)
-    }
-}
-
-/// How a request ends.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Outcome {
-    /// The request is completed with this status.
-    Complete(Status),
-    /// The request is requeued, and the block layer dispatches it again.
-    Requeue,
-}
-
-impl Outcome {
-    /// Converts the outcome to the form in which [`Pdu`] stores it.
-    fn pack(self) -> u32 {
-        match self {
-            Outcome::Complete(status) => u32::from(status.0),
-            Outcome::Requeue => REQUEUE,
-        }
     }
 }
 
@@ -384,11 +353,16 @@ impl Handle {
         let pdu = unsafe { pdu(rq) };
         // SAFETY: By this function's safety requirements, the request was not ended.
         unsafe { pdu.trace_end(rq) };
-        if pdu.final_outcome() == REQUEUE {
-            // SAFETY: By this function's safety requirements, the request was started and not
-            // ended.
-            unsafe { bindings::blk_mq_requeue_request(rq.as_ptr(), true) };
-            return;
+        let outcome = pdu.final_outcome();
+        if outcome >= REQUEUE {
+            if outcome == REQUEUE {
+                // SAFETY: By this function's safety requirements, the request was started and not
+                // ended.
+                unsafe { bindings::blk_mq_requeue_request(rq.as_ptr(), true) };
+                return;
+            }
+            // SAFETY: By this function's safety requirements. The outcome has a number of good sectors.
+            unsafe { Self::complete_good_sectors(rq, good_sectors(outcome)) };
         }
         // SAFETY: By this function's safety requirements.
         let completes_remotely = unsafe { Self::complete_remotely(rq) };
@@ -397,6 +371,25 @@ impl Handle {
             // layer, and its outcome is not a requeue.
             unsafe { Self::end_locally(rq) };
         }
+    }
+
+    /// Completes the first sectors of a request that has failed behind them.
+    ///
+    /// # Safety
+    ///
+    /// As for [`Self::end()`], but the caller still owns the request.
+    #[cold]
+    unsafe fn complete_good_sectors(rq: NonNull<bindings::request>, sectors: u32) {
+        // SAFETY: By this function's safety requirements, the request is valid, and nothing else uses it.
+        let len_bytes = unsafe { extent(rq) }.len_bytes;
+        // Something must be left, which ends with the status.
+        let last_bytes = len_bytes.saturating_sub(1 << bindings::SECTOR_SHIFT);
+        let good_bytes = last_bytes.min(sectors.saturating_mul(1 << bindings::SECTOR_SHIFT));
+        // SAFETY: By this function's safety requirements, the request was started and not ended. It has more
+        // bytes than these.
+        unsafe {
+            bindings::blk_update_request(rq.as_ptr(), bindings::BLK_STS_OK as u8, good_bytes)
+        };
     }
 
     /// Leaves the request to the block layer to be completed on the CPU that submitted it
@@ -431,7 +424,7 @@ impl Handle {
         // uses it.
         let status = unsafe { pdu(rq) }.final_outcome();
         // SAFETY: By this function's safety requirements, the request was started and not ended.
-        // Its outcome is not a requeue, so it is a status.
+        // Its outcome is not a requeue, so its lowest byte is a status.
         unsafe { bindings::blk_mq_end_request(rq.as_ptr(), status as u8) };
     }
 }
