@@ -322,7 +322,10 @@ impl Connection {
         let notice = Notice::new(&table.origin)?;
         let addresses = Addresses::of(&socket);
         let sending = Sending::new()?;
-        let receive = Receive::new(table.structured != Structured::No)?;
+        let receive = Receive::new(match table.structured {
+            Structured::No => Mode::Simple,
+            Structured::Possible | Structured::Required => Mode::Structured,
+        })?;
         let connection = Arc::pin_init(
             pin_init!(Connection {
                 position,

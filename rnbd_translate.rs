@@ -93,9 +93,8 @@ impl kernel::fmt::Display for ServersWords<'_> {
         write!(f, ": \"")?;
         for &byte in text {
             match byte {
-                b'"' | b'\\' => write!(f, "\\{}", char::from(byte))?,
-                b' '..=b'~' => write!(f, "{}", char::from(byte))?,
-                _ => write!(f, "\\x{byte:02x}")?,
+                b'\'' => write!(f, "'")?,
+                byte => write!(f, "{}", core::ascii::escape_default(byte))?,
             }
         }
         write!(f, "\"{}", if self.text.is_cut() { "..." } else { "" })

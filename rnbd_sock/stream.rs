@@ -147,8 +147,11 @@ pub(crate) struct Receive {
     pub(super) mode: Mode,
 }
 
+/// The result of handling a header: the command whose data follows.
+pub(super) type Handled = Result<Option<Payload<Unanswered>>>;
+
 /// What a connection may receive.
-pub(super) enum Mode {
+pub(crate) enum Mode {
     /// Simple replies only.
     Simple,
     /// Structured replies, too.
@@ -287,8 +290,7 @@ impl Transmit {
 }
 
 impl Receive {
-    /// Returns a receive side that has received nothing. `structured` tells whether the server may send structured
-    /// replies.
+    /// Returns a receive side that has received nothing.
     ///
     /// # Errors
     ///
@@ -297,7 +299,7 @@ impl Receive {
     /// # Context
     ///
     /// May sleep.
-    pub(crate) fn new(structured: bool) -> Result<Self> {
+    pub(crate) fn new(mode: Mode) -> Result<Self> {
         Ok(Receive {
             buffer: IoPage::new()?,
             pieces: Pieces::new(PIECES)?,
@@ -307,10 +309,7 @@ impl Receive {
             current: None,
             chunk: None,
             zeroed_bytes: 0,
-            mode: match structured {
-                true => Mode::Structured,
-                false => Mode::Simple,
-            },
+            mode,
         })
     }
 
@@ -430,10 +429,7 @@ impl Receive {
     /// Those of `handle`. The stream cannot be parsed any further.
     pub(crate) fn parse<const CHUNKS: bool>(
         &mut self,
-        handle: impl Fn(
-            &[u8; REPLY_BYTES],
-            &mut Option<Receiving>,
-        ) -> Result<Option<Payload<Unanswered>>>,
+        handle: impl Fn(&[u8; REPLY_BYTES], &mut Option<Receiving>) -> Handled,
         complete: impl Fn(Payload<Unanswered>),
     ) -> Result {
         loop {
@@ -467,43 +463,37 @@ impl Receive {
 
     /// Returns the next reply's header if all of it was received.
     fn next_header(&mut self) -> Result<Option<[u8; REPLY_BYTES]>> {
-        let there = self.end - self.start;
-        if there < REPLY_BYTES {
-            if self.start > 0 {
-                self.move_to_front(there)?;
-            }
-            return Ok(None);
-        }
         let mut header = [0; REPLY_BYTES];
-        self.buffer.read(self.start, &mut header)?;
-        self.start += REPLY_BYTES;
-        self.reset_if_empty();
-        Ok(Some(header))
+        Ok(self.next(&mut header)?.then_some(header))
     }
 
-    /// Returns the next part of a chunk, of `len` bytes, if all of it was received. `len` must be at most
-    /// [`PART_BYTES`].
+    /// Returns the next `len` bytes of a chunk, at most [`PART_BYTES`], if all of them were received.
     pub(super) fn next_part<'a>(
         &mut self,
         room: &'a mut [u8; PART_BYTES],
         len: usize,
     ) -> Result<Option<&'a [u8]>> {
+        let (part, _) = room.split_at_mut(len);
+        Ok(self.next(part)?.then_some(part))
+    }
+
+    /// Takes as many bytes as `part` has room for, if all of them were received. Returns whether they were.
+    #[inline(always)]
+    fn next(&mut self, part: &mut [u8]) -> Result<bool> {
         let there = self.end - self.start;
-        if there < len {
+        if there < part.len() {
             if self.start > 0 {
                 self.move_to_front(there)?;
             }
-            return Ok(None);
+            return Ok(false);
         }
-        let (part, _) = room.split_at_mut(len);
         self.buffer.read(self.start, part)?;
-        self.start += len;
+        self.start += part.len();
         self.reset_if_empty();
-        Ok(Some(part))
+        Ok(true)
     }
 
-    /// Moves a part of a header, or of a chunk, of `len` bytes to the front of the buffer, so that there is room for
-    /// the rest of it.
+    /// Moves `len` bytes of a header or chunk to the front of the buffer, so that there is room for the rest of it.
     #[cold]
     fn move_to_front(&mut self, len: usize) -> Result {
         let mut header = [0; PART_BYTES];
@@ -531,7 +521,6 @@ pub(crate) fn send_disconnect_on(socket: &Socket) -> Result {
     let mut pieces = Pieces::new(1)?;
     let mut iov = SendIov::new(&mut pieces);
     iov.push_bytes(&page, 0, REQUEST_BYTES);
-    socket
-        .send(iov, &mut FragPool::new(0)?, Next::Nothing)
-        .map(|_| ())
+    socket.send(iov, &mut FragPool::new(0)?, Next::Nothing)?;
+    Ok(())
 }

@@ -2,7 +2,7 @@
 //! Drives the module's own parser of the byte stream with whatever a server may send.
 //!
 //! The files that read a reply and find its command are compiled here as they are: `rnbd_sock/stream.rs`,
-//! `pure/proto.rs`, `pure/cmd.rs`, `pure/ring.rs`, `rnbd_translate.rs`. [`run()`] takes a script, any
+//! `rnbd_sock/chunks.rs`, `pure/chunk.rs`, `pure/coverage.rs`, `pure/proto.rs`, `pure/cmd.rs`, `pure/ring.rs`, `rnbd_translate.rs`. [`run()`] takes a script, any
 //! bytes, of commands that are started, bytes that a server sends, and the pieces in which they arrive,
 //! in the callback or in the work item. What the module makes of it is compared with what [`model`]
 //! does, which takes one byte after the other.
@@ -28,10 +28,16 @@ mod pure;
 mod stream;
 #[allow(clippy::all, dead_code)]
 #[rustfmt::skip]
+#[path = "../../../rnbd_sock/chunks.rs"]
+mod chunks;
+#[allow(clippy::all, dead_code)]
+#[rustfmt::skip]
 #[path = "../../../rnbd_translate.rs"]
 mod rnbd_translate;
 
 mod model;
+mod receiving;
+mod rnbd_table;
 mod script;
 #[cfg(test)]
 mod tests;
@@ -39,16 +45,16 @@ mod tests;
 use kapi::{
     block::{
         payload::Payload,
-        request::{Extent, Log, Op, Outcome, Request, Side, Status, Unanswered, Unsent},
+        request::{Extent, Log, Op, Outcome, Request, Unanswered, Unsent},
     },
     net::{arrival::Segment, sock::Socket, transfer::Next},
 };
 use prelude::*;
-use pure::cmd::{Cookie, Parking, Slot};
-use pure::proto::{ReplyHeader, ServerError};
-use script::{SLOTS, Script, Step};
-use std::cell::RefCell;
-use stream::{Receive, Transmit};
+use pure::cmd::Cookie;
+use receiving::Connection;
+use rnbd_table::Structured;
+use script::{Command, SLOTS, Script, Step};
+use stream::{Mode, Receive, Transmit};
 
 /// As `rnbd_sock/receiving.rs`: more data than this is left to the work item.
 const INLINE_DATA_BYTES: usize = 32 << 10;
@@ -57,41 +63,26 @@ const INLINE_DATA_BYTES: usize = 32 << 10;
 const OURS: u16 = 0;
 const OTHER: u16 = 1;
 
-#[derive(Default)]
-struct Parked(RefCell<Option<Unanswered>>);
-
-impl Parking for Parked {
-    type Item = Unanswered;
-
-    fn put(&self, item: Unanswered) -> Option<Unanswered> {
-        self.0.borrow_mut().replace(item)
-    }
-
-    fn take(&self) -> Option<Unanswered> {
-        self.0.borrow_mut().take()
-    }
-}
-
 /// Carries out a script.
 ///
 /// # Panics
 ///
 /// Where the module does not do what the model does.
 pub fn run(script: &[u8]) {
-    let mut connection = Connection::new();
+    let mut session = Session::new(Script::structured(script));
     let mut script = Script::new(script);
-    while let Some(step) = script.next_step(&connection.cookies()) {
-        connection.take(step);
+    while let Some(step) = script.next_step(&session.commands()) {
+        session.take(step);
     }
-    connection.take(Step::Fill { limit: usize::MAX });
-    connection.finish();
+    session.take(Step::Fill { limit: usize::MAX });
+    session.finish();
 }
 
 /// The module's connection, with all around it that has no part in understanding the stream.
-struct Connection {
-    slots: Vec<Slot<Parked>>,
-    /// The cookie of each slot's last command, and whether it was for us.
-    started: Vec<Option<Cookie>>,
+struct Session {
+    connection: Connection,
+    /// Each slot's last command.
+    started: Vec<Option<Command>>,
     receive: Receive,
     transmit: Transmit,
     socket: Socket,
@@ -103,29 +94,29 @@ struct Connection {
     given_back: Log,
 }
 
-impl Connection {
-    fn new() -> Self {
-        Connection {
-            slots: (0..SLOTS).map(|_| Slot::new(Parked::default())).collect(),
+impl Session {
+    fn new(structured: Structured) -> Self {
+        let mode = match structured {
+            Structured::No => Mode::Simple,
+            _ => Mode::Structured,
+        };
+        Session {
+            connection: Connection::new(structured),
             started: vec![None; SLOTS],
-            receive: Receive::new().unwrap(),
+            receive: Receive::new(mode).unwrap(),
             transmit: Transmit::new().unwrap(),
             socket: Socket::default(),
             dead: false,
             decided: Log::default(),
-            model: model::Model::default(),
+            model: model::Model::new(structured),
             to_send: Vec::new(),
             given_back: Log::default(),
         }
     }
 
-    /// Those that a script may refer to: of commands in flight, and of the last ones.
-    fn cookies(&self) -> Vec<u64> {
-        self.started
-            .iter()
-            .flatten()
-            .map(|cookie| cookie.0)
-            .collect()
+    /// Those that a script may refer to: commands in flight, and the last ones.
+    fn commands(&self) -> Vec<Command> {
+        self.started.iter().flatten().copied().collect()
     }
 
     fn take(&mut self, step: Step) {
@@ -148,7 +139,7 @@ impl Connection {
 
     /// A tag is used again only when its command is over.
     fn start(&mut self, slot: usize, op: Op, len_bytes: u32, piece_bytes: usize, ours: bool) {
-        let busy = self.slots[slot].status().1 || self.model.is_receiving(slot);
+        let busy = self.connection.table.slots[slot].status().1 || self.model.is_receiving(slot);
         if busy || !self.transmit.can_stage() {
             return;
         }
@@ -163,11 +154,16 @@ impl Connection {
         };
         let number = slot as u32;
         let request = Request::new(number, extent, piece_bytes, &self.decided);
-        let generation = self.slots[slot].start(connection, Unanswered(request));
+        let generation = self.connection.table.slots[slot].start(connection, Unanswered(request));
         let cookie = Cookie::new(generation, number);
-        self.started[slot] = Some(cookie);
+        self.started[slot] = Some(Command {
+            cookie: cookie.0,
+            offset_bytes,
+            len_bytes,
+        });
         if ours {
-            self.model.start(slot, cookie.0, op, len_bytes);
+            self.model
+                .start(slot, cookie.0, op, offset_bytes, len_bytes);
             self.stage(number, extent, piece_bytes, cookie);
         }
     }
@@ -205,14 +201,22 @@ impl Connection {
 
     fn receive_segment(&mut self, segment: &mut Segment<'_>) -> Result {
         loop {
-            self.parse()?;
-            let data = self.receive.current.as_ref().map_or(0, Payload::left_bytes);
+            if self.parse(INLINE_DATA_BYTES)? {
+                // The receive work is queued.
+                self.parse(usize::MAX)?;
+                return Ok(());
+            }
+            let data = self.receive.awaited_bytes();
             if data > INLINE_DATA_BYTES || segment.left_bytes() == 0 {
                 return Ok(());
             }
             let before = segment.left_bytes();
-            let taken = self.receive.take_from(segment)?;
+            let taken = match self.receive.mode {
+                Mode::Simple => self.receive.take_from::<false>(segment)?,
+                _ => self.receive.take_from::<true>(segment)?,
+            };
             assert_eq!(taken, before - segment.left_bytes());
+            assert!(taken > 0, "nothing is wanted");
         }
     }
 
@@ -221,17 +225,21 @@ impl Connection {
         self.socket.limit.set(limit);
         while !self.dead {
             let before: Vec<u8> = self.socket.incoming.borrow().iter().copied().collect();
-            let parsed = match self.receive.is_parsed() {
-                true => Ok(()),
-                false => self.parse(),
+            let is_parsed = match self.receive.mode {
+                Mode::Simple => self.receive.is_parsed::<false>(),
+                _ => self.receive.is_parsed::<true>(),
             };
-            let got = parsed.and_then(|()| self.receive.fill(&self.socket));
+            let parsed = match is_parsed {
+                true => Ok(false),
+                false => self.parse(usize::MAX),
+            };
+            let got = parsed.and_then(|_| self.receive.fill(&self.socket));
             match got {
                 Ok((got, _)) => self.model.feed(&before[..got]),
                 Err(e) if e == EAGAIN => return,
                 Err(_) => self.dead = true,
             }
-            if self.parse().is_err() {
+            if self.parse(usize::MAX).is_err() {
                 self.dead = true;
             }
             if limit != usize::MAX {
@@ -240,12 +248,11 @@ impl Connection {
         }
     }
 
-    fn parse(&mut self) -> Result {
-        let slots = &self.slots;
-        self.receive.parse(
-            |header| handle_reply(slots, header),
-            |payload| payload.into_side().finish(Outcome::Complete(Status::OK)),
-        )
+    fn parse(&mut self, limit: usize) -> Result<bool> {
+        match self.receive.mode {
+            Mode::Simple => self.connection.parse::<false>(&mut self.receive, limit),
+            _ => self.connection.parse::<true>(&mut self.receive, limit),
+        }
     }
 
     fn send(&mut self, limit: usize) {
@@ -264,7 +271,7 @@ impl Connection {
         if let Some(payload) = self.receive.current.take() {
             payload.into_side().finish(Outcome::Requeue);
         }
-        for slot in &self.slots {
+        for slot in &self.connection.table.slots {
             if let Some(request) = slot.reclaim(OURS) {
                 request.finish(Outcome::Requeue);
             }
@@ -286,26 +293,4 @@ impl Connection {
             "what was sent was given back"
         );
     }
-}
-
-/// As `Connection::handle_reply()`, but for counting and complaining.
-fn handle_reply(
-    slots: &[Slot<Parked>],
-    header: &[u8; pure::proto::REPLY_BYTES],
-) -> Result<Option<Payload<Unanswered>>> {
-    let reply = ReplyHeader::decode(header).map_err(|_| EPROTO)?;
-    let cookie = Cookie(reply.cookie);
-    let slot = slots.get(cookie.slot() as usize).ok_or(EPROTO)?;
-    let request = slot.claim(cookie.generation(), OURS).map_err(|_| EPROTO)?;
-    if let Some(error) = ServerError::from_wire(reply.error) {
-        let op = request.extent().op;
-        request.finish(Outcome::Complete(rnbd_translate::status_of(error, op)));
-        return Ok(None);
-    }
-    let payload = Payload::new(request);
-    if payload.left_bytes() > 0 {
-        return Ok(Some(payload));
-    }
-    payload.into_side().finish(Outcome::Complete(Status::OK));
-    Ok(None)
 }

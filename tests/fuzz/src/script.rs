@@ -2,12 +2,21 @@
 //! What happens, read from bytes that mean something whatever they are.
 
 use crate::kapi::block::request::Op;
+use crate::rnbd_table::Structured;
 
 /// Places of the table.
 pub(crate) const SLOTS: usize = 8;
 
 /// A script's data is never longer than this in all.
 const LONGEST: usize = 256 << 10;
+
+/// A command that a script may refer to.
+#[derive(Clone, Copy)]
+pub(crate) struct Command {
+    pub(crate) cookie: u64,
+    pub(crate) offset_bytes: u64,
+    pub(crate) len_bytes: u32,
+}
 
 pub(crate) enum Step {
     /// A command is started, unless its slot is busy.
@@ -50,6 +59,15 @@ impl<'a> Script<'a> {
         }
     }
 
+    /// Whether the server of this script sends structured replies.
+    pub(crate) fn structured(bytes: &[u8]) -> Structured {
+        match bytes.first().unwrap_or(&0) >> 6 {
+            0 => Structured::No,
+            3 => Structured::Required,
+            _ => Structured::Possible,
+        }
+    }
+
     fn byte(&mut self) -> Option<u8> {
         let (first, left) = self.left.split_first()?;
         self.left = left;
@@ -60,14 +78,18 @@ impl<'a> Script<'a> {
         Some((usize::from(self.byte()?) << 8) | usize::from(self.byte()?))
     }
 
-    /// The next step, which may refer to these cookies.
-    pub(crate) fn next_step(&mut self, cookies: &[u64]) -> Option<Step> {
+    /// The next step, which may refer to these commands.
+    pub(crate) fn next_step(&mut self, commands: &[Command]) -> Option<Step> {
         let kind = self.byte()?;
         Some(match kind % 8 {
             0 | 1 => self.start()?,
             2 => self.serve(Self::raw)?,
+            3 if kind & 8 != 0 => {
+                let chunk = self.chunk(commands)?;
+                self.serve(|_| Some(chunk))?
+            }
             3 | 4 => {
-                let reply = self.reply(cookies)?;
+                let reply = self.reply(commands)?;
                 self.serve(|_| Some(reply))?
             }
             5 => Step::Arrive {
@@ -113,10 +135,10 @@ impl<'a> Script<'a> {
     }
 
     /// A reply, mostly to one of the commands, and data, mostly as much as some read wants.
-    fn reply(&mut self, cookies: &[u64]) -> Option<Vec<u8>> {
+    fn reply(&mut self, commands: &[Command]) -> Option<Vec<u8>> {
         let (which, how, size) = (self.byte()?, self.byte()?, self.byte()?);
-        let cookie = cookies.get(usize::from(which) % cookies.len().max(1));
-        let mut cookie = cookie.copied().unwrap_or(0);
+        let command = commands.get(usize::from(which) % commands.len().max(1));
+        let mut cookie = command.map_or(0, |command| command.cookie);
         let mut magic = 0x6744_6698_u32;
         let mut error = 0;
         match how % 16 {
@@ -140,5 +162,68 @@ impl<'a> Script<'a> {
         };
         reply.extend((0..data).map(|at| (at ^ (at >> 8)) as u8 ^ which));
         Some(reply)
+    }
+
+    /// A chunk, mostly of the reply to one of the commands, and mostly with content that it wants.
+    fn chunk(&mut self, commands: &[Command]) -> Option<Vec<u8>> {
+        let (which, how, place) = (self.byte()?, self.byte()?, self.byte()?);
+        let command = commands.get(usize::from(which) % commands.len().max(1))?;
+        let unit = match place >> 6 {
+            0 => command.len_bytes,
+            1 => command.len_bytes / 2,
+            2 => command.len_bytes / 8,
+            _ => 1,
+        };
+        let (at, count) = (u32::from(place & 7), u32::from((place >> 3) & 7));
+        let mut offset = command.offset_bytes + u64::from(at.min(7) * unit);
+        let mut len = (count + 1) * unit;
+        if unit == command.len_bytes {
+            // All of it, most of the time.
+            let odd = place & 0x30 == 0x30;
+            offset = command.offset_bytes + u64::from(if odd { at } else { 0 });
+            len = unit;
+        }
+        let mut kind: u16 = [1, 1, 1, 2, 2, 0, 0x8001, 0x8002][usize::from(how % 8)];
+        let mut error = ERRORS[usize::from(count as u8) % 8];
+        let mut text = usize::from(which >> 3) * 8;
+        let mut after = 0;
+        match (how >> 3) & 15 {
+            1 => kind = (u16::from(place) << 8) | 7,
+            2 => offset = u64::MAX - u64::from(at),
+            3 => error = 0,
+            4 => after = usize::from(at as u8),
+            5 => text = 3 << 8,
+            6 => len = 0,
+            _ => {}
+        }
+        let mut body = Vec::new();
+        match kind {
+            0 => {}
+            1 => {
+                body.extend(offset.to_be_bytes());
+                body.extend((0..len).map(|at| (at ^ (at >> 8)) as u8 ^ which));
+            }
+            2 => {
+                body.extend(offset.to_be_bytes());
+                body.extend(len.to_be_bytes());
+            }
+            _ => {
+                body.extend(error.to_be_bytes());
+                body.extend((text as u16).to_be_bytes());
+                // A length that is in the wrong order has no such text.
+                body.extend((0..text % (3 << 8)).map(|at| at as u8 ^ place));
+                if kind == 0x8002 {
+                    body.extend(offset.to_be_bytes());
+                }
+            }
+        }
+        body.extend(vec![which; after]);
+        let mut chunk = 0x668e_33ef_u32.to_be_bytes().to_vec();
+        chunk.extend(u16::from(how >> 7).to_be_bytes());
+        chunk.extend(kind.to_be_bytes());
+        chunk.extend(command.cookie.to_be_bytes());
+        chunk.extend((body.len() as u32).to_be_bytes());
+        chunk.extend(body);
+        Some(chunk)
     }
 }

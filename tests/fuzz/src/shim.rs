@@ -36,6 +36,8 @@ pub(crate) mod prelude {
 
 /// `kernel::sync`
 pub(crate) mod sync {
+    pub(crate) type ArcBorrow<'a, T> = &'a T;
+
     pub(crate) mod atomic {
         use std::marker::PhantomData;
         use std::sync::atomic::{AtomicU64, Ordering};
@@ -69,6 +71,12 @@ pub(crate) mod sync {
 
 /// `kapi`
 pub(crate) mod kapi {
+    pub(crate) mod task {
+        pub(crate) fn jiffies() -> usize {
+            7
+        }
+    }
+
     pub(crate) mod block {
         pub(crate) use super::{payload, request};
     }
@@ -78,7 +86,7 @@ pub(crate) mod kapi {
     }
 
     pub(crate) mod trace {
-        use super::request::Unsent;
+        use super::request::{Unanswered, Unsent};
 
         pub(crate) fn is_sending_traced() -> bool {
             false
@@ -87,6 +95,8 @@ pub(crate) mod kapi {
         pub(crate) fn header_sent(_request: &Unsent, _cookie: u64) {}
 
         pub(crate) fn payload_sent(_request: &Unsent, _cookie: u64) {}
+
+        pub(crate) fn header_received(_request: &Unanswered, _cookie: u64, _error: u32) {}
     }
 
     /// Memory that several may write to: a request's, a page.
@@ -95,6 +105,9 @@ pub(crate) mod kapi {
     fn memory(len: usize) -> Memory {
         std::rc::Rc::new(std::cell::RefCell::new(vec![0; len]))
     }
+
+    /// What a request's memory has in it before anything is written there.
+    pub(crate) const OLD: u8 = 0xee;
 
     pub(crate) mod request {
         use super::Memory;
@@ -126,6 +139,7 @@ pub(crate) mod kapi {
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub(crate) enum Outcome {
             Complete(Status),
+            Partly(Status, u32),
             Requeue,
         }
 
@@ -156,10 +170,12 @@ pub(crate) mod kapi {
             pub(crate) fn new(number: u32, extent: Extent, piece_bytes: usize, log: &Log) -> Self {
                 let moves_data = matches!(extent.op, Op::Read | Op::Write);
                 let len = if moves_data { extent.len_bytes } else { 0 };
+                let data = super::memory(len as usize);
+                data.borrow_mut().fill(super::OLD);
                 Request {
                     number,
                     extent,
-                    data: super::memory(len as usize),
+                    data,
                     piece_bytes,
                     log: log.clone(),
                 }
@@ -214,7 +230,7 @@ pub(crate) mod kapi {
     }
 
     pub(crate) mod payload {
-        use super::request::{Side, Unanswered};
+        use super::request::{Op, Side, Unanswered};
 
         pub(crate) struct Payload<S> {
             pub(super) side: S,
@@ -252,6 +268,24 @@ pub(crate) mod kapi {
         }
 
         impl Payload<Unanswered> {
+            pub(crate) fn within(side: Unanswered, at: u64, len: u32) -> Result<Self, Unanswered> {
+                let extent = side.extent();
+                let end = at.checked_add(u64::from(len));
+                match end.filter(|end| *end <= u64::from(extent.len_bytes)) {
+                    Some(end) if extent.op == Op::Read => Ok(Payload {
+                        side,
+                        at: at as usize,
+                        end: end as usize,
+                    }),
+                    _ => Err(side),
+                }
+            }
+
+            pub(crate) fn zero(&mut self) {
+                let zeroes = vec![0; self.left_bytes()];
+                self.fill(&zeroes);
+            }
+
             pub(super) fn fill(&mut self, bytes: &[u8]) -> usize {
                 let bytes = &bytes[..bytes.len().min(self.left_bytes())];
                 let end = self.at + bytes.len();

@@ -11,7 +11,7 @@ use crate::{
     pure::cmd::Cookie,
     pure::proto::{self as proto, Command, RequestHeader, ServerError},
     rnbd_translate::{RequestDescription, status_of, wire_of},
-    stream::{Receive, Transmit, send_disconnect_on},
+    stream::{Mode, Receive, Transmit, send_disconnect_on},
 };
 use proptest::prelude::*;
 use std::fs;
@@ -231,7 +231,7 @@ fn a_disconnect_is_no_request() {
 /// It would be copied twice where it is data.
 #[test]
 fn little_is_received_ahead() {
-    let mut receive = Receive::new().unwrap();
+    let mut receive = Receive::new(Mode::Simple).unwrap();
     assert_eq!(receive.awaited_bytes(), 0);
     let socket = Socket::default();
     assert_eq!(receive.fill(&socket), Err(EAGAIN));
@@ -241,7 +241,7 @@ fn little_is_received_ahead() {
     socket.limit.set(usize::MAX);
     assert_eq!(receive.fill(&socket), Ok((502, true)));
     // Data that is waited for goes where it belongs, and leaves as much room.
-    let mut receive = Receive::new().unwrap();
+    let mut receive = Receive::new(Mode::Simple).unwrap();
     let request = Request::new(0, extent(Op::Read, 1024), 512, &Log::default());
     let data = request.data.clone();
     receive.current = Some(Payload::new(Unanswered(request)));
@@ -316,7 +316,62 @@ fn errors_keep_their_meaning() {
     }
 }
 
+/// Steps of scripts in which a server answers reads by chunks.
+fn chunk_steps() -> impl Strategy<Value = Vec<u8>> {
+    let start = (0_u8..8, 0_u8..32).prop_map(|(slot, size)| vec![0x40, slot, size]);
+    let chunk = (0_u8..8, any::<u8>(), any::<u8>())
+        .prop_map(|(which, how, place)| vec![0x4b, which, how, place]);
+    // Mostly content, in eighths of the read and in order or not, and the end of the reply.
+    let eighth = (0_u8..2, 0_u8..8, 0_u8..2, 0_u8..4).prop_map(|(which, at, hole, last)| {
+        vec![0x4b, which, (hole * 4) | ((last & 1) << 7), 0x80 | at]
+    });
+    let end = (0_u8..2).prop_map(|which| vec![0x4b, which, 0x85, 0]);
+    let arrive = (0_u8..9, any::<u8>()).prop_map(|(high, low)| vec![0x45, high, low]);
+    let fill = (0_u8..9, any::<u8>()).prop_map(|(high, low)| vec![0x46, high, low]);
+    prop_oneof![2 => start, 2 => chunk, 8 => eighth, 1 => end, 2 => arrive, 2 => fill]
+}
+
+/// What a server sends in reply to one read of 4 KiB: eighths of it, in this order. Returns the outcome.
+fn read_in_eighths(order: &[u8], holes: u8, wrong: u8) -> Option<Outcome> {
+    use crate::rnbd_table::Structured;
+    use crate::script::Script;
+    // The first step is one that only says that chunks are expected.
+    let mut script = vec![0x47, 0, 0, 0x40, 0, 3];
+    for (index, at) in order.iter().enumerate() {
+        let hole = ((holes >> index) & 1) * 4;
+        let last = u8::from(index + 1 == order.len()) << 7;
+        script.extend([0x4b, 0, hole | last | wrong, 0x80 | at]);
+    }
+    let mut session = crate::Session::new(Structured::Possible);
+    let mut steps = Script::new(&script);
+    while let Some(step) = steps.next_step(&session.commands()) {
+        session.take(step);
+    }
+    session.take(crate::Step::Fill { limit: usize::MAX });
+    let decided = session.decided.borrow();
+    decided.first().map(|(_, outcome, _)| *outcome)
+}
+
+#[test]
+fn content_comes_in_many_orders() {
+    let done = Some(Outcome::Complete(Status::OK));
+    for holes in 0..=255 {
+        assert_eq!(read_in_eighths(&[0, 1, 2, 3, 4, 5, 6, 7], holes, 0), done);
+        assert_eq!(read_in_eighths(&[7, 6, 5, 4, 3, 2, 1, 0], holes, 0), done);
+        assert_eq!(read_in_eighths(&[6, 0, 4, 2, 3, 1, 5, 7], holes, 0), done);
+    }
+    // Five ranges would be too many, and what is missing or comes twice is found.
+    assert_eq!(read_in_eighths(&[0, 1, 2, 3, 4, 5, 6], 0, 0), None);
+    assert_eq!(read_in_eighths(&[0, 1, 2, 3, 4, 5, 6, 6], 0, 0), None);
+    assert_eq!(read_in_eighths(&[0, 1, 2, 2, 4, 5, 6, 7], 255, 0), None);
+}
+
 proptest! {
+    #[test]
+    fn any_chunks_are_understood(steps in prop::collection::vec(chunk_steps(), 1..60)) {
+        crate::run(&steps.concat());
+    }
+
     #[test]
     fn any_script_is_understood(script in prop::collection::vec(any::<u8>(), 0..300)) {
         crate::run(&script);

@@ -2,6 +2,8 @@
 //! The tests of rnbd that need no kernel: they compile the module's own pure source files.
 //!
 //! - `wire`: what goes over the wire, against bytes written by hand from the protocol's text
+//! - `chunk`: chunks of structured replies, against bytes written by hand
+//! - `coverage`: what of a read was answered by chunks, and how that is kept
 //! - `tls`: what a server sends over TLS that is no data
 //! - `ring`: the queue, against one that is known to work
 //! - `ownership`: who ends a command, in all interleavings that the memory model allows ([loom])
@@ -38,7 +40,9 @@ mod llist;
 mod try_lock;
 
 mod blk_mq;
+mod chunk;
 mod connection;
+mod coverage;
 mod fate;
 mod list;
 mod mutants;

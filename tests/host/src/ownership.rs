@@ -118,6 +118,63 @@ fn forgotten_reply<P: Parts>() {
     assert_eq!(shared.tag.history(), [Verdict::Requeue]);
 }
 
+/// A reply in chunks: each claims the command and gives it back, but for the last one. Nobody else gets it in between, and
+/// nothing is left when it has ended.
+fn reply_in_chunks<P: Parts>() {
+    let shared = Shared::<P::Slot>::new();
+    let (transmit, generation) = shared.start(0);
+    let receiver = shared.spawn(move |slot| {
+        for _ in 0..2 {
+            let request = slot.claim(generation, 0).expect("a chunk was refused");
+            request.0.write_pages();
+            slot.unclaim(request);
+        }
+        assert!(
+            complete(slot.claim(generation, 0)),
+            "the last chunk was refused"
+        );
+        assert!(
+            slot.claim(generation, 0).is_none(),
+            "a chunk after the last one"
+        );
+    });
+    let other_death = shared.reap(1);
+    drop(transmit);
+    receiver.join().unwrap();
+    assert!(!other_death.join().unwrap(), "another connection's command");
+    assert_eq!(shared.tag.history(), [Verdict::Complete]);
+}
+
+/// The connection dies between two chunks. Both the chunk and the death need the receive lock, so the receiver clears the
+/// connection away itself. The command is sent again elsewhere, and chunks for its first use are refused.
+fn death_between_chunks<P: Parts>() {
+    let shared = Shared::<P::Slot>::new();
+    let (transmit, generation) = shared.start(0);
+    let receiver = shared.spawn(move |slot| {
+        let request = slot.claim(generation, 0).expect("a chunk was refused");
+        request.0.write_pages();
+        slot.unclaim(request);
+        let lost = slot
+            .reclaim(0)
+            .expect("a command of which a chunk has come is lost");
+        lost.finish(Verdict::Requeue);
+        assert!(
+            slot.claim(generation, 0).is_none(),
+            "a chunk for a lost command"
+        );
+    });
+    drop(transmit);
+    assert_eq!(shared.tag.wait_ended(), Verdict::Requeue);
+    let (transmit, again) = shared.start(1);
+    drop(transmit);
+    assert!(
+        complete(shared.slot.claim(again, 1)),
+        "a good reply was refused"
+    );
+    receiver.join().unwrap();
+    assert_eq!(shared.tag.history(), [Verdict::Requeue, Verdict::Complete]);
+}
+
 /// Of two equal replies, even at once, one is accepted; a third one is not.
 fn repeated_reply<P: Parts>() {
     let shared = Shared::<P::Slot>::new();
@@ -212,6 +269,8 @@ fn reply_after_requeue_to_another_connection<P: Parts>() {
 models! {
     write_is_answered_while_it_is_sent,
     read_is_answered_while_it_is_sent,
+    reply_in_chunks,
+    death_between_chunks,
     reply_or_death,
     forgotten_reply,
     repeated_reply,
