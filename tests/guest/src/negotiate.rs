@@ -11,6 +11,8 @@ use std::time::Duration;
 const GREETING: &[u8; 16] = b"NBDMAGICIHAVEOPT";
 const NO_ZEROES_AND_FIXED_NEWSTYLE: u32 = 3;
 const OPT_EXPORT_NAME: u32 = 1;
+const OPT_STRUCTURED_REPLY: u32 = 8;
+const REP_ACK: u32 = 1;
 
 /// How long a server may take for each step.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -28,16 +30,37 @@ pub struct Export {
 ///
 /// Nobody is there, or does not speak as expected, or is gone in the middle.
 pub fn dial(address: &str) -> io::Result<Export> {
-    let stream = match address.parse::<SocketAddr>() {
+    negotiate(connect(address)?)
+}
+
+/// As [`dial`], and agrees on structured replies.
+///
+/// # Errors
+///
+/// Those of [`dial`], or the server does not have them.
+pub fn dial_for_structured_replies(address: &str) -> io::Result<Export> {
+    let mut stream = connect(address)?;
+    greet(&mut stream)?;
+    send_option(&mut stream, OPT_STRUCTURED_REPLY)?;
+    let mut reply = [0; 20];
+    stream.read_exact(&mut reply)?;
+    // Behind a magic number and the option; nothing follows.
+    if reply[12..] != [REP_ACK, 0].map(u32::to_be_bytes).concat() {
+        return Err(io::ErrorKind::Unsupported.into());
+    }
+    choose_export(stream)
+}
+
+fn connect(address: &str) -> io::Result<UnixStream> {
+    match address.parse::<SocketAddr>() {
         Ok(address) => {
             let stream = TcpStream::connect_timeout(&address, PATIENCE)?;
             stream.set_nodelay(true)?;
             // Reading and writing are the same calls for every kind of socket.
-            UnixStream::from(OwnedFd::from(stream))
+            Ok(UnixStream::from(OwnedFd::from(stream)))
         }
-        Err(_) => UnixStream::connect(address)?,
-    };
-    negotiate(stream)
+        Err(_) => UnixStream::connect(address),
+    }
 }
 
 /// As [`dial`], over a connection that was made.
@@ -46,18 +69,30 @@ pub fn dial(address: &str) -> io::Result<Export> {
 ///
 /// Those of [`dial`].
 pub fn negotiate(mut stream: UnixStream) -> io::Result<Export> {
+    greet(&mut stream)?;
+    choose_export(stream)
+}
+
+fn greet(stream: &mut UnixStream) -> io::Result<()> {
     stream.set_read_timeout(Some(PATIENCE))?;
     let mut greeting = [0; 18];
     stream.read_exact(&mut greeting)?;
     if !greeting.starts_with(GREETING) {
         return Err(io::ErrorKind::InvalidData.into());
     }
-    let mut answer = NO_ZEROES_AND_FIXED_NEWSTYLE.to_be_bytes().to_vec();
-    answer.extend(b"IHAVEOPT");
-    answer.extend(OPT_EXPORT_NAME.to_be_bytes());
-    // The length of its name.
-    answer.extend(0_u32.to_be_bytes());
-    stream.write_all(&answer)?;
+    stream.write_all(&NO_ZEROES_AND_FIXED_NEWSTYLE.to_be_bytes())
+}
+
+/// An option without anything behind it: for an export's name, the default one.
+fn send_option(stream: &mut UnixStream, option: u32) -> io::Result<()> {
+    let mut message = b"IHAVEOPT".to_vec();
+    message.extend(option.to_be_bytes());
+    message.extend(0_u32.to_be_bytes());
+    stream.write_all(&message)
+}
+
+fn choose_export(mut stream: UnixStream) -> io::Result<Export> {
+    send_option(&mut stream, OPT_EXPORT_NAME)?;
     let mut export = [0; 10];
     stream.read_exact(&mut export)?;
     stream.set_read_timeout(None)?;

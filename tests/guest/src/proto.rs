@@ -34,12 +34,15 @@ pub const SEND_FUA: u64 = 1 << 3;
 pub const ROTATIONAL: u64 = 1 << 4;
 pub const SEND_TRIM: u64 = 1 << 5;
 pub const SEND_WRITE_ZEROES: u64 = 1 << 6;
+/// Tells a driver that replies to reads may be structured.
+pub const SEND_DF: u64 = 1 << 7;
 pub const CAN_MULTI_CONN: u64 = 1 << 8;
 pub const SEND_FAST_ZERO: u64 = 1 << 11;
 
 /// Flags of a command.
 pub const CMD_FLAG_FUA: u16 = 1 << 0;
 pub const CMD_FLAG_NO_HOLE: u16 = 1 << 1;
+pub const CMD_FLAG_DF: u16 = 1 << 2;
 
 pub const REQUEST_MAGIC: u32 = 0x2560_9513;
 pub const REPLY_MAGIC: u32 = 0x6744_6698;

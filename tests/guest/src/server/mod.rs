@@ -7,6 +7,7 @@
 //! that is given the connection and the request's header; [`Conn::serve`] is the honest one. A
 //! script reads the data of a write itself, so that it can also decline to.
 
+pub mod chunks;
 mod conn;
 mod sockets;
 mod store;
@@ -19,6 +20,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, RwLock, Weak};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
+use fastrand::Rng;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::fcntl_dupfd_cloexec;
 
@@ -112,6 +114,15 @@ impl Server {
     /// From the next request on, the server is honest.
     pub fn be_honest(&self) {
         self.script(Conn::serve);
+    }
+
+    /// From the next request on, reads are answered by chunks that are chosen at random. A connection stays
+    /// so.
+    pub fn serve_in_chunks(&self, seed: u64) {
+        self.script(move |conn, first| {
+            let mut random = Rng::with_seed(seed ^ ((conn.index as u64) << 32));
+            chunks::serve(conn, first, &mut random)
+        });
     }
 
     /// A new connection; the answer is the client's end.

@@ -52,7 +52,7 @@ const SOCKETS: u16 = 3;
 const DRAIN: u16 = 4;
 const BACKEND: u16 = 5;
 const SIZE: u16 = 6;
-const FLAGS: u16 = 7;
+pub const FLAGS: u16 = 7;
 const TIMEOUT: u16 = 8;
 const DEAD_CONN_TIMEOUT: u16 = 9;
 const MINIMUM_BLOCK_SIZE: u16 = 10;
@@ -76,7 +76,7 @@ mod listed {
 }
 
 /// A socket to talk to the family with.
-fn open(guest: &Guest) -> Netlink {
+pub fn open(guest: &Guest) -> Netlink {
     if guest.driver == Driver::Nbd {
         skip("the family is rnbd's");
     }
@@ -96,7 +96,7 @@ fn flag(kind: u16) -> Attr {
 }
 
 /// Connects nbd0 to a server.
-fn connect_to(
+pub fn connect_to(
     rnbd: &Netlink,
     server: Server,
     transports: &[Transport],

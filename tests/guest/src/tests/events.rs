@@ -125,6 +125,17 @@ impl Listener {
         attrs
     }
 
+    /// The attributes of the next event that is `command`.
+    pub fn await_event(&self, command: u8) -> Vec<Attr> {
+        loop {
+            let (heard, attrs) = self.next_attributes();
+            if heard == command {
+                assert_eq!(number::<u32>(&attrs, DEVICE), Some(self.device));
+                return attrs;
+            }
+        }
+    }
+
     /// The next event.
     pub fn next(&self) -> Heard {
         let (command, attrs) = self.next_attributes();

@@ -23,7 +23,7 @@ use crate::liar::{
     AREA, Brought, Counts, Mischief, POISON, READ_AT, SIZE, TRIM_AT, WRITE_AT, ZERO_AT, to_write,
 };
 use crate::netlink::{Link, Netlink, Setup};
-use crate::proto::{self, BLKDISCARD, BLKZEROOUT, CAN_MULTI_CONN};
+use crate::proto::{self, BLKDISCARD, BLKZEROOUT, CAN_MULTI_CONN, SEND_DF};
 use crate::server::{Server, Transport};
 use crate::sys::{Buffer, SysResult, ioctl_number, ioctl_pointer};
 use crate::test;
@@ -40,10 +40,10 @@ pub fn tests() -> Vec<Test> {
     ]
 }
 
-const SHORT: Duration = Duration::from_secs(30);
-const HOURS: Duration = Duration::from_secs(5000);
+pub const SHORT: Duration = Duration::from_secs(30);
+pub const HOURS: Duration = Duration::from_secs(5000);
 
-const FEW_DEVICES: &str = "nbds_max=4";
+pub const FEW_DEVICES: &str = "nbds_max=4";
 
 fn one_connection(_: &Guest) {
     torment(400, SHORT, |_| Session::by_ioctls(1));
@@ -59,11 +59,14 @@ fn connections_that_are_replaced(_: &Guest) {
     });
 }
 
-/// `REPLIES` in the environment: how many really.
-fn a_hundred_thousand_replies(_: &Guest) {
+/// A hundred thousand; `REPLIES` in the environment: how many really.
+pub fn many() -> u64 {
     let asked = std::env::var("REPLIES").ok();
-    let replies = asked.map_or(100_000, |text| text.parse().expect("REPLIES is a number"));
-    torment(replies, HOURS, |random| match random.u8(..8) {
+    asked.map_or(100_000, |text| text.parse().expect("REPLIES is a number"))
+}
+
+fn a_hundred_thousand_replies(_: &Guest) {
+    torment(many(), HOURS, |random| match random.u8(..8) {
         0 => Session::by_ioctls(1),
         1 => Session::by_ioctls(random.usize(2..=4)),
         _ => Session::by_netlink(random.usize(1..=4)),
@@ -155,7 +158,7 @@ impl Drop for Outcome {
 
 /// Has sessions on all devices at once, since who is lied to waits a lot, until there were so many
 /// replies; where the machine is slow, fewer.
-fn torment(replies: u64, length: Duration, session: impl Fn(&mut Rng) -> Session + Sync) {
+pub fn torment(replies: u64, length: Duration, session: impl Fn(&mut Rng) -> Session + Sync) {
     let seed = seed();
     let outcome = Outcome::new();
     let goes_on =
@@ -181,28 +184,50 @@ fn torment(replies: u64, length: Duration, session: impl Fn(&mut Rng) -> Session
 }
 
 /// How a device is connected, and through what.
-struct Session {
+pub struct Session {
     connections: usize,
     by_netlink: bool,
+    structured: bool,
 }
 
 impl Session {
-    fn by_ioctls(connections: usize) -> Self {
+    pub fn by_ioctls(connections: usize) -> Self {
         Self {
             connections,
             by_netlink: false,
+            structured: false,
         }
     }
 
-    fn by_netlink(connections: usize) -> Self {
+    pub fn by_netlink(connections: usize) -> Self {
         Self {
             connections,
             by_netlink: true,
+            structured: false,
+        }
+    }
+
+    /// The driver is told that replies may be structured, and lied to about chunks.
+    pub fn structured(self) -> Self {
+        Self {
+            structured: true,
+            ..self
+        }
+    }
+
+    fn flags(&self) -> u64 {
+        match self.structured {
+            true => USUAL_FLAGS | SEND_DF,
+            false => USUAL_FLAGS,
         }
     }
 
     fn run(&self, index: u32, seed: u64, outcome: &Outcome) {
-        let mischief = Arc::new(Mischief::new(seed, Arc::clone(&outcome.counts)));
+        let mischief = Arc::new(Mischief::new(
+            seed,
+            Arc::clone(&outcome.counts),
+            self.structured,
+        ));
         let table = Table {
             index,
             seed,
@@ -225,6 +250,7 @@ impl Session {
     fn run_till_they_end(&self, transport: Transport, table: &Table<'_>, politely: bool) {
         let mut rig = Plan::new(SIZE)
             .index(table.index)
+            .flags(self.flags())
             .connections(self.connections)
             .transport(transport)
             .timeout(TIMEOUT_SECONDS)
@@ -253,7 +279,7 @@ impl Session {
         let netlink = Netlink::open();
         let setup = Setup::new(SIZE)
             .index(table.index)
-            .flags(USUAL_FLAGS | CAN_MULTI_CONN)
+            .flags(self.flags() | CAN_MULTI_CONN)
             .timeout(TIMEOUT_SECONDS)
             .dead_timeout(5)
             .sockets(sockets);

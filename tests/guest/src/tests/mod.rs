@@ -40,6 +40,7 @@ mod shared_sockets;
 mod shutdowns;
 mod signals;
 mod soak;
+mod structured;
 mod timeouts;
 mod tls;
 mod tls_records;
@@ -64,6 +65,7 @@ pub fn all() -> Vec<Test> {
         multi::tests(),
         errors::tests(),
         replies::tests(),
+        structured::tests(),
         hostile::tests(),
         hostile_user::tests(),
         timeouts::tests(),

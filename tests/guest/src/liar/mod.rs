@@ -4,6 +4,9 @@
 //! and of everything that no server may send. It knows what it has said, so that whoever reads can
 //! find out whether the driver has made anything up.
 
+mod chunks;
+mod lies;
+
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -15,7 +18,7 @@ use fastrand::Rng;
 
 use crate::device::pattern;
 use crate::harness::complain;
-use crate::proto::{self, Command, REPLY_LEN, REPLY_MAGIC, REQUEST_MAGIC, Request};
+use crate::proto::{self, Command, REPLY_MAGIC, REQUEST_MAGIC, Request};
 use crate::server::{Conn, ok};
 
 /// Where what is done; each area is this long.
@@ -50,6 +53,7 @@ type Lies = Arc<Mutex<Vec<u8>>>;
 /// What all connections to one device share.
 pub struct Mischief {
     seed: u64,
+    structured: bool,
     counts: Arc<Counts>,
     /// Cookies of requests that were answered, and so of none that is in flight.
     answered: Mutex<VecDeque<u64>>,
@@ -108,9 +112,11 @@ pub fn to_write(offset: u64, data: &mut [u8]) {
 }
 
 impl Mischief {
-    pub fn new(seed: u64, counts: Arc<Counts>) -> Self {
+    /// `structured`: lies about chunks are told.
+    pub fn new(seed: u64, counts: Arc<Counts>, structured: bool) -> Self {
         Self {
             seed,
+            structured,
             counts,
             answered: Mutex::default(),
             in_flight: Mutex::default(),
@@ -122,7 +128,9 @@ impl Mischief {
     /// The script of every connection: takes it over with its first request.
     pub fn serve(&self, conn: &mut Conn, first: &Request) -> io::Result<()> {
         let mut random = Rng::with_seed(self.seed ^ ((conn.index as u64) << 32));
-        let honesty = [0.3, 0.8, 0.95, 0.99][random.usize(..4)];
+        // Each lie about chunks ends its connection, and has everything in flight sent again.
+        let least = if self.structured { 0.7 } else { 0.3 };
+        let honesty = [least, 0.8, 0.95, 0.99][random.usize(..4)];
         let index = conn.index;
         let mut liar = Liar {
             conn,
@@ -141,7 +149,7 @@ impl Mischief {
     /// What a successful read from `offset` has brought into a buffer of [`POISON`].
     pub fn judge(&self, offset: u64, data: &[u8]) -> Brought {
         let mut stored = vec![0; data.len()];
-        pattern(READ_SEED, offset, &mut stored);
+        self.stored(offset, &mut stored);
         if data == stored {
             return Brought::Stored;
         }
@@ -152,6 +160,10 @@ impl Mischief {
         if has([POISON; 8]) {
             return Brought::Impossible("left a part of the memory as it was");
         }
+        // Lies about chunks have the right data in them, or none.
+        if self.structured {
+            return Brought::Impossible("brought what is not stored there");
+        }
         let lies = self.lies.lock().unwrap().clone();
         if lies
             .iter()
@@ -160,6 +172,20 @@ impl Mischief {
             return Brought::Lie;
         }
         Brought::Impossible("brought what nobody has sent")
+    }
+
+    /// What is stored at `offset` of the area that is read. Chunks need zeroes.
+    fn stored(&self, offset: u64, data: &mut [u8]) {
+        const PIECE: u64 = 4096;
+        pattern(READ_SEED, offset, data);
+        if !self.structured {
+            return;
+        }
+        for (index, sector) in data.chunks_mut(512).enumerate() {
+            if (offset + index as u64 * 512) / PIECE % 3 == 0 {
+                sector.fill(0);
+            }
+        }
     }
 
     fn remember(&self, bytes: &[u8]) {
@@ -237,7 +263,12 @@ impl Liar<'_> {
         loop {
             self.listen()?;
             let honest = self.random.f64() < self.honesty && !self.pending.is_empty();
-            let acts = if honest { HONEST } else { LIES };
+            let acts = match (honest, self.shared.structured) {
+                (true, false) => HONEST,
+                (false, false) => LIES,
+                (true, true) => chunks::HONEST,
+                (false, true) => chunks::LIES,
+            };
             if !honest {
                 self.begin_to_lie();
             }
@@ -385,18 +416,18 @@ impl Liar<'_> {
     }
 
     /// What follows a reply's header.
-    fn data(request: &Request) -> Vec<u8> {
+    fn data(&self, request: &Request) -> Vec<u8> {
         let mut data = Vec::new();
         if request.command == Command::Read {
             data.resize(request.len as usize, 0);
-            pattern(READ_SEED, request.offset, &mut data);
+            self.shared.stored(request.offset, &mut data);
         }
         data
     }
 
-    fn right(request: &Request) -> Vec<u8> {
+    fn right(&self, request: &Request) -> Vec<u8> {
         let mut reply = ok(request).to_vec();
-        reply.extend(Self::data(request));
+        reply.extend(self.data(request));
         reply
     }
 
@@ -407,7 +438,7 @@ impl Liar<'_> {
             return Ok(());
         };
         self.done(&request);
-        self.send(&Self::right(&request))
+        self.send(&self.right(&request))
     }
 
     fn reply_to_all(&mut self) -> io::Result<()> {
@@ -415,7 +446,7 @@ impl Liar<'_> {
         let mut count = 0;
         while let Some(request) = self.take() {
             self.done(&request);
-            replies.extend(Self::right(&request));
+            replies.extend(self.right(&request));
             count += 1;
         }
         self.shared.counts.count("right, in one piece", count - 1);
@@ -427,7 +458,7 @@ impl Liar<'_> {
             return Ok(());
         };
         self.done(&request);
-        let reply = Self::right(&request);
+        let reply = self.right(&request);
         let (first, rest) = reply.split_at(self.random.usize(..reply.len()));
         self.send(first)?;
         thread::sleep(Duration::from_millis(self.random.u64(..10)));
@@ -441,210 +472,5 @@ impl Liar<'_> {
         self.done(&request);
         let error = self.error();
         self.send(&proto::reply(REPLY_MAGIC, error, request.cookie))
-    }
-
-    // Lies. Each may be told before there was a request.
-
-    /// The next request, or one that was never sent.
-    fn any_request(&mut self) -> Request {
-        self.take().unwrap_or(Request {
-            connection: self.conn.index,
-            magic: REQUEST_MAGIC,
-            flags: 0,
-            command: Command::Read,
-            cookie: self.newest.wrapping_add(1 << 32),
-            offset: READ_AT,
-            len: 4096,
-        })
-    }
-
-    /// A reply that names `cookie`, with data after it. `never`: no request has this cookie here and now,
-    /// and the driver has to know.
-    fn with_cookie(&mut self, cookie: u64, never: bool) -> io::Result<()> {
-        let mut reply = proto::reply(REPLY_MAGIC, 0, cookie).to_vec();
-        reply.extend(self.data_for_nobody(never));
-        self.send(&reply)
-    }
-
-    /// Data that would show if it were believed, where `never` is so and nothing was said before that
-    /// makes a driver take it for the rest of something else.
-    fn data_for_nobody(&mut self, never: bool) -> Vec<u8> {
-        let first = |lies: &Lies| lies.lock().unwrap().is_empty();
-        let len = self.random.usize(..1024);
-        if never && self.lies.as_ref().is_some_and(first) {
-            MARK.repeat(len)
-        } else {
-            (0..len * 8).map(|_| self.random.u8(..)).collect()
-        }
-    }
-
-    fn wrong_magic(&mut self) -> io::Result<()> {
-        let request = self.any_request();
-        let magic = match self.random.u8(..3) {
-            0 => self.random.u32(..),
-            1 => REPLY_MAGIC ^ (1 << self.random.u32(..32)),
-            _ => OTHER_MAGICS[self.random.usize(..OTHER_MAGICS.len())],
-        };
-        let mut reply = proto::reply(magic, 0, request.cookie).to_vec();
-        reply.extend(Self::data(&request));
-        self.send(&reply)
-    }
-
-    /// As the protocol has it for who has agreed to it.
-    fn structured_reply(&mut self) -> io::Result<()> {
-        let request = self.any_request();
-        let data = Self::data(&request);
-        let mut reply = 0x668e_33ef_u32.to_be_bytes().to_vec();
-        reply.extend([0, 1, 0, 1]); // NBD_REPLY_FLAG_DONE, NBD_REPLY_TYPE_OFFSET_DATA
-        reply.extend(request.cookie.to_be_bytes());
-        reply.extend((data.len() as u32 + 8).to_be_bytes());
-        reply.extend(request.offset.to_be_bytes());
-        reply.extend(data);
-        self.send(&reply)
-    }
-
-    fn flip(&mut self, within: Option<usize>) -> io::Result<()> {
-        let request = self.any_request();
-        let mut reply = Self::right(&request);
-        for _ in 0..self.random.u8(1..=4) {
-            let at = self.random.usize(..within.unwrap_or(reply.len()));
-            reply[at] ^= 1 << self.random.u8(..8);
-        }
-        self.send(&reply)
-    }
-
-    fn flip_bits(&mut self) -> io::Result<()> {
-        self.flip(None)
-    }
-
-    fn flip_header_bits(&mut self) -> io::Result<()> {
-        self.flip(Some(REPLY_LEN))
-    }
-
-    fn old_cookie(&mut self) -> io::Result<()> {
-        let old = self
-            .random
-            .choice(&*self.shared.answered.lock().unwrap())
-            .copied();
-        self.with_cookie(old.unwrap_or(u64::MAX), true)
-    }
-
-    /// Perhaps somebody has been given it meanwhile: then the reply is a right one.
-    fn future_cookie(&mut self) -> io::Result<()> {
-        let request = self.any_request();
-        let cookie = request.cookie.wrapping_add(self.random.u64(1..4) << 32);
-        self.with_cookie(cookie, false)
-    }
-
-    fn foreign_cookie(&mut self) -> io::Result<()> {
-        let in_flight = self.shared.in_flight.lock().unwrap();
-        let others = in_flight
-            .iter()
-            .filter(|(index, _)| **index != self.conn.index);
-        let cookies: Vec<u64> = others.flat_map(|(_, cookies)| cookies).copied().collect();
-        drop(in_flight);
-        let foreign = self.random.choice(cookies);
-        self.with_cookie(foreign.unwrap_or(u64::MAX), true)
-    }
-
-    fn any_cookie(&mut self) -> io::Result<()> {
-        let cookie = match self.random.u8(..4) {
-            0 => self.random.u64(..),
-            1 => self.random.u64(..256),
-            2 => 0xffff << self.random.u32(..64),
-            _ => self.newest ^ (1 << self.random.u32(..64)),
-        };
-        self.with_cookie(cookie, false)
-    }
-
-    fn reply_twice(&mut self) -> io::Result<()> {
-        let Some(request) = self.take() else {
-            return self.garbage();
-        };
-        let mut replies = Self::right(&request);
-        replies.extend(ok(&request));
-        replies.extend(self.data_for_nobody(true));
-        self.send(&replies)
-    }
-
-    fn replay(&mut self) -> io::Result<()> {
-        let old = self
-            .random
-            .choice(&*self.shared.history.lock().unwrap())
-            .cloned();
-        self.send(&old.unwrap_or_default())
-    }
-
-    fn error_and_data(&mut self) -> io::Result<()> {
-        let request = self.any_request();
-        let mut reply = proto::reply(REPLY_MAGIC, self.error(), request.cookie).to_vec();
-        reply.extend(Self::data(&request));
-        self.send(&reply)
-    }
-
-    /// And then it goes away, says nothing more, or goes on as if nothing had been.
-    fn short_data(&mut self) -> io::Result<()> {
-        let request = self.any_request();
-        let mut reply = Self::right(&request);
-        reply.truncate(self.random.usize(..reply.len()));
-        self.send(&reply)?;
-        match self.random.u8(..8) {
-            0 | 1 => self.close(),
-            2 | 3 => self.reset(),
-            4 => self.half_close(),
-            5 => self.be_silent(),
-            _ => Ok(()),
-        }
-    }
-
-    fn long_data(&mut self) -> io::Result<()> {
-        let request = self.any_request();
-        let mut reply = Self::right(&request);
-        let more = 1 << self.random.u32(..15);
-        reply.extend((0..more).map(|_| self.random.u8(..)));
-        self.send(&reply)
-    }
-
-    fn garbage(&mut self) -> io::Result<()> {
-        let longest = 1 << self.random.u32(..17);
-        let len = self.random.usize(1..=longest);
-        let garbage: Vec<u8> = (0..len).map(|_| self.random.u8(..)).collect();
-        self.send(&garbage)
-    }
-
-    /// Thousands of replies at once.
-    fn flood(&mut self) -> io::Result<()> {
-        let old = self.shared.answered.lock().unwrap().clone();
-        let headers = (0..self.random.u32(1000..4000)).flat_map(|_| {
-            let cookie = self.random.choice(&old).copied();
-            proto::reply(REPLY_MAGIC, 0, cookie.unwrap_or(0))
-        });
-        let flood: Vec<u8> = headers.collect();
-        self.send(&flood)
-    }
-
-    fn be_silent(&mut self) -> io::Result<()> {
-        if self.random.bool() {
-            return self.conn.stall();
-        }
-        loop {
-            let request = self.conn.next_request()?;
-            if request.command == Command::Write {
-                self.conn.read_data(&request)?;
-            }
-        }
-    }
-
-    fn half_close(&mut self) -> io::Result<()> {
-        self.conn.half_close()?;
-        self.be_silent()
-    }
-
-    fn close(&mut self) -> io::Result<()> {
-        self.conn.close()
-    }
-
-    fn reset(&mut self) -> io::Result<()> {
-        self.conn.reset()
     }
 }
