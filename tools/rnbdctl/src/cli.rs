@@ -8,6 +8,7 @@ use std::time::Duration;
 use clap::{Args, Parser, Subcommand, value_parser};
 use clap_complete::Shell;
 
+use crate::structured::Choice;
 use crate::tls::TlsArgs;
 use crate::uri::NbdUri;
 
@@ -113,6 +114,10 @@ pub struct ConnectArgs {
     /// Make the device read-only, whatever the server allows
     #[arg(long)]
     pub read_only: bool,
+    /// Have reads answered by structured replies: zeroes need not be sent, and the server can say in words what has
+    /// failed. "auto": if the server and the driver have them
+    #[arg(long, value_name = "WHEN", value_enum, default_value_t)]
+    pub structured_replies: Choice,
     #[command(flatten)]
     pub server: ServerArgs,
 }

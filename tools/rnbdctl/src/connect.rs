@@ -30,7 +30,8 @@ const LARGEST_PREFERRED: u32 = 1 << 20;
 pub fn run(args: &ConnectArgs) -> Result<(), Failure> {
     let nbd = open_family()?;
     check_transport(&args.uri, Sysfs::new().driver())?;
-    let opened = open(&args.uri, args.connections, &args.server)?;
+    let structured = args.structured_replies.wanted()?;
+    let opened = open(&args.uri, args.connections, &args.server, structured)?;
     let export = opened.export.clone();
     let mut setup = prepare(opened, args.block_size, args.read_only)?;
     setup.index = args.device;
@@ -63,6 +64,7 @@ pub fn prepare(opened: Opened, block_size: Option<u32>, read_only: bool) -> Resu
         timeout: None,
         dead_conn_timeout: None,
         backend: None,
+        structured_replies: must_be_structured(&export),
         sockets,
     })
 }
@@ -160,6 +162,12 @@ fn flags(export: &Export, read_only: bool) -> u16 {
     wire::effective(export.flags) | added
 }
 
+/// Whether the driver has to be told that replies are structured. The flag does so as well, and allows simple replies to
+/// reads: nbd-server (3.26) uses them, against the protocol.
+fn must_be_structured(export: &Export) -> bool {
+    export.structured_replies && export.flags & wire::SEND_DF == 0
+}
+
 /// What the server prefers, if that makes sense.
 fn preferred_block_size(block_size: u32, export: &Export) -> Option<u32> {
     let preferred = export.block_sizes?.preferred;
@@ -229,6 +237,16 @@ mod tests {
         assert_eq!(both(&with(1, 65536, 4096)), (None, Some(4096)));
         assert_eq!(both(&with(1, 4096, 1024)), (Some(4096), None));
         assert_eq!(max_payload(65536, &with(1, 4096, 32768)), None);
+    }
+
+    #[test]
+    fn the_flag_tells_of_structured_replies() {
+        let mut export = Export::of(wire::HAS_FLAGS, 1);
+        assert!(!must_be_structured(&export));
+        export.structured_replies = true;
+        assert!(must_be_structured(&export), "nothing else does");
+        export.flags |= wire::SEND_DF;
+        assert!(!must_be_structured(&export));
     }
 
     #[test]

@@ -86,6 +86,8 @@ pub struct Device {
     pub alive: Option<u32>,
     pub timeout_ms: Option<u64>,
     pub dead_conn_timeout_ms: Option<u64>,
+    /// Whether the server uses structured replies.
+    pub structured_replies: Option<bool>,
 }
 
 impl Device {
@@ -107,6 +109,7 @@ impl Device {
             alive: None,
             timeout_ms: None,
             dead_conn_timeout_ms: None,
+            structured_replies: None,
         }
     }
 

@@ -77,6 +77,9 @@ fn say_line(what: impl Serialize) -> Result<(), Failure> {
 
 fn describe(event: &Event) -> String {
     let number = |name: &str, value: Option<u64>| value.map(|value| format!(" {name}={value}"));
+    let quoted = |name: &str, words: Option<&str>| {
+        words.map(|words| format!(" {name}=\"{}\"", plain(words)))
+    };
     let details = [
         number("connection", event.connection.map(u64::from)),
         event.reason.map(|reason| format!(" reason={reason}")),
@@ -93,10 +96,13 @@ fn describe(event: &Event) -> String {
             .interface
             .map(|interface| format!(" interface={}", interface.name())),
         number("pid", event.pid.map(u64::from)),
-        event
-            .backend
-            .as_deref()
-            .map(|backend| format!(" backend=\"{}\"", plain(backend))),
+        number("error", event.error.map(u64::from)),
+        event.command.map(|command| format!(" command={command}")),
+        number("offset", event.offset),
+        number("length", event.length.map(u64::from)),
+        number("error-offset", event.error_offset),
+        quoted("text", event.text.as_deref()),
+        quoted("backend", event.backend.as_deref()),
     ];
     let details: String = details.into_iter().flatten().collect();
     format!("nbd{} {}{details}", event.index, event.kind.name())
@@ -140,6 +146,12 @@ mod tests {
             connections: None,
             interface: None,
             pid: None,
+            error: None,
+            error_offset: None,
+            text: None,
+            command: None,
+            offset: None,
+            length: None,
         }
     }
 

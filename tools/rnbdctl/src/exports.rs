@@ -8,6 +8,7 @@ use crate::cli::{ExportsArgs, ServerArgs};
 use crate::failure::Failure;
 use crate::negotiate::{Export, Handshake, Listed, Problem};
 use crate::server::Server;
+use crate::structured::Wanted;
 use crate::text::{or_dash, plain, say, say_json, size, table};
 use crate::uri::NbdUri;
 use crate::wire::{Opt, flag_names};
@@ -22,13 +23,15 @@ struct Line {
     minimum_block_size: Option<u32>,
     preferred_block_size: Option<u32>,
     maximum_payload: Option<u32>,
+    /// Whether the server has them.
+    structured_replies: Option<bool>,
 }
 
 /// # Errors
 ///
 /// The step that failed, and why.
 pub fn run(args: &ExportsArgs) -> Result<(), Failure> {
-    let server = Server::new(&args.uri, &args.server)?;
+    let server = Server::new(&args.uri, &args.server, Wanted::IfOffered)?;
     let (_, mut handshake) = server.reach()?;
     let lines = ask(&server, &mut handshake, &args.uri.export)?;
     handshake.abort();
@@ -45,7 +48,7 @@ pub fn run(args: &ExportsArgs) -> Result<(), Failure> {
 ///
 /// The step that failed, and why.
 pub fn size_of(uri: &NbdUri, args: &ServerArgs) -> Result<u64, Failure> {
-    let server = Server::new(uri, args)?;
+    let server = Server::new(uri, args, Wanted::No)?;
     let (_, mut handshake) = server.reach()?;
     let info = |problem| server.explain_option(problem, Opt::Info);
     let export = handshake.info(&uri.export).map_err(info)?;
@@ -97,6 +100,7 @@ fn line(listed: Listed, export: Option<Export>) -> Line {
         minimum_block_size: sizes.map(|sizes| sizes.minimum),
         preferred_block_size: sizes.map(|sizes| sizes.preferred),
         maximum_payload: sizes.map(|sizes| sizes.max_payload),
+        structured_replies: export.map(|export| export.structured_replies),
     }
 }
 

@@ -31,6 +31,8 @@ pub struct Setup {
     /// For rnbd only, as the next one.
     pub preferred_block_size: Option<u32>,
     pub max_payload: Option<u32>,
+    /// Whether reads must be answered by structured replies. For rnbd only.
+    pub structured_replies: bool,
     pub flags: u16,
     /// In seconds.
     pub timeout: Option<u64>,

@@ -33,6 +33,7 @@ mod of_device {
     pub const ALIVE: u16 = 10;
     pub const TIMEOUT: u16 = 11;
     pub const DEAD_CONN_TIMEOUT: u16 = 12;
+    pub const STRUCTURED_REPLIES: u16 = 13;
 }
 
 /// Attributes of a connection.
@@ -89,6 +90,7 @@ mod to_connect {
     pub const MINIMUM_BLOCK_SIZE: u16 = 10;
     pub const PREFERRED_BLOCK_SIZE: u16 = 11;
     pub const MAXIMUM_PAYLOAD: u16 = 12;
+    pub const STRUCTURED_REPLIES: u16 = 18;
 }
 
 const IPPROTO_TCP: u32 = 6;
@@ -127,7 +129,8 @@ impl Rnbd {
             .with_some(DEAD_CONN_TIMEOUT, setup.dead_conn_timeout.map(ms))?
             .with(MINIMUM_BLOCK_SIZE, setup.block_size)?
             .with_some(PREFERRED_BLOCK_SIZE, setup.preferred_block_size)?
-            .with_some(MAXIMUM_PAYLOAD, setup.max_payload)?;
+            .with_some(MAXIMUM_PAYLOAD, setup.max_payload)?
+            .with_some(STRUCTURED_REPLIES, setup.structured_replies.then_some(()))?;
         let answer = match self.0.ask(CONNECT, attrs) {
             Err(NetlinkError::Refused {
                 errno: Errno::OPNOTSUPP,
@@ -139,6 +142,15 @@ impl Rnbd {
             None => Err(NetlinkError::Malformed("the reply names no device".into())),
             index => Ok(index),
         }
+    }
+
+    /// Whether the driver knows of structured replies.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Family::knows`].
+    pub fn has_structured_replies(&self) -> Result<bool, NetlinkError> {
+        self.0.knows(CONNECT, to_connect::STRUCTURED_REPLIES)
     }
 
     /// All devices, unused ones among them.
@@ -205,6 +217,10 @@ fn device(answer: &Answer) -> Option<Device> {
     device.alive = answer.number(ALIVE);
     device.timeout_ms = answer.number(TIMEOUT);
     device.dead_conn_timeout_ms = answer.number(DEAD_CONN_TIMEOUT);
+    device.structured_replies = device
+        .flags
+        .is_some()
+        .then(|| answer.has(STRUCTURED_REPLIES));
     Some(device)
 }
 

@@ -17,6 +17,7 @@ use crate::kernel::Kernel;
 use crate::negotiate::Export;
 use crate::opening::open;
 use crate::same;
+use crate::structured::Wanted;
 use crate::sysfs::Driver;
 use crate::text::say;
 use crate::wire;
@@ -40,7 +41,8 @@ pub fn run(args: &HandoverArgs) -> Result<(), Failure> {
         return Err(Failure::new(Exit::Usage, &device.device, what));
     }
     let number = if args.connection.is_some() { 1 } else { all };
-    let opened = open(&args.uri, Some(number), &args.server)?;
+    let structured = Wanted::by(&device);
+    let opened = open(&args.uri, Some(number), &args.server, structured)?;
     check_export(&kernel, &device, &opened.export)?;
     hand_over(
         &kernel,
@@ -77,7 +79,8 @@ pub fn reconnect(args: &ReconnectArgs) -> Result<(), Failure> {
         say(&format!("{}: no connection is dead\n", device.device));
         return Ok(());
     }
-    let opened = open(&args.uri, Some(number), &args.server)?;
+    let structured = Wanted::by(&device);
+    let opened = open(&args.uri, Some(number), &args.server, structured)?;
     check_export(&kernel, &device, &opened.export)?;
     let change = Change {
         sockets: &opened.sockets,

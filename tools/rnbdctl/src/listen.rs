@@ -21,6 +21,7 @@ const CONNECTION_DEAD: u8 = 4;
 const RECONNECTED: u8 = 5;
 const DISCONNECTED: u8 = 6;
 const RESIZED: u8 = 7;
+const SERVER_ERROR: u8 = 10;
 
 /// Attributes of these.
 const DEVICE: u16 = 1;
@@ -35,6 +36,12 @@ const FLAGS: u16 = 9;
 const CONNECTIONS: u16 = 10;
 const INTERFACE: u16 = 11;
 const PID: u16 = 12;
+const ERROR: u16 = 13;
+const COMMAND: u16 = 14;
+const OFFSET: u16 = 15;
+const LENGTH: u16 = 16;
+const TEXT: u16 = 17;
+const ERROR_OFFSET: u16 = 18;
 
 /// The only event of the family "nbd", and its attribute.
 const LINK_DEAD: u8 = 4;
@@ -48,6 +55,7 @@ pub enum Kind {
     Reconnected,
     Disconnected,
     Resized,
+    ServerError,
 }
 
 impl Kind {
@@ -58,6 +66,7 @@ impl Kind {
             Self::Reconnected => "reconnected",
             Self::Disconnected => "disconnected",
             Self::Resized => "resized",
+            Self::ServerError => "server-error",
         }
     }
 }
@@ -93,11 +102,27 @@ pub struct Event {
     pub interface: Option<Interface>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pid: Option<u32>,
+    /// What a server has said of a request that it could not carry out: the protocol's number, and words.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub command: Option<&'static str>,
+    /// Where it has failed, in bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error_offset: Option<u64>,
+    /// Of the request, in bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub offset: Option<u64>,
+    /// In bytes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub length: Option<u32>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Heard {
-    Event(Event),
+    Event(Box<Event>),
     /// Nobody knows which events, so the devices are to be looked at.
     Missed,
 }
@@ -135,7 +160,8 @@ impl Events {
         let parsed = heard.iter().filter_map(|heard| match heard {
             listener::Heard::Missed => Some(Heard::Missed),
             listener::Heard::Message(command, answer) => {
-                parse(self.driver, *command, answer).map(Heard::Event)
+                parse(self.driver, *command, answer)
+                    .map(|event| Heard::Event(Box::new(event)))
             }
         });
         Ok(parsed.collect())
@@ -167,6 +193,12 @@ fn only(kind: Kind, index: u32) -> Event {
         connections: None,
         interface: None,
         pid: None,
+        error: None,
+        error_offset: None,
+        text: None,
+        command: None,
+        offset: None,
+        length: None,
     }
 }
 
@@ -177,6 +209,7 @@ fn event(command: u8, answer: &Answer) -> Option<Event> {
         RECONNECTED => Kind::Reconnected,
         DISCONNECTED => Kind::Disconnected,
         RESIZED => Kind::Resized,
+        SERVER_ERROR => Kind::ServerError,
         _ => return None,
     };
     let flags = answer.number(FLAGS).map(|flags: u64| flags as u16);
@@ -192,8 +225,26 @@ fn event(command: u8, answer: &Answer) -> Option<Event> {
         connections: answer.number(CONNECTIONS),
         interface: answer.number(INTERFACE).and_then(Interface::of_number),
         pid: answer.number(PID),
+        error: answer.number(ERROR),
+        error_offset: answer.number(ERROR_OFFSET),
+        text: answer.text(TEXT),
+        command: answer.number(COMMAND).map(command_name),
+        offset: answer.number(OFFSET),
+        length: answer.number(LENGTH),
         ..only(kind, answer.number(DEVICE)?)
     })
+}
+
+/// What a server was asked to do, by the protocol's number.
+fn command_name(number: u32) -> &'static str {
+    match number {
+        0 => "read",
+        1 => "write",
+        3 => "flush",
+        4 => "trim",
+        6 => "write-zeroes",
+        _ => "unknown",
+    }
 }
 
 /// Why a connection has died, as Documentation/netlink/rnbd.yaml calls it.
@@ -253,6 +304,27 @@ mod tests {
         let known: Vec<&str> = (0..names.len() as u32).map(reason).collect();
         assert_eq!(known, names);
         assert_eq!(reason(names.len() as u32), "unknown");
+    }
+
+    #[test]
+    fn what_a_server_has_said() {
+        let attrs = || -> Result<Attrs, NetlinkError> {
+            Attrs::default()
+                .with(DEVICE, 3_u32)?
+                .with(CONNECTION, 1_u32)?
+                .with(ERROR, 28_u32)?
+                .with(COMMAND, 0_u32)?
+                .with(OFFSET, 4096_u64)?
+                .with(LENGTH, 512_u32)?
+                .with(TEXT, "no \"room\"\n")
+        };
+        let event = parse(Driver::Rnbd, SERVER_ERROR, &attrs().unwrap().into()).unwrap();
+        let json = serde_json::to_string(&event).unwrap();
+        assert_eq!(
+            json,
+            "{\"event\":\"server-error\",\"index\":3,\"connection\":1,\"error\":28,\
+             \"text\":\"no \\\"room\\\"\\n\",\"command\":\"read\",\"offset\":4096,\"length\":512}"
+        );
     }
 
     #[test]

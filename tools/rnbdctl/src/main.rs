@@ -41,6 +41,7 @@ mod show;
 mod sockaddr;
 mod stats;
 mod stream;
+mod structured;
 mod sysfs;
 mod text;
 mod tls;

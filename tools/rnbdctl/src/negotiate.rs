@@ -83,6 +83,8 @@ pub struct Export {
     pub flags: u16,
     pub block_sizes: Option<BlockSizes>,
     pub description: Option<String>,
+    /// Whether structured replies were agreed on.
+    pub structured_replies: bool,
 }
 
 #[cfg(test)]
@@ -97,7 +99,7 @@ impl Export {
                 preferred: 4096,
                 max_payload: 1 << 20,
             }),
-            description: None,
+            ..Export::default()
         }
     }
 }
@@ -115,6 +117,7 @@ pub struct Handshake {
     stream: Stream,
     fixed: bool,
     no_zeroes: bool,
+    structured: bool,
 }
 
 impl Handshake {
@@ -142,6 +145,7 @@ impl Handshake {
             stream,
             fixed: agreed & wire::FIXED_NEWSTYLE != 0,
             no_zeroes: agreed & wire::NO_ZEROES != 0,
+            structured: false,
         })
     }
 
@@ -168,6 +172,30 @@ impl Handshake {
     /// One of the two does not accept the other, or the server is gone. The connection cannot be used then.
     pub fn start_tls(&mut self, client: &tls::Client) -> Result<(), Problem> {
         Ok(self.stream.start_tls(client)?)
+    }
+
+    /// Asks for structured replies (`NBD_OPT_STRUCTURED_REPLY`). Returns whether the server agrees; then it may
+    /// use them as soon as an export is chosen.
+    ///
+    /// # Errors
+    ///
+    /// The server breaks the protocol, or is gone.
+    pub fn ask_for_structured_replies(&mut self) -> Result<bool, Problem> {
+        if !self.fixed {
+            return Ok(false);
+        }
+        self.send(Opt::StructuredReply, &[])?;
+        match self.reply(Opt::StructuredReply) {
+            Ok(None) => self.structured = true,
+            Ok(Some(_)) => {
+                return Err(Problem::Broken(
+                    "it answers STRUCTURED_REPLY with something else",
+                ));
+            }
+            Err(Problem::Refused { .. }) => (),
+            Err(problem) => return Err(problem),
+        }
+        Ok(self.structured)
     }
 
     /// Chooses an export and ends the handshake: the socket is ready for requests then.
@@ -262,8 +290,7 @@ impl Handshake {
         if !has_size {
             return Err(Problem::Broken("it agrees without telling the size"));
         }
-        check(&export)?;
-        Ok(export)
+        self.checked(export)
     }
 
     /// `NBD_OPT_EXPORT_NAME`, which old servers know. There is no way to refuse it but to go away.
@@ -285,7 +312,17 @@ impl Handshake {
             flags: u16::from_be_bytes(flags),
             ..Export::default()
         };
+        self.checked(export)
+    }
+
+    /// An export that makes sense, with what was agreed on before.
+    fn checked(&self, mut export: Export) -> Result<Export, Problem> {
         check(&export)?;
+        export.structured_replies = self.structured;
+        if !self.structured {
+            // It tells drivers that replies are structured.
+            export.flags &= !wire::SEND_DF;
+        }
         Ok(export)
     }
 

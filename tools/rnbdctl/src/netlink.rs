@@ -28,6 +28,9 @@ const CTRL_GETFAMILY: u8 = 3;
 const CTRL_FAMILY_ID: u16 = 1;
 const CTRL_FAMILY_NAME: u16 = 2;
 const CTRL_FAMILY_VERSION: u16 = 3;
+const CTRL_GETPOLICY: u8 = 10;
+const CTRL_POLICY: u16 = 8;
+const CTRL_OP: u16 = 10;
 
 /// The longest message that the kernel sends in answer to such a buffer.
 const BUFFER: usize = 32 << 10;
@@ -190,17 +193,41 @@ impl Family {
     ///
     /// There is no generic netlink, or the kernel's answer cannot be understood.
     pub fn open(name: &str) -> Result<Option<Self>, NetlinkError> {
+        let ctrl = Self::of_families()?;
+        match ctrl.describe(name)? {
+            Some(described) => ctrl.described_by(&described).map(Some),
+            None => Ok(None),
+        }
+    }
+
+    fn of_families() -> Result<Self, NetlinkError> {
         let socket = NlSocket::connect(NlFamily::Generic, None, Groups::empty())?;
         socket.enable_ext_ack(true)?;
-        let ctrl = Self {
+        Ok(Self {
             socket,
             id: CTRL,
             version: CTRL_VERSION,
             sequence: Cell::new(0),
-        };
-        match ctrl.describe(name)? {
-            Some(described) => ctrl.described_by(&described).map(Some),
-            None => Ok(None),
+        })
+    }
+
+    /// Whether one of the family's commands takes an attribute.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Self::open`].
+    pub fn knows(&self, command: u8, attribute: u16) -> Result<bool, NetlinkError> {
+        let attrs = Attrs::default()
+            .with(CTRL_FAMILY_ID, self.id)?
+            .with(CTRL_OP, u32::from(command))?;
+        match Self::of_families()?.dump(CTRL_GETPOLICY, attrs) {
+            Ok(policies) => Ok(policies.iter().any(|policy| {
+                let lists = policy.lists(CTRL_POLICY);
+                lists.iter().any(|known| known.has(attribute))
+            })),
+            // It has no such command.
+            Err(NetlinkError::Refused { .. }) => Ok(false),
+            Err(error) => Err(error),
         }
     }
 

@@ -10,6 +10,7 @@ use crate::dial::Address;
 use crate::failure::{Exit, Failure};
 use crate::negotiate::Export;
 use crate::server::Server;
+use crate::structured::Wanted;
 use crate::uri::NbdUri;
 use crate::wire::{self, Opt};
 
@@ -32,8 +33,13 @@ pub struct Opened {
 /// # Errors
 ///
 /// The step that failed, and why.
-pub fn open(uri: &NbdUri, wanted: Option<u32>, args: &ServerArgs) -> Result<Opened, Failure> {
-    open_among(uri, wanted, Fewer::WillNotDo, args, |_| true)
+pub fn open(
+    uri: &NbdUri,
+    wanted: Option<u32>,
+    args: &ServerArgs,
+    structured: Wanted,
+) -> Result<Opened, Failure> {
+    open_among(uri, wanted, Fewer::WillNotDo, args, structured, |_| true)
 }
 
 /// Whether fewer connections than wanted are of use.
@@ -54,9 +60,10 @@ pub fn open_among(
     wanted: Option<u32>,
     fewer: Fewer,
     args: &ServerArgs,
+    structured: Wanted,
     may: impl Fn(&Address) -> bool,
 ) -> Result<Opened, Failure> {
-    let server = Server::new(uri, args)?;
+    let server = Server::new(uri, args, structured)?;
     let go = |problem| server.explain_option(problem, Opt::Go);
     let (address, handshake) = server.reach_among(may)?;
     let (socket, export) = handshake.go(&uri.export).map_err(go)?;
@@ -101,9 +108,11 @@ fn connections(wanted: Option<u32>, export: &Export) -> Result<u32, Failure> {
 
 /// All connections must lead to the same thing.
 fn compare(number: u32, first: &Export, other: &Export) -> Result<(), Failure> {
-    let same = (first.size, first.flags, first.block_sizes)
-        == (other.size, other.flags, other.block_sizes);
-    if same {
+    let told = |export: &Export| {
+        let replies = export.structured_replies;
+        (export.size, export.flags, export.block_sizes, replies)
+    };
+    if told(first) == told(other) {
         return Ok(());
     }
     let what = format!(

@@ -10,6 +10,7 @@ use crate::dial::{Address, resolve};
 use crate::failure::{Exit, Failure};
 use crate::negotiate::{Handshake, Problem};
 use crate::stream::{Stream, is_end};
+use crate::structured::Wanted;
 use crate::tls::{self, TlsArgs};
 use crate::uri::{NbdUri, Place};
 use crate::wire::{Opt, Refusal};
@@ -22,19 +23,21 @@ pub struct Server<'a> {
     place: &'a Place,
     patience: Duration,
     tls: Option<tls::Client>,
+    structured: Wanted,
 }
 
 impl<'a> Server<'a> {
-    /// Reads the files that TLS takes, if the URI asks for TLS.
+    /// Reads the files that TLS takes, if the URI asks for TLS. `structured`: what it is asked for.
     ///
     /// # Errors
     ///
     /// `Usage`: there are options for TLS, and no TLS. `Failed`: a file cannot be used.
-    pub fn new(uri: &'a NbdUri, args: &ServerArgs) -> Result<Self, Failure> {
+    pub fn new(uri: &'a NbdUri, args: &ServerArgs, structured: Wanted) -> Result<Self, Failure> {
         Ok(Self {
             place: &uri.place,
             patience: args.connect_timeout,
             tls: tls_client(uri, &args.tls)?,
+            structured,
         })
     }
 
@@ -109,7 +112,23 @@ impl<'a> Server<'a> {
                 self.explain(problem, &format!("TLS handshake with {address}"))
             })?;
         }
+        self.agree_on_replies(&mut handshake)?;
         Ok(handshake)
+    }
+
+    fn agree_on_replies(&self, handshake: &mut Handshake) -> Result<(), Failure> {
+        const OPTION: Opt = Opt::StructuredReply;
+        if self.structured == Wanted::No {
+            return Ok(());
+        }
+        let agreed = handshake.ask_for_structured_replies();
+        let agreed = agreed.map_err(|problem| self.explain_option(problem, OPTION))?;
+        if self.structured == Wanted::Yes && !agreed {
+            let step = format!("option {}", OPTION.name());
+            let what = "the server does not have structured replies";
+            return Err(Failure::new(Exit::Refused, step, what));
+        }
+        Ok(())
     }
 
     /// An option that has failed, for people.
@@ -237,6 +256,7 @@ mod tests {
                 place: &place,
                 patience: Duration::ZERO,
                 tls: tls_client(&uri, &tls).unwrap(),
+                structured: Wanted::No,
             };
             let _ = std::fs::remove_file(&ca);
             let end = Problem::Io(io::ErrorKind::UnexpectedEof.into());

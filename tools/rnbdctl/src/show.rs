@@ -137,13 +137,14 @@ fn render_device(device: &Device) -> String {
             format!("{} bytes ({})", device.size, size(device.size)),
         ),
         ("block size", or_dash(device.block_size)),
-        (
-            "read-only",
-            or_dash(device.read_only.map(|is| if is { "yes" } else { "no" })),
-        ),
+        ("read-only", or_dash(device.read_only.map(yes_or_no))),
         (
             "server flags",
             or_dash(device.flags.as_ref().map(|flags| flags.join(","))),
+        ),
+        (
+            "structured replies",
+            or_dash(device.structured_replies.map(yes_or_no)),
         ),
         ("backend", or_dash(device.backend.as_deref().map(plain))),
         (
@@ -160,6 +161,10 @@ fn render_device(device: &Device) -> String {
         text += &format!("  {name:24}{value}\n");
     }
     text
+}
+
+fn yes_or_no(is: bool) -> &'static str {
+    if is { "yes" } else { "no" }
 }
 
 fn render_connections(connections: &[Connection]) -> String {

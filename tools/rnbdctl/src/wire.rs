@@ -26,6 +26,8 @@ pub const REP_ERROR: u32 = 1 << 31;
 /// Flags of an export.
 pub const HAS_FLAGS: u16 = 1 << 0;
 pub const READ_ONLY: u16 = 1 << 1;
+/// Only a server that has agreed on structured replies may say this.
+pub const SEND_DF: u16 = 1 << 7;
 pub const CAN_MULTI_CONN: u16 = 1 << 8;
 
 const FLAGS: [(u16, &str); 11] = [
@@ -35,7 +37,7 @@ const FLAGS: [(u16, &str); 11] = [
     (1 << 4, "rotational"),
     (1 << 5, "trim"),
     (1 << 6, "write-zeroes"),
-    (1 << 7, "df"),
+    (SEND_DF, "df"),
     (CAN_MULTI_CONN, "multi-conn"),
     (1 << 9, "resize"),
     (1 << 10, "cache"),
@@ -73,6 +75,7 @@ pub enum Opt {
     StartTls = 5,
     Info = 6,
     Go = 7,
+    StructuredReply = 8,
 }
 
 impl Opt {
@@ -84,6 +87,7 @@ impl Opt {
             Self::StartTls => "STARTTLS",
             Self::Info => "INFO",
             Self::Go => "GO",
+            Self::StructuredReply => "STRUCTURED_REPLY",
         }
     }
 }

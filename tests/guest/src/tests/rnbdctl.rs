@@ -3,6 +3,7 @@
 //! The operators' tool, as operators use it, with either driver.
 
 pub mod encrypted;
+mod structured;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -18,7 +19,7 @@ use crate::programs::{Daemon, sh};
 use crate::test;
 
 pub fn tests() -> Vec<Test> {
-    [of_every_kind(), encrypted::tests()]
+    [of_every_kind(), encrypted::tests(), structured::tests()]
         .into_iter()
         .flatten()
         .collect()

@@ -15,6 +15,7 @@ use serde::{Deserialize, Deserializer};
 use crate::cli;
 use crate::connect::check_transport;
 use crate::failure::{Exit, Failure};
+use crate::structured::Choice;
 use crate::sysfs::Driver;
 use crate::uri::NbdUri;
 
@@ -53,6 +54,8 @@ pub struct Config {
     pub block_size: Option<u32>,
     #[serde(default)]
     pub read_only: bool,
+    #[serde(default)]
+    pub structured_replies: Choice,
     #[serde(default = "connect_timeout", deserialize_with = "time")]
     pub connect_timeout: Duration,
     #[serde(default = "max_retry_delay", deserialize_with = "time")]

@@ -14,6 +14,7 @@ use crate::cli::ServerArgs;
 use crate::dial::{Address, resolve};
 use crate::failure::{Exit, Failure};
 use crate::opening::{Fewer, Opened, open_among};
+use crate::structured::Wanted;
 use crate::uri::NbdUri;
 
 /// What is to be opened.
@@ -26,6 +27,8 @@ pub struct Order {
     pub fewer: Fewer,
     /// How they are reached.
     pub server: ServerArgs,
+    /// Whether replies are to be structured.
+    pub structured: Wanted,
     /// Addresses that the device is connected to. Others could be other stores. Empty: any will do.
     pub peers: Vec<String>,
     /// Nothing is opened: only whether a URI leads to one of these addresses is asked.
@@ -84,7 +87,14 @@ fn dial(order: &Order) -> Result<Reached, Failure> {
         |address: &Address| order.peers.is_empty() || order.peers.contains(&address.to_string());
     let mut failures: Vec<Failure> = Vec::new();
     for (place, uri) in &order.uris {
-        match open_among(uri, order.wanted, order.fewer, &order.server, may) {
+        match open_among(
+            uri,
+            order.wanted,
+            order.fewer,
+            &order.server,
+            order.structured,
+            may,
+        ) {
             Ok(opened) => return Ok(Reached::Opened(*place, opened)),
             Err(failure) => failures.push(failure),
         }
@@ -166,6 +176,7 @@ mod tests {
                 connect_timeout: Duration::from_secs(5),
                 tls: TlsArgs::default(),
             },
+            structured: Wanted::No,
             peers: peers.iter().map(ToString::to_string).collect(),
             asks_only: false,
         }

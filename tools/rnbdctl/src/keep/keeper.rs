@@ -21,6 +21,7 @@ use crate::handover::{check_allowed, check_driver, check_reconfigurable};
 use crate::kernel::Kernel;
 use crate::listen::{Event, Kind};
 use crate::opening::Fewer;
+use crate::structured::Wanted;
 use crate::sysfs::{Driver, Sysfs};
 use crate::tls::TlsArgs;
 
@@ -62,6 +63,8 @@ pub struct Keeper {
     /// Its place among all.
     number: usize,
     pub(super) kept: Kept,
+    /// What new connections of the device have to be like.
+    structured: Wanted,
     task: Task,
     backoff: Backoff,
     /// The number of the last order. What comes of earlier ones is not wanted any more.
@@ -82,6 +85,7 @@ impl Keeper {
         Ok(Self {
             number,
             kept: Kept::new(path)?,
+            structured: Wanted::No,
             task: Task::Look,
             backoff: Backoff::default(),
             orders: 0,
@@ -239,7 +243,8 @@ impl Keeper {
             }
         }
         self.orders += 1;
-        match dialler.dial(self.number, self.orders, self.order(&goal)) {
+        let order = self.order(&goal);
+        match order.and_then(|order| dialler.dial(self.number, self.orders, order)) {
             Ok(()) => {
                 // What dies from now on comes on top.
                 self.kept.deaths = Deaths::default();
@@ -249,7 +254,7 @@ impl Keeper {
         }
     }
 
-    fn order(&self, goal: &Goal) -> Order {
+    fn order(&self, goal: &Goal) -> Result<Order, Failure> {
         let mut uris: Vec<_> = self.kept.config.uris.iter().cloned().enumerate().collect();
         let (wanted, peers) = match goal {
             Goal::Connect => (self.kept.config.connections(), Vec::new()),
@@ -268,7 +273,11 @@ impl Keeper {
                 uris.sort_by_key(|(place, _)| *place != in_use);
             }
         }
-        Order {
+        let structured = match goal {
+            Goal::Connect => self.kept.config.structured_replies.wanted()?,
+            _ => self.structured,
+        };
+        Ok(Order {
             uris,
             wanted,
             // A server that has restarted may take some of its clients back before it has room for the others.
@@ -282,8 +291,9 @@ impl Keeper {
                 tls: TlsArgs::default(),
             },
             peers,
+            structured,
             asks_only: matches!(goal, Goal::Adopt { .. }),
-        }
+        })
     }
 
     /// Looks what the device lacks.
@@ -304,6 +314,7 @@ impl Keeper {
                 )));
             }
         };
+        self.structured = Wanted::by(&device);
         if self.kept.index != Some(device.index) {
             self.is_alive = false;
             check_reconfigurable(&device).map_err(Trouble::End)?;

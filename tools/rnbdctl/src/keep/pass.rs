@@ -193,7 +193,7 @@ mod tests {
                 preferred: 4096,
                 max_payload: 1 << 25,
             }),
-            description: None,
+            ..Export::default()
         };
         let mut other = known.clone();
         // The device tells its size, which may have been changed since.

@@ -402,3 +402,48 @@ fn noise() {
         let _ = answered([Say(bytes)]);
     }
 }
+
+/// Asks for structured replies, which are answered so, and then for an export with DF among its flags.
+fn structured(answer: Act) -> Result<(bool, Export), Problem> {
+    let mut script = greeted();
+    script.extend([
+        option(8, b""),
+        answer,
+        go(""),
+        reply(7, 3, &info_export(4096, 0x81)),
+        reply(7, 1, &[]),
+        Wait,
+    ]);
+    let (stream, server) = serve(script, PATIENCE);
+    let outcome = Handshake::begin(stream).and_then(|mut handshake| {
+        let agreed = handshake.ask_for_structured_replies()?;
+        let (_, export) = handshake.go("")?;
+        Ok((agreed, export))
+    });
+    server.join().unwrap();
+    outcome
+}
+
+#[test]
+fn structured_replies_are_agreed_on() {
+    let (agreed, export) = structured(reply(8, 1, &[])).unwrap();
+    assert!(agreed && export.structured_replies);
+    assert_eq!(export.flags, 0x81);
+}
+
+#[test]
+fn without_structured_replies() {
+    let (agreed, export) = structured(reply(8, wire::REP_ERROR | 1, b"what?")).unwrap();
+    assert!(!agreed && !export.structured_replies);
+    assert_eq!(export.flags, 1, "a flag that makes no sense then");
+}
+
+#[test]
+fn a_server_that_knows_no_options_is_not_asked_for_structured_replies() {
+    let script = vec![greeting(0), Hear(0_u32.to_be_bytes().to_vec()), Wait];
+    let (stream, server) = serve(script, PATIENCE);
+    let mut handshake = Handshake::begin(stream).unwrap();
+    assert!(!handshake.ask_for_structured_replies().unwrap());
+    drop(handshake);
+    server.join().unwrap();
+}

@@ -60,6 +60,7 @@ fn where_lost_connections_are_made_to() {
     let mut keeper = keeper("order");
     let places = |keeper: &Keeper, goal: &Goal| -> Vec<usize> {
         let order = keeper.order(goal);
+        let order = order.unwrap();
         order.uris.iter().map(|(place, _)| *place).collect()
     };
     keeper.kept.in_use = Some(1);
