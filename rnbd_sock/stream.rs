@@ -55,12 +55,10 @@ const PIECES: usize = 128;
 /// The maximum number of page fragments, of 64 KiB, that are kept until the network has let go of them. Together
 /// they are as large as TCP's send buffer can grow, unless `tcp_wmem` was changed.
 const FRAGS: usize = 64;
-/// The number of bytes that are received beyond the awaited data. If these are data, they are
-/// copied twice, so it should not be more. It should not be less either, or it would not hold the
-/// headers of a busy server's replies to writes.
+/// The number of bytes that are received beyond the awaited data. If these are data, they are copied twice, so it should
+/// not be more. It should not be less either, or it would not hold the headers of a busy server's replies to writes.
 const READ_AHEAD_BYTES: usize = 512;
-/// The size of the part of a TLS record, other than one of data, that is received at a time. A session ticket has
-/// some hundred bytes.
+/// How much is received at a time of a TLS record that is no data. A session ticket has some hundred bytes.
 const RECORD_BYTES: usize = 256;
 
 /// A message that is being sent.
@@ -142,7 +140,7 @@ pub(crate) struct Receive {
     pub(crate) current: Option<Payload<Unanswered>>,
     /// The chunk that is being received, up to the end of its data.
     pub(super) chunk: Option<Receiving>,
-    /// How much of holes was filled since the receive work has last filled one.
+    /// How much was filled of holes since the receive work has last filled one.
     pub(super) zeroed_bytes: usize,
     pub(super) mode: Mode,
 }

@@ -26,7 +26,7 @@ mod shim;
 use shim::{alloc, prelude, sync};
 
 // The module's files, which are formatted and linted with the module.
-#[allow(clippy::all)]
+#[allow(clippy::all, dead_code)]
 #[rustfmt::skip]
 #[path = "../../../pure/mod.rs"]
 mod pure;

@@ -140,6 +140,7 @@ fn server_flags_have_the_protocols_bits() {
     assert_eq!(flags::ROTATIONAL, 0x010);
     assert_eq!(flags::SEND_TRIM, 0x020);
     assert_eq!(flags::SEND_WRITE_ZEROES, 0x040);
+    assert_eq!(flags::SEND_DF, 0x080);
     assert_eq!(flags::CAN_MULTI_CONN, 0x100);
     assert_eq!(flags::SEND_FAST_ZERO, 0x800);
 }
