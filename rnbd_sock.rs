@@ -17,6 +17,7 @@
 mod chunks;
 mod draining;
 mod ending;
+mod outgoing;
 mod receiving;
 mod records;
 mod report;

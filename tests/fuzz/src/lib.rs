@@ -24,6 +24,10 @@ use shim::{alloc, fmt, kapi, prelude, sync};
 mod pure;
 #[allow(clippy::all, dead_code)]
 #[rustfmt::skip]
+#[path = "../../../rnbd_sock/outgoing.rs"]
+mod outgoing;
+#[allow(clippy::all, dead_code)]
+#[rustfmt::skip]
 #[path = "../../../rnbd_sock/stream.rs"]
 mod stream;
 #[allow(clippy::all, dead_code)]
