@@ -96,8 +96,7 @@ pub(crate) use report::Life;
 pub(crate) use sending::Pace;
 pub(crate) use stream::send_disconnect_on;
 
-/// The number of times that the receive work looks for more before it queues itself again, so that
-/// other work runs.
+/// How often the receive work looks for more before it queues itself again, so that other work runs.
 const ROUNDS: u32 = 8;
 
 /// Commands can be queued on the connection.

@@ -57,9 +57,10 @@ use kernel::{
 /// The size of a sector, by which the block layer counts what is good of a read that has failed.
 const SECTOR_BYTES: u32 = 512;
 
-/// How much of holes is filled outside of the receive work before the next one is left to that, so that a server cannot
-/// keep a processor busy with a few bytes.
-const INLINE_ZEROES_BYTES: usize = 256 << 10;
+/// What a chunk costs, in bytes that could be filled with zeroes in the same time.
+const CHUNK_COST_BYTES: usize = 256;
+/// The same for the way to its place in the command's data, as a part of the distance.
+const DISTANCE_COST: usize = 64;
 
 /// What is to be done after a part of a chunk was parsed.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -150,7 +151,7 @@ impl Connection {
     ) -> Result<Next> {
         match content {
             Content::Data { offset, len } => {
-                receive.current = Some(self.accept(&chunk, offset, len)?);
+                receive.current = Some(self.accept(receive, &chunk, offset, len)?);
                 self.receive_data(receive, chunk)
             }
             Content::Hole { offset, len } => self.fill_hole(receive, chunk, (offset, len), limit),
@@ -193,24 +194,26 @@ impl Connection {
         (offset, len): (u64, u32),
         limit: usize,
     ) -> Result<Next> {
-        let len_bytes = len as usize;
-        if limit == usize::MAX {
-            receive.zeroed_bytes = 0;
-        } else if len_bytes > limit || receive.zeroed_bytes > INLINE_ZEROES_BYTES {
+        if len as usize > limit || receive.is_exhausted(limit) {
             receive.chunk = Some(Receiving::Hole(chunk, offset, len));
             return Ok(Next::LeaveToWork);
-        } else {
-            receive.zeroed_bytes += len_bytes;
         }
-        let mut payload = self.accept(&chunk, offset, len)?;
+        let mut payload = self.accept(receive, &chunk, offset, len)?;
         payload.zero();
+        receive.spent_bytes += len as usize;
         self.end_chunk(&chunk, payload.into_side())?;
         Ok(Next::Reply)
     }
 
     /// Claims the command of a chunk, notes that `len` bytes from `offset` in the export are answered, and returns the
     /// memory for them.
-    fn accept(&self, chunk: &Chunk, offset: u64, len: u32) -> Result<Payload<Unanswered>> {
+    fn accept(
+        &self,
+        receive: &mut Receive,
+        chunk: &Chunk,
+        offset: u64,
+        len: u32,
+    ) -> Result<Payload<Unanswered>> {
         let cookie = Cookie(chunk.cookie);
         let request = self.claim(cookie)?;
         let start = offset.wrapping_sub(request.extent().offset_bytes);
@@ -234,6 +237,7 @@ impl Connection {
             );
         }
         self.keep_answer(cookie, &answer);
+        receive.spent_bytes += CHUNK_COST_BYTES + start as usize / DISTANCE_COST;
         Ok(payload)
     }
 
@@ -261,6 +265,11 @@ impl Connection {
         if !is_shutdown || !chunk.text().as_bytes().is_empty() {
             let at = start.and(offset);
             self.report_server_error(&request, error, at, chunk.text());
+        }
+        if !chunk.is_last {
+            // There may be any number of errors, so they do not keep the command from timing out.
+            self.table.unclaim(request);
+            return Ok(());
         }
         self.end_chunk(chunk, request)
     }

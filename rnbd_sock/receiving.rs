@@ -168,6 +168,9 @@ impl Connection {
             if left || receive.awaited_bytes() > INLINE_DATA_BYTES {
                 return Ok(false);
             }
+            if CHUNKS && receive.is_exhausted(INLINE_DATA_BYTES) {
+                return Ok(false);
+            }
             if segment.left_bytes() == 0 {
                 return Ok(true);
             }
@@ -229,7 +232,13 @@ impl Connection {
         calls: u32,
         bytes: usize,
     ) -> Result<bool> {
+        if CHUNKS && bytes == usize::MAX {
+            receive.spent_bytes = 0;
+        }
         for _ in 0..calls {
+            if CHUNKS && receive.is_exhausted(bytes) {
+                break;
+            }
             if !receive.is_parsed::<CHUNKS>() && self.parse::<CHUNKS>(receive, bytes)? {
                 break;
             }

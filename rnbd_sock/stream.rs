@@ -58,6 +58,10 @@ const FRAGS: usize = 64;
 /// The number of bytes that are received beyond the awaited data. If these are data, they are copied twice, so it should
 /// not be more. It should not be less either, or it would not hold the headers of a busy server's replies to writes.
 const READ_AHEAD_BYTES: usize = 512;
+/// What chunks may cost outside of the receive work, and in one run of that, in bytes that are filled with zeroes. A
+/// server could keep a processor busy with a few bytes otherwise.
+const INLINE_CHUNKS_BYTES: usize = 256 << 10;
+const WORK_CHUNKS_BYTES: usize = 64 << 20;
 /// How much is received at a time of a TLS record that is no data. A session ticket has some hundred bytes.
 const RECORD_BYTES: usize = 256;
 
@@ -91,8 +95,9 @@ pub(crate) struct Receive {
     pub(crate) current: Option<Payload<Unanswered>>,
     /// The chunk that is being received, up to the end of its data.
     pub(super) chunk: Option<Receiving>,
-    /// How much was filled of holes since the receive work has last filled one.
-    pub(super) zeroed_bytes: usize,
+    /// What chunks have cost since the receive work has run last: how many bytes were filled with zeroes, or could have
+    /// been in the same time.
+    pub(super) spent_bytes: usize,
     pub(super) mode: Mode,
 }
 
@@ -257,7 +262,7 @@ impl Receive {
             records: Records::new(),
             current: None,
             chunk: None,
-            zeroed_bytes: 0,
+            spent_bytes: 0,
             mode,
         })
     }
@@ -279,11 +284,21 @@ impl Receive {
         matches!(self.chunk, Some(Receiving::Hole(..)))
     }
 
+    /// Returns whether chunks have cost as much as they may until the receive work runs, or runs again. `limit` is the
+    /// size up to which holes are filled, and not limited in the receive work.
+    pub(super) fn is_exhausted(&self, limit: usize) -> bool {
+        let budget = match limit {
+            usize::MAX => WORK_CHUNKS_BYTES,
+            _ => INLINE_CHUNKS_BYTES,
+        };
+        self.spent_bytes > budget
+    }
+
     /// Returns whether the receive work has something to do although nothing is left to receive.
     pub(super) fn wants_work(&self) -> bool {
         match self.mode {
             Mode::Simple => false,
-            Mode::Structured => self.has_hole(),
+            Mode::Structured => self.has_hole() || self.is_exhausted(0),
             Mode::Failed(_) => true,
         }
     }

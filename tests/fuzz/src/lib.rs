@@ -253,6 +253,9 @@ impl Session {
     }
 
     fn parse(&mut self, limit: usize) -> Result<bool> {
+        if limit == usize::MAX {
+            self.receive.spent_bytes = 0;
+        }
         match self.receive.mode {
             Mode::Simple => self.connection.parse::<false>(&mut self.receive, limit),
             _ => self.connection.parse::<true>(&mut self.receive, limit),
