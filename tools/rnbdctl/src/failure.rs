@@ -6,6 +6,8 @@ use std::fmt::Display;
 
 use rustix::io::Errno;
 
+use crate::log::tell;
+
 /// The exit statuses. clap ends the program with 2 where the command line is wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
@@ -68,11 +70,11 @@ impl Failure {
         }
     }
 
-    /// Prints it for people.
+    /// Tells it to people, if they read it.
     pub fn report(&self) {
-        eprintln!("rnbdctl: {self}");
+        tell(&self.to_string());
         if let Some(advice) = &self.advice {
-            eprintln!("rnbdctl: {advice}");
+            tell(advice);
         }
     }
 }

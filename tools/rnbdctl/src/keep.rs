@@ -5,7 +5,8 @@
 //! - `config` reads what is to be kept; `find` finds that among the devices, and what it lacks
 //! - `dial` opens connections; `pass` gives them to the kernel; `backoff` is the time between attempts
 //! - `keeper` does all this for one device; `disconnect` undoes it at the end
-//! - `kept` is what is known of a device; `lock` keeps another run of the program away from it
+//! - `kept` is what is known of a device, and `served` where its connections lead; `lock` keeps another run of the
+//!   program away from it
 //! - `notifier` tells the service manager
 //!
 //! The main thread waits for messages of others, which wait for events of the kernel, for signals, and for servers.
@@ -21,6 +22,7 @@ mod kept;
 mod lock;
 mod notifier;
 mod pass;
+mod served;
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
@@ -85,9 +87,7 @@ pub fn run(args: &KeepArgs) -> Result<(), Failure> {
         notifier: Notifier::start()?,
         disconnect: args.disconnect,
     };
-    let outcome = keep.run(&told);
-    log::finish();
-    outcome
+    keep.run(&told)
 }
 
 /// Memory must not be freed by writing to the devices: that may have to wait for this very program.
@@ -181,8 +181,8 @@ impl Keep {
 
     fn notify(&mut self) {
         let status: Vec<String> = self.keepers.iter().map(Keeper::status).collect();
-        let is_ready = self.keepers.iter().all(Keeper::is_settled);
-        self.notifier.tell(is_ready, status.join("; "));
+        self.notifier
+            .tell(is_ready(&self.keepers), status.join("; "));
     }
 
     /// `None`: there is something left to keep.
@@ -225,19 +225,29 @@ impl Keep {
         }
     }
 
-    fn stop(self) {
+    fn stop(mut self) {
         self.notifier.stop();
-        if !self.disconnect {
-            return;
-        }
+        self.keepers.iter_mut().for_each(Keeper::abandon);
         let ours = self
             .keepers
             .iter()
             .filter(|keeper| keeper.ended().is_none());
         for kept in ours.map(|keeper| &keeper.kept) {
-            if let Err(failure) = disconnect(kept) {
-                kept.say(&failure.to_string());
+            match (self.disconnect, kept.index) {
+                (true, _) => {
+                    if let Err(failure) = disconnect(kept) {
+                        kept.say(&failure.to_string());
+                    }
+                }
+                (false, Some(index)) => kept.say(&format!("/dev/nbd{index} stays connected")),
+                (false, None) => (),
             }
         }
     }
+}
+
+/// Whether all that is kept works, and something is: nobody may mount a device that is gone.
+fn is_ready(keepers: &[Keeper]) -> bool {
+    let mut kept = keepers.iter().filter(|keeper| keeper.ended().is_none());
+    keepers.iter().all(Keeper::is_settled) && kept.next().is_some()
 }

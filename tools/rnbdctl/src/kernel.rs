@@ -2,6 +2,8 @@
 
 //! The devices as the kernel tells of them: by rnbd's own family where there is one, else by sysfs.
 
+use std::io;
+
 use rustix::io::Errno;
 
 use crate::connect::no_driver;
@@ -60,8 +62,10 @@ impl Kernel {
     /// The kernel's reason.
     pub fn devices(&self) -> Result<Vec<Device>, Failure> {
         let Some(family) = &self.family else {
-            let indices = self.sysfs.indices().into_iter();
-            return Ok(indices.map(|index| self.sysfs.device(index)).collect());
+            let wrong = |error| Failure::new(Exit::Failed, "reading sysfs", error);
+            let indices = self.sysfs.indices().map_err(wrong)?.into_iter();
+            let devices = indices.map(|index| self.sysfs.device(index));
+            return devices.collect::<io::Result<_>>().map_err(wrong);
         };
         let mut devices = family.devices().map_err(|error| error.during(ASKING))?;
         devices.sort_unstable_by_key(|device| device.index);

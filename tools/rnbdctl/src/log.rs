@@ -133,6 +133,18 @@ mod tests {
         assert_eq!(written(&queue), ["f"], "they are told once");
     }
 
+    /// The disk is full, or the reader is gone: that must not change how the program ends.
+    #[test]
+    fn what_cannot_be_written_is_no_reason_to_end() {
+        let (log, queue) = Log::new(2);
+        let full = std::fs::File::options().write(true).open("/dev/full");
+        let writer = thread::spawn(move || write_all(&queue, &mut full.unwrap()));
+        log.put("a");
+        log.finish(Duration::from_secs(60));
+        drop(log);
+        assert!(writer.join().is_ok());
+    }
+
     #[test]
     fn what_is_put_is_written() {
         let (log, queue) = Log::new(2);

@@ -57,13 +57,15 @@ use crate::cli::{Cli, Command};
 use crate::failure::Failure;
 
 fn main() -> ExitCode {
-    match run(Cli::parse().command) {
+    let code = match run(Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             failure.report();
             ExitCode::from(failure.exit as u8)
         }
-    }
+    };
+    log::finish();
+    code
 }
 
 fn run(command: Command) -> Result<(), Failure> {

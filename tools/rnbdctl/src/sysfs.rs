@@ -3,7 +3,10 @@
 //! What sysfs tells of the devices, with either driver and without privilege.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
+
+use rustix::io::Errno;
 
 use crate::device::{Device, State};
 
@@ -61,16 +64,19 @@ impl Sysfs {
     }
 
     /// The indices of the devices that there are, in their order.
-    pub fn indices(&self) -> Vec<u32> {
-        let entries = fs::read_dir(self.0.join("block")).into_iter().flatten();
-        let mut indices: Vec<u32> = entries
-            .filter_map(|entry| {
-                let name = entry.ok()?.file_name();
-                name.to_str()?.strip_prefix("nbd")?.parse().ok()
-            })
-            .collect();
+    ///
+    /// # Errors
+    ///
+    /// Those of reading the directory.
+    pub fn indices(&self) -> io::Result<Vec<u32>> {
+        let mut indices: Vec<u32> = Vec::new();
+        for entry in fs::read_dir(self.0.join("block"))? {
+            let name = entry?.file_name();
+            let number = name.to_str().and_then(|name| name.strip_prefix("nbd"));
+            indices.extend(number.and_then(|number| number.parse::<u32>().ok()));
+        }
         indices.sort_unstable();
-        indices
+        Ok(indices)
     }
 
     fn disk(&self, index: u32) -> PathBuf {
@@ -81,48 +87,64 @@ impl Sysfs {
         self.disk(index).exists()
     }
 
-    fn number<T: std::str::FromStr>(&self, index: u32, name: &str) -> Option<T> {
-        read(&self.disk(index).join(name))?.parse().ok()
+    /// `None`: there is no such file.
+    fn text(&self, index: u32, name: &str) -> io::Result<Option<String>> {
+        read(&self.disk(index).join(name))
+    }
+
+    fn number<T: std::str::FromStr>(&self, index: u32, name: &str) -> io::Result<Option<T>> {
+        let text = self.text(index, name)?;
+        Ok(text.and_then(|text| text.parse().ok()))
     }
 
     /// The process that has connected the device; only a device with a session has one.
     pub fn pid(&self, index: u32) -> Option<u32> {
-        self.number(index, "pid")
+        self.number(index, "pid").ok()?
     }
 
     /// The backend identifier, if the device has one.
     pub fn backend(&self, index: u32) -> Option<String> {
-        read(&self.disk(index).join("backend")).filter(|name| !name.is_empty())
+        self.identifier(index).ok()?
+    }
+
+    fn identifier(&self, index: u32) -> io::Result<Option<String>> {
+        let name = self.text(index, "backend")?;
+        Ok(name.filter(|name| !name.is_empty()))
     }
 
     pub fn read_only(&self, index: u32) -> Option<bool> {
-        self.number(index, "ro").map(|number: u8| number != 0)
+        let number: Option<u8> = self.number(index, "ro").ok()?;
+        number.map(|number| number != 0)
     }
 
     /// All that sysfs tells of a device.
-    pub fn device(&self, index: u32) -> Device {
-        let pid = self.pid(index);
-        let sectors: u64 = self.number(index, "size").unwrap_or(0);
+    ///
+    /// # Errors
+    ///
+    /// Something is there and cannot be read, so nobody knows whether the device is connected.
+    pub fn device(&self, index: u32) -> io::Result<Device> {
+        let pid = self.number(index, "pid")?;
+        let sectors: u64 = self.number(index, "size")?.unwrap_or(0);
         let mut device = Device::unused(index);
         if pid.is_none() {
-            return device;
+            return Ok(device);
         }
         device.state = State::Connected;
         device.pid = pid;
-        device.backend = self.backend(index);
+        device.backend = self.identifier(index)?;
         device.size = sectors.saturating_mul(SECTOR);
-        device.block_size = self.number(index, "queue/logical_block_size");
+        device.block_size = self.number(index, "queue/logical_block_size")?;
         device.read_only = self.read_only(index);
-        device
+        Ok(device)
     }
 
     pub fn io_stat(&self, index: u32) -> Option<IoStat> {
-        parse_stat(&read(&self.disk(index).join("stat"))?)
+        parse_stat(&self.text(index, "stat").ok()??)
     }
 
     /// How long a request may be, in KiB.
     pub fn request_limit(&self, index: u32) -> Option<u32> {
-        self.number(index, "queue/max_sectors_kb")
+        self.number(index, "queue/max_sectors_kb").ok()?
     }
 
     /// Lowers the limit of a request's size, in KiB, if it is higher.
@@ -140,9 +162,14 @@ impl Sysfs {
     }
 }
 
-fn read(path: &Path) -> Option<String> {
-    let text = fs::read_to_string(path).ok()?;
-    Some(text.trim_end_matches('\n').to_owned())
+/// `None`: it is not there, or not any more.
+fn read(path: &Path) -> io::Result<Option<String>> {
+    match fs::read_to_string(path) {
+        Ok(text) => Ok(Some(text.trim_end_matches('\n').to_owned())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) if error.raw_os_error() == Some(Errno::NODEV.raw_os_error()) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 fn parse_stat(line: &str) -> Option<IoStat> {
@@ -211,13 +238,21 @@ mod tests {
         file("block/nbd2/queue/logical_block_size", "4096\n");
         let sysfs = Sysfs(root.clone());
         assert_eq!(sysfs.driver(), Some(Driver::Nbd));
-        assert_eq!(sysfs.indices(), [2, 10]);
-        let device = sysfs.device(2);
+        assert_eq!(sysfs.indices().unwrap(), [2, 10]);
+        let device = sysfs.device(2).unwrap();
         assert_eq!((device.state, device.pid), (State::Connected, Some(77)));
         assert_eq!((device.size, device.block_size), (1 << 20, Some(4096)));
         assert_eq!(device.backend.as_deref(), Some("disk a"));
         assert_eq!(device.read_only, Some(true));
-        assert_eq!(sysfs.device(10).state, State::Unused);
+        assert_eq!(sysfs.device(10).unwrap().state, State::Unused);
+        assert_eq!(sysfs.device(11).unwrap().state, State::Unused);
+        // What cannot be read is not absent. Here it is a directory.
+        fs::create_dir(root.join("block/nbd10/pid")).unwrap();
+        assert!(sysfs.device(10).is_err());
+        fs::remove_file(root.join("block/nbd2/backend")).unwrap();
+        assert_eq!(sysfs.device(2).unwrap().backend, None);
+        fs::create_dir(root.join("block/nbd2/backend")).unwrap();
+        assert!(sysfs.device(2).is_err());
         fs::remove_dir_all(root).unwrap();
     }
 }

@@ -5,6 +5,7 @@
 use std::fmt;
 
 use fluent_uri::component::{Authority, Host};
+use serde::{Deserialize, Serialize};
 
 use crate::text::plain;
 use crate::tls::UriTls;
@@ -19,7 +20,7 @@ const VSOCK_HOST: u32 = 2;
 const MAX_STRING: usize = 4096;
 
 /// Where a server listens.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Place {
     /// A host's name or address, and a port.
     Tcp(String, u16),
@@ -30,7 +31,7 @@ pub enum Place {
 }
 
 /// An export of a server.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct NbdUri {
     pub place: Place,
     pub export: String,

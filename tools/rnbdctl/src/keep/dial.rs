@@ -2,14 +2,14 @@
 
 //! Dials in a thread of its own, so that a server that does not answer holds up nothing else.
 
-use std::ffi::OsStr;
 use std::fs;
-use std::os::unix::ffi::OsStrExt;
+use std::net::SocketAddr;
 use std::os::unix::fs::MetadataExt;
 use std::sync::mpsc::Sender;
 use std::thread;
 
 use super::Message;
+use super::served::Served;
 use crate::cli::ServerArgs;
 use crate::dial::{Address, resolve};
 use crate::failure::{Exit, Failure};
@@ -20,8 +20,8 @@ use crate::uri::NbdUri;
 /// What is to be opened.
 #[derive(Debug)]
 pub struct Order {
-    /// The URIs to be tried, in this order, each with its place in the configuration.
-    pub uris: Vec<(usize, NbdUri)>,
+    /// The URIs to be tried, in this order.
+    pub uris: Vec<NbdUri>,
     /// How many connections; `None`: as many as help.
     pub wanted: Option<u32>,
     pub fewer: Fewer,
@@ -38,10 +38,10 @@ pub struct Order {
 /// What was found.
 #[derive(Debug)]
 pub enum Reached {
-    /// With the place of the URI.
-    Opened(usize, Opened),
-    /// A URI leads to where the device is connected to.
-    Same,
+    /// With the URI.
+    Opened(NbdUri, Opened),
+    /// Where the device is connected to.
+    Same(Served),
 }
 
 /// What has come of an order.
@@ -83,10 +83,9 @@ impl Dialler {
 }
 
 fn dial(order: &Order) -> Result<Reached, Failure> {
-    let may =
-        |address: &Address| order.peers.is_empty() || order.peers.contains(&address.to_string());
+    let may = |address: &Address| leads_to(address, &order.peers);
     let mut failures: Vec<Failure> = Vec::new();
-    for (place, uri) in &order.uris {
+    for uri in &order.uris {
         match open_among(
             uri,
             order.wanted,
@@ -95,7 +94,7 @@ fn dial(order: &Order) -> Result<Reached, Failure> {
             order.structured,
             may,
         ) {
-            Ok(opened) => return Ok(Reached::Opened(*place, opened)),
+            Ok(opened) => return Ok(Reached::Opened(uri.clone(), opened)),
             Err(failure) => failures.push(failure),
         }
     }
@@ -113,12 +112,15 @@ fn dial(order: &Order) -> Result<Reached, Failure> {
 /// Whether one of the URIs leads to where the device is connected to.
 fn compare(order: &Order) -> Result<Reached, Failure> {
     let mut unknown = Vec::new();
-    for (_, uri) in &order.uris {
+    for uri in &order.uris {
         match resolve(&uri.place, order.server.connect_timeout) {
             Ok(addresses) => {
-                let is_peer = |address: &Address| order.peers.iter().any(|p| may_be(address, p));
-                if addresses.iter().any(is_peer) {
-                    return Ok(Reached::Same);
+                let is_peer = |address: &&Address| leads_to(address, &order.peers);
+                if let Some(address) = addresses.iter().find(is_peer) {
+                    return Ok(Reached::Same(Served {
+                        uri: uri.clone(),
+                        address: address.to_string(),
+                    }));
                 }
             }
             Err(error) => unknown.push(format!("resolving {}: {error}", uri.place)),
@@ -138,18 +140,24 @@ fn compare(order: &Order) -> Result<Reached, Failure> {
     ))
 }
 
+/// Whether an address may be one of those that a device is connected to, if they are known.
+pub fn leads_to(address: &Address, peers: &[String]) -> bool {
+    let address = address.to_string();
+    peers.is_empty() || peers.iter().any(|peer| may_be(&address, peer))
+}
+
 /// Whether an address may be that of a connection. A server may know its UNIX socket by another path.
-fn may_be(address: &Address, peer: &str) -> bool {
-    match address {
-        _ if address.to_string() == peer => true,
-        Address::Unix(path) if peer.starts_with('/') => {
-            match (fs::metadata(OsStr::from_bytes(path)), fs::metadata(peer)) {
-                (Ok(one), Ok(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
-                _ => true,
-            }
-        }
-        Address::Unix(_) => peer == "unix",
-        _ => false,
+pub fn may_be(address: &str, peer: &str) -> bool {
+    if address == peer {
+        return true;
+    }
+    let is_unix = !address.starts_with("vsock ") && address.parse::<SocketAddr>().is_err();
+    if !is_unix || !peer.starts_with('/') {
+        return is_unix && peer == "unix";
+    }
+    match (fs::metadata(address), fs::metadata(peer)) {
+        (Ok(one), Ok(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
+        _ => true,
     }
 }
 
@@ -169,7 +177,7 @@ mod tests {
 
     fn order(uris: Vec<NbdUri>, peers: &[&str]) -> Order {
         Order {
-            uris: uris.into_iter().enumerate().collect(),
+            uris,
             wanted: Some(1),
             fewer: Fewer::WillNotDo,
             server: ServerArgs {
@@ -205,7 +213,7 @@ mod tests {
     fn a_device_of_another_server() {
         let uris = || vec![refused(), NbdUri::parse("nbd://127.0.0.1:7").unwrap()];
         let compared = compare(&order(uris(), &["127.0.0.1:7"]));
-        assert!(matches!(compared, Ok(Reached::Same)), "{compared:?}");
+        assert!(matches!(compared, Ok(Reached::Same(_))), "{compared:?}");
         let failure = compare(&order(uris(), &["127.0.0.2:7"])).unwrap_err();
         assert_eq!(failure.exit, Exit::Busy);
         assert!(failure.to_string().contains("127.0.0.2:7"), "{failure}");
@@ -216,12 +224,16 @@ mod tests {
 
     #[test]
     fn a_socket_may_have_several_paths() {
-        let unix = |path: &str| Address::Unix(path.into());
-        assert!(may_be(&unix("/dev/null"), "/dev/../dev/null"));
-        assert!(!may_be(&unix("/dev/null"), "/dev/zero"));
-        assert!(may_be(&unix("/dev/null"), "/nonexistent/of/a/container"));
-        assert!(may_be(&unix("/dev/null"), "unix"));
-        assert!(!may_be(&unix("/dev/null"), "127.0.0.1:1"));
-        assert!(!may_be(&unix("/dev/null"), "@abstract"));
+        assert!(may_be("/dev/null", "/dev/../dev/null"));
+        assert!(!may_be("/dev/null", "/dev/zero"));
+        assert!(may_be("/dev/null", "/nonexistent/of/a/container"));
+        assert!(may_be("/dev/null", "unix"));
+        assert!(!may_be("/dev/null", "127.0.0.1:1"));
+        assert!(!may_be("/dev/null", "@abstract"));
+        // Where a lost connection may be made to is what the device may be adopted from.
+        let address = Address::Unix("/dev/null".into());
+        assert!(leads_to(&address, &["/dev/../dev/null".into()]));
+        assert!(!leads_to(&address, &["/dev/zero".into()]));
+        assert!(leads_to(&address, &[]));
     }
 }

@@ -27,8 +27,12 @@ pub fn disconnect(kept: &Kept) -> Result<(), Failure> {
     };
     // Opening a device that does not answer may have to wait for it.
     if !Condition::of(&kernel, &device, &kept.deaths)?.is_alive {
+        let has = match kernel.not_known() {
+            None => "has",
+            Some(_) => "may have",
+        };
         kept.say(&format!(
-            "{} has lost its connections, and stays connected",
+            "{} {has} lost its connections, and stays connected",
             device.device
         ));
         return Ok(());

@@ -9,6 +9,7 @@ use crate::device::{Connection, ConnectionState, Device, State};
 use crate::failure::{Exit, Failure};
 use crate::handover::in_use;
 use crate::kernel::Kernel;
+use crate::text::plain;
 
 /// What there is of a device that is to be kept.
 #[derive(Debug)]
@@ -60,7 +61,9 @@ pub fn find(devices: &[Device], config: &Config) -> Result<Found, Failure> {
     if let Some(index) = config.device {
         if let Some(other) = in_session().find(|device| device.index == index) {
             let what = match &other.backend {
-                Some(backend) => format!("it is connected with the identifier \"{backend}\""),
+                Some(backend) => {
+                    format!("it is connected with the identifier \"{}\"", plain(backend))
+                }
                 None => "it is connected without an identifier".into(),
             };
             return Err(taken(other, what));
@@ -220,6 +223,14 @@ mod tests {
         assert_eq!(found("backend = ''\ndevice = 'nbd3'"), Ok(Some(3)));
         assert_eq!(found("backend = ''\ndevice = 'nbd2'"), Ok(None));
         assert_eq!(found("backend = ''\ndevice = 'nbd0'"), Err(Exit::Busy));
+    }
+
+    /// It is printed, and told to the service manager.
+    #[test]
+    fn an_identifier_is_printed_plainly() {
+        let devices = [device(0, State::Connected, Some("a\x1b[2J"))];
+        let failure = find(&devices, &config("backend = 'b'\ndevice = 'nbd0'")).unwrap_err();
+        assert!(!failure.to_string().contains('\x1b'), "{failure}");
     }
 
     #[test]

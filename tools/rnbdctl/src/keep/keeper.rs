@@ -14,7 +14,9 @@ use super::config::Config;
 use super::dial::{Dialled, Dialler, Order, Reached};
 use super::find::{Condition, Deaths, Found, Goal, find};
 use super::kept::Kept;
+use super::lock::path_of_served;
 use super::pass;
+use super::served::{Served, choose};
 use crate::cli::ServerArgs;
 use crate::failure::{Exit, Failure};
 use crate::handover::{check_allowed, check_driver, check_reconfigurable};
@@ -169,8 +171,11 @@ impl Keeper {
 
     /// Reads the configuration again, and has all connections handed over to the server that it names.
     pub fn reload(&mut self) {
-        if self.ended().is_some() {
-            return;
+        // What another one was refused for may have changed.
+        if self.ended() == Some(None) {
+            return self
+                .kept
+                .say("somebody else has disconnected it: that takes a restart of the program");
         }
         let driver = Sysfs::new().driver();
         let config = Config::read(&self.kept.path);
@@ -192,21 +197,27 @@ impl Keeper {
             );
         }
         self.kept.say("the configuration was read again");
-        self.kept.in_use = self
-            .kept
-            .in_use
-            .filter(|place| config.uris.get(*place) == self.kept.config.uris.get(*place));
         self.kept.config = config;
         self.complaint = None;
-        self.wants_handover = self.kept.index.is_some();
-        // What was ordered before is not wanted any more. What it was ordered for is.
-        self.orders += 1;
-        if let Task::Dial(goal) = std::mem::replace(&mut self.task, Task::Look) {
-            self.kept.deaths.put_back(&goal);
+        // Also of a device that it has yet to find.
+        self.wants_handover = true;
+        self.abandon();
+        if self.ended().is_some() {
+            self.kept.index = None;
         }
+        self.task = Task::Look;
         self.backoff = Backoff::default();
         if let Err(failure) = self.set_timeouts() {
             self.complain(&failure);
+        }
+    }
+
+    /// What was ordered is not wanted any more. What it was ordered for is.
+    pub fn abandon(&mut self) {
+        self.orders += 1;
+        if let Task::Dial(goal) = &self.task {
+            self.kept.deaths.put_back(goal);
+            self.task = Task::Look;
         }
     }
 
@@ -255,7 +266,6 @@ impl Keeper {
     }
 
     fn order(&self, goal: &Goal) -> Result<Order, Failure> {
-        let mut uris: Vec<_> = self.kept.config.uris.iter().cloned().enumerate().collect();
         let (wanted, peers) = match goal {
             Goal::Connect => (self.kept.config.connections(), Vec::new()),
             Goal::Adopt { peers, .. } => (None, peers.clone()),
@@ -264,21 +274,12 @@ impl Keeper {
             }
             Goal::HandOver { connections } => (Some(*connections), Vec::new()),
         };
-        // While a connection is alive, another server could be another store. Where the addresses are known, they
-        // decide: somebody else may have handed the connections over.
-        if let (Goal::Replace { all: false, .. }, Some(in_use)) = (goal, self.kept.in_use) {
-            if peers.is_empty() {
-                uris.retain(|(place, _)| *place == in_use);
-            } else {
-                uris.sort_by_key(|(place, _)| *place != in_use);
-            }
-        }
         let structured = match goal {
             Goal::Connect => self.kept.config.structured_replies.wanted()?,
             _ => self.structured,
         };
         Ok(Order {
-            uris,
+            uris: choose(&self.kept.config.uris, self.kept.served.as_ref(), goal),
             wanted,
             // A server that has restarted may take some of its clients back before it has room for the others.
             fewer: match goal {
@@ -304,6 +305,9 @@ impl Keeper {
             Found::Device(device) => device,
             Found::Nothing if self.kept.index.is_none() => {
                 self.status = "not connected yet".into();
+                // All connections are new.
+                self.wants_handover = false;
+                self.kept.served = None;
                 return Ok(Some(Goal::Connect));
             }
             Found::Nothing => {
@@ -318,7 +322,15 @@ impl Keeper {
         if self.kept.index != Some(device.index) {
             self.is_alive = false;
             check_reconfigurable(&device).map_err(Trouble::End)?;
-            let peers = Condition::of(&kernel, &device, &self.kept.deaths)?.peers;
+            let Condition { goal, peers, .. } = Condition::of(&kernel, &device, &self.kept.deaths)?;
+            let path = path_of_served(&self.kept.config);
+            self.kept.served = Served::recall(&path, &device);
+            // Where all are dead, any of the servers may have the device.
+            let is_lost = matches!(goal, Some(Goal::Replace { all: true, .. }));
+            if let Some(served) = self.kept.served.as_ref().filter(|_| !is_lost) {
+                let checked = served.check(&self.kept.config.uris, &peers, &path);
+                checked.map_err(Trouble::End)?;
+            }
             if !peers.is_empty() {
                 self.status = format!("{} is connected already", device.device);
                 let index = device.index;
@@ -353,12 +365,13 @@ impl Keeper {
 
     /// Keeps a device from now on that somebody else has connected, or an earlier run of the program.
     fn adopt(&mut self, index: u32) -> Result<(), Failure> {
+        pass::timeouts(index, &self.kept.config)?;
         self.kept
             .say(&format!("/dev/nbd{index} is connected already"));
         self.kept.index = Some(index);
-        (self.kept.known, self.kept.in_use) = (None, None);
+        self.kept.known = None;
         self.missed();
-        self.set_timeouts()
+        Ok(())
     }
 
     /// What was ordered is there, or cannot be had.
@@ -371,10 +384,11 @@ impl Keeper {
         };
         let is_handover = matches!(goal, Goal::HandOver { .. });
         let is_adoption = matches!(goal, Goal::Adopt { .. });
+        let is_elsewhere = matches!(&dialled.outcome, Err(failure) if failure.exit == Exit::Busy);
         let outcome = match dialled.outcome {
-            Ok(Reached::Opened(place, opened)) => pass::on(&mut self.kept, &goal, place, opened),
-            Ok(Reached::Same) => match &goal {
-                Goal::Adopt { index, .. } => self.adopt(*index),
+            Ok(Reached::Opened(uri, opened)) => pass::on(&mut self.kept, &goal, uri, opened),
+            Ok(Reached::Same(served)) => match &goal {
+                Goal::Adopt { index, .. } => self.adopt(*index).map(|()| self.kept.serve(served)),
                 _ => Ok(()),
             },
             Err(failure) => Err(failure),
@@ -386,7 +400,7 @@ impl Keeper {
                 self.backoff.succeeded(now);
             }
             // It is connected to another server.
-            Err(failure) if is_adoption && failure.exit == Exit::Busy => {
+            Err(failure) if is_adoption && is_elsewhere => {
                 self.give_way(Trouble::End(failure), now);
             }
             // An earlier one is not over yet.

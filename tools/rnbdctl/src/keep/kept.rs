@@ -6,9 +6,12 @@ use std::path::PathBuf;
 
 use super::config::{Config, name};
 use super::find::Deaths;
+use super::lock::path_of_served;
+use super::served::Served;
 use crate::failure::Failure;
 use crate::log::tell;
 use crate::negotiate::Export;
+use crate::sysfs::Sysfs;
 
 pub struct Kept {
     pub name: String,
@@ -19,8 +22,8 @@ pub struct Kept {
     pub index: Option<u32>,
     /// What was last accepted as its export.
     pub known: Option<Export>,
-    /// Which URI was used last.
-    pub in_use: Option<usize>,
+    /// Where its connections lead, if that is known.
+    pub served: Option<Served>,
     /// What is to be replaced, where the driver does not list it.
     pub deaths: Deaths,
 }
@@ -36,9 +39,27 @@ impl Kept {
             path,
             index: None,
             known: None,
-            in_use: None,
+            served: None,
             deaths: Deaths::default(),
         })
+    }
+
+    /// Connections lead there now.
+    pub fn serve(&mut self, served: Served) {
+        let Some(index) = self.index else {
+            return;
+        };
+        let path = path_of_served(&self.config);
+        if self.served.as_ref() == Some(&served) && path.exists() {
+            return;
+        }
+        if let Err(error) = served.remember(&path, index, Sysfs::new().pid(index)) {
+            self.say(&format!(
+                "where the connections lead is not known after a restart: {}: {error}",
+                path.display()
+            ));
+        }
+        self.served = Some(served);
     }
 
     /// Prints what has happened.

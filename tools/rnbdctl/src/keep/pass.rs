@@ -3,8 +3,10 @@
 //! Gives connections that were dialled to the kernel.
 
 use super::config::Config;
+use super::dial::leads_to;
 use super::find::{Condition, Found, Goal, find};
 use super::kept::Kept;
+use super::served::Served;
 use crate::connect::{open_family, prepare, start};
 use crate::device::Device;
 use crate::dial::Address;
@@ -14,20 +16,21 @@ use crate::handover::{check_export, count_dead, hand_over};
 use crate::kernel::Kernel;
 use crate::negotiate::Export;
 use crate::opening::Opened;
+use crate::uri::NbdUri;
 use crate::wire;
 
 const PASSING: &str = "passing the connections to the device";
 
-/// Passes on what was opened with the URI at `place`, if it is the device's export.
+/// Passes on what was opened with `uri`, if it is the device's export.
 ///
 /// # Errors
 ///
 /// `Refused`: it is another export. Or the kernel's reason.
-pub fn on(kept: &mut Kept, goal: &Goal, place: usize, opened: Opened) -> Result<(), Failure> {
+pub fn on(kept: &mut Kept, goal: &Goal, uri: NbdUri, opened: Opened) -> Result<(), Failure> {
     if let Some(known) = &kept.known {
         check_known(known, &opened.export)?;
     }
-    let export = opened.export.clone();
+    let (address, export) = (opened.address.to_string(), opened.export.clone());
     match goal {
         Goal::Connect => connect(kept, opened)?,
         Goal::HandOver { .. } => all(kept, &opened)?,
@@ -38,7 +41,7 @@ pub fn on(kept: &mut Kept, goal: &Goal, place: usize, opened: Opened) -> Result<
         Goal::Adopt { .. } => return Ok(()),
     }
     kept.known = Some(export);
-    kept.in_use = Some(place);
+    kept.serve(Served { uri, address });
     Ok(())
 }
 
@@ -71,6 +74,8 @@ fn connect(kept: &mut Kept, opened: Opened) -> Result<(), Failure> {
     setup.timeout = config.timeout;
     setup.dead_conn_timeout = config.dead_conn_timeout;
     setup.backend = config.backend().map(str::to_owned);
+    // Dialling takes time, and the kernel does not compare identifiers.
+    check_absent(&Kernel::look()?.devices()?, config)?;
     let index = start(&open_family()?, &setup, &export)?;
     kept.index = Some(index);
     kept.say(&format!(
@@ -78,6 +83,18 @@ fn connect(kept: &mut Kept, opened: Opened) -> Result<(), Failure> {
         connections(number)
     ));
     Ok(())
+}
+
+/// Somebody else may have connected the device meanwhile.
+fn check_absent(devices: &[Device], config: &Config) -> Result<(), Failure> {
+    match find(devices, config)? {
+        Found::Nothing => Ok(()),
+        Found::Device(device) => Err(Failure::new(
+            Exit::Failed,
+            PASSING,
+            format!("{} was connected meanwhile", device.device),
+        )),
+    }
 }
 
 /// Returns how many connections were passed on.
@@ -161,7 +178,7 @@ fn look_again(kept: &Kept) -> Result<(Kernel, Device), Failure> {
 
 /// Somebody else may have connected the device to another server meanwhile.
 fn check_peers(peers: &[String], address: &Address) -> Result<(), Failure> {
-    if peers.is_empty() || peers.contains(&address.to_string()) {
+    if leads_to(address, peers) {
         return Ok(());
     }
     let what = format!(
@@ -181,7 +198,20 @@ fn connections(number: usize) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::State;
     use crate::negotiate::BlockSizes;
+
+    /// A second one with this identifier would be another device for the same data.
+    #[test]
+    fn what_was_connected_meanwhile_is_not_connected_twice() {
+        let config: Config = toml::from_str("uris = ['nbd://h']\nbackend = 'a'").unwrap();
+        let mut device = Device::unused(3);
+        device.backend = Some("a".into());
+        assert!(check_absent(std::slice::from_ref(&device), &config).is_ok());
+        device.state = State::Connected;
+        let failure = check_absent(&[device], &config).unwrap_err();
+        assert_eq!(failure.exit, Exit::Failed, "it is tried again: {failure}");
+    }
 
     #[test]
     fn what_was_told_before_counts() {
@@ -216,5 +246,7 @@ mod tests {
         assert!(check_peers(&[], &address).is_ok());
         assert!(check_peers(&["127.0.0.1:7".into()], &address).is_ok());
         assert!(check_peers(&["127.0.0.2:7".into()], &address).is_err());
+        let address = Address::Unix("/dev/null".into());
+        assert!(check_peers(&["/dev/../dev/null".into()], &address).is_ok());
     }
 }

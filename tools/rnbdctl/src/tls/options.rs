@@ -8,6 +8,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
+use serde::{Deserialize, Serialize};
 
 use super::client_error::ClientError;
 
@@ -48,7 +49,7 @@ impl TlsArgs {
 }
 
 /// What a URI says of TLS.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UriTls {
     pub hostname: Option<String>,
     pub certificates: Option<PathBuf>,

@@ -30,6 +30,17 @@ fn what_is_refused_is_not_settled() {
     assert!(keeper.is_settled());
 }
 
+/// A device that is gone before all was ready is no device that works.
+#[test]
+fn nothing_is_not_ready() {
+    let mut keepers = [keeper("gone"), keeper("works")];
+    keepers[0].task = Task::Ended(None);
+    assert!(!super::super::is_ready(&keepers[..1]));
+    keepers[1].kept.index = Some(0);
+    keepers[1].is_alive = true;
+    assert!(super::super::is_ready(&keepers));
+}
+
 #[test]
 fn what_is_lost_is_not_settled() {
     let mut keeper = keeper("lost");
@@ -55,19 +66,69 @@ fn a_reload_forgets_no_death() {
     assert_eq!(keeper.kept.deaths.number, 1);
 }
 
+/// Until a handover has succeeded, the old server's connections are the device's.
 #[test]
-fn where_lost_connections_are_made_to() {
+fn a_reload_does_not_change_where_lost_connections_are_made_to() {
     let mut keeper = keeper("order");
-    let places = |keeper: &Keeper, goal: &Goal| -> Vec<usize> {
-        let order = keeper.order(goal);
-        let order = order.unwrap();
-        order.uris.iter().map(|(place, _)| *place).collect()
-    };
-    keeper.kept.in_use = Some(1);
-    assert_eq!(places(&keeper, &replace(true, &[])), [0, 1]);
-    assert_eq!(places(&keeper, &replace(false, &[])), [1]);
-    // Somebody else may have handed the others over. The address decides, and what was used last comes first.
-    assert_eq!(places(&keeper, &replace(false, &["127.0.0.1:1"])), [1, 0]);
-    keeper.kept.in_use = None;
-    assert_eq!(places(&keeper, &replace(false, &[])), [0, 1]);
+    let old = keeper.kept.config.uris[1].clone();
+    keeper.kept.served = Some(Served {
+        uri: old.clone(),
+        address: "127.0.0.1:2".into(),
+    });
+    let uris = |keeper: &Keeper, goal: &Goal| keeper.order(goal).unwrap().uris;
+    let both = keeper.kept.config.uris.clone();
+    assert_eq!(uris(&keeper, &replace(true, &[])), both);
+    assert_eq!(uris(&keeper, &replace(false, &[])), [old.clone()]);
+    fs::write(&keeper.kept.path, "uris = ['nbd://127.0.0.1:3']").unwrap();
+    keeper.reload();
+    fs::remove_file(&keeper.kept.path).unwrap();
+    assert_eq!(uris(&keeper, &replace(false, &[])), [old]);
+    let new = keeper.kept.config.uris.clone();
+    assert_eq!(uris(&keeper, &Goal::HandOver { connections: 2 }), new);
+}
+
+/// A kernel that refuses the timeouts once is asked again.
+#[test]
+fn what_has_not_got_its_timeouts_is_not_adopted() {
+    let mut keeper = keeper("timeouts");
+    // No device has this index.
+    assert!(keeper.adopt(u32::MAX).is_err());
+    assert_eq!(keeper.kept.index, None);
+}
+
+/// The end of the program must not take the device for one that works.
+#[test]
+fn what_is_dialled_for_is_dead_at_the_end() {
+    let mut keeper = keeper("abandon");
+    keeper.task = Task::Dial(replace(false, &[]));
+    keeper.abandon();
+    assert_eq!(keeper.kept.deaths.number, 1);
+    keeper.abandon();
+    assert_eq!(keeper.kept.deaths.number, 1, "once");
+}
+
+/// Whether there is a device is not known yet. If there is one, its connections may lead to another server.
+#[test]
+fn a_reload_before_the_device_is_found_hands_over() {
+    let mut keeper = keeper("early");
+    fs::write(&keeper.kept.path, "uris = ['nbd://127.0.0.1:3']").unwrap();
+    let (index, peers) = (0, vec!["127.0.0.1:1".into()]);
+    keeper.task = Task::Dial(Goal::Adopt { index, peers });
+    keeper.reload();
+    fs::remove_file(&keeper.kept.path).unwrap();
+    assert!(keeper.wants_handover);
+}
+
+/// What somebody else has disconnected stays so.
+#[test]
+fn a_reload_tries_again_what_was_refused() {
+    let mut keeper = keeper("again");
+    fs::write(&keeper.kept.path, "uris = ['nbd://127.0.0.1:3']").unwrap();
+    keeper.task = Task::Ended(None);
+    keeper.reload();
+    assert_eq!(keeper.ended(), Some(None));
+    keeper.task = Task::Ended(Some(Exit::Busy));
+    keeper.reload();
+    fs::remove_file(&keeper.kept.path).unwrap();
+    assert!(matches!(keeper.task, Task::Look));
 }
