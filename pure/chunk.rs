@@ -133,6 +133,8 @@ pub(crate) struct Chunk {
     pub(crate) cookie: u64,
     /// The chunk is the last one of its reply.
     pub(crate) is_last: bool,
+    /// The chunk has content that was noted as answered, so that the command is a step further when the chunk ends.
+    pub(crate) is_progress: bool,
     kind: u16,
     part: Part,
     /// The number of bytes of the chunk that were not parsed, once its length is known.
@@ -165,6 +167,7 @@ impl Chunk {
             cookie: u64::from_be_bytes(cookie),
             // Flags that are not known mean nothing.
             is_last: u16::from_be_bytes([f0, f1]) & FLAG_DONE != 0,
+            is_progress: false,
             kind: u16::from_be_bytes([t0, t1]),
             part: Part::Length,
             left: 0,

@@ -145,13 +145,14 @@ impl Connection {
     fn handle_content(
         self: ArcBorrow<'_, Self>,
         receive: &mut Receive,
-        chunk: Chunk,
+        mut chunk: Chunk,
         content: Content,
         limit: usize,
     ) -> Result<Next> {
+        receive.spent_bytes += CHUNK_COST_BYTES;
         match content {
             Content::Data { offset, len } => {
-                receive.current = Some(self.accept(receive, &chunk, offset, len)?);
+                receive.current = Some(self.accept(receive, &mut chunk, offset, len)?);
                 self.receive_data(receive, chunk)
             }
             Content::Hole { offset, len } => self.fill_hole(receive, chunk, (offset, len), limit),
@@ -190,7 +191,7 @@ impl Connection {
     fn fill_hole(
         self: ArcBorrow<'_, Self>,
         receive: &mut Receive,
-        chunk: Chunk,
+        mut chunk: Chunk,
         (offset, len): (u64, u32),
         limit: usize,
     ) -> Result<Next> {
@@ -198,7 +199,7 @@ impl Connection {
             receive.chunk = Some(Receiving::Hole(chunk, offset, len));
             return Ok(Next::LeaveToWork);
         }
-        let mut payload = self.accept(receive, &chunk, offset, len)?;
+        let mut payload = self.accept(receive, &mut chunk, offset, len)?;
         payload.zero();
         receive.spent_bytes += len as usize;
         self.end_chunk(&chunk, payload.into_side())?;
@@ -210,7 +211,7 @@ impl Connection {
     fn accept(
         &self,
         receive: &mut Receive,
-        chunk: &Chunk,
+        chunk: &mut Chunk,
         offset: u64,
         len: u32,
     ) -> Result<Payload<Unanswered>> {
@@ -226,6 +227,7 @@ impl Connection {
         let mut answer = self.answer_to(cookie);
         // Within the read, which is shorter than 4 GiB.
         let start = start as u32;
+        let before = answer.coverage;
         if let Err(refusal) = answer.add(start, start + len) {
             self.table.unclaim(payload.into_side());
             let why = match refusal {
@@ -236,8 +238,9 @@ impl Connection {
                 self.report_violation(format_args!("content for {len} bytes at {offset}, {why}"))
             );
         }
+        chunk.is_progress = answer.coverage != before;
         self.keep_answer(cookie, &answer);
-        receive.spent_bytes += CHUNK_COST_BYTES + start as usize / DISTANCE_COST;
+        receive.spent_bytes += start as usize / DISTANCE_COST;
         Ok(payload)
     }
 
@@ -278,7 +281,9 @@ impl Connection {
     fn end_chunk(self: ArcBorrow<'_, Self>, chunk: &Chunk, request: Unanswered) -> Result {
         let cookie = Cookie(chunk.cookie);
         if !chunk.is_last {
-            if let Some(progress) = self.table.progress_of(cookie) {
+            // Content that could not be noted may come again and again, so it does not keep the command from timing out.
+            let progress = self.table.progress_of(cookie);
+            if let Some(progress) = progress.filter(|_| chunk.is_progress) {
                 progress.hear(task::jiffies());
             }
             self.table.unclaim(request);
