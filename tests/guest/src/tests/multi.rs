@@ -5,8 +5,8 @@
 use std::collections::HashSet;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Barrier};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -221,7 +221,7 @@ fn half_an_answer_is_asked_for_again(guest: &Guest) {
 fn every_tag_is_in_flight(_: &Guest) {
     const TAGS: usize = 128;
     const QUEUES: usize = 2;
-    let rig = Plan::new(4 << 20).connections(QUEUES).timeout(2).attach();
+    let rig = Plan::new(4 << 20).connections(QUEUES).timeout(20).attach();
     fs::write("/sys/block/nbd0/queue/scheduler", "none").unwrap();
     // Far apart, so that they are not merged.
     let offsets: Vec<u64> = (0..(TAGS * QUEUES) as u64).map(|nth| nth * 8192).collect();
@@ -244,12 +244,15 @@ fn every_tag_is_in_flight(_: &Guest) {
             }
         });
         let direct = rig.direct();
+        // No reply comes before the last request, and so many threads take seconds on the debug kernel.
+        let ready = Barrier::new(TAGS * QUEUES);
         thread::scope(|scope| {
             for (queue, offsets) in offsets.chunks(TAGS).enumerate() {
                 for &offset in offsets {
-                    let direct = &direct;
+                    let (direct, ready) = (&direct, &ready);
                     scope.spawn(move || {
                         move_to(queue);
+                        ready.wait();
                         let mut data = Buffer::new(512);
                         let read = errno(direct.read_exact_at(&mut data, offset));
                         if are_answered {
