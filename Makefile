@@ -52,7 +52,7 @@
 ##   KERNEL=name             stock, deb, demo, check, soak and shell: use another kernel: debug, that of
 ##                           check-debug; rt, with PREEMPT_RT; cloud; 7.2; and for stock, check and
 ##                           shell: arm64
-##   KERNELS=name,...        check: on each of these kernels; all: on all but debug
+##   KERNELS=name,...        check, kernels: on or for each of these kernels; all: all but debug
 ##   T=pattern,...           check, check-debug, misuse: only tests whose names contain one of them;
 ##                           mutate: only such faults; bench: only such cells
 ##   SEED=number             check, check-debug, soak: repeat the random tests of an earlier run
@@ -185,6 +185,7 @@ check-kdir:
 	@test -e $(KDIR)/rust/libkernel.rmeta || $(call refuse,lacks the Rust metadata \
 		(rust/libkernel.rmeta); distributions' headers packages do)
 
+chosen_kernels = $(if $(filter all,$(or $(KERNELS),all)),$(stock_kernels),$(subst $(comma), ,$(KERNELS)))
 # each,KERNELS,TARGET: goes on where it fails, and says so at the end.
 each = @failed=; for kernel in $(1); do echo "=== kernel $$kernel"; \
 	$(MAKE) --no-print-directory $(2) KERNELS= KERNEL=$$kernel || failed="$$failed $$kernel"; done; \
@@ -192,8 +193,8 @@ each = @failed=; for kernel in $(1); do echo "=== kernel $$kernel"; \
 
 kernels:
 	@# One that cannot be made must not keep the others from being built, and is reported below.
-	-@tools/env ensure $(stock_kernels)
-	$(call each,$(stock_kernels),stock)
+	-@tools/env ensure $(chosen_kernels)
+	$(call each,$(chosen_kernels),stock)
 
 stock:
 	$(workbench) make --no-print-directory modules
@@ -221,7 +222,7 @@ check:
 ifeq ($(KERNELS),)
 	$(workbench) tools/check
 else
-	$(call each,$(if $(filter all,$(KERNELS)),$(stock_kernels),$(subst $(comma), ,$(KERNELS))),check)
+	$(call each,$(chosen_kernels),check)
 endif
 
 misuse: stock
