@@ -12,7 +12,6 @@
 #![forbid(unsafe_code)]
 
 use super::{
-    receiving::SUCCESS,
     stream::Receive,
     Connection, //
 };
@@ -22,6 +21,7 @@ use crate::{
             payload::Payload,
             request::{
                 Op,
+                Outcome,
                 Side,
                 Unanswered, //
             },
@@ -306,7 +306,7 @@ impl Connection {
         trace::header_received(&request, chunk.cookie, answer.error);
         self.traffic.replied();
         let outcome = match error {
-            None => SUCCESS,
+            None => Outcome::SUCCESS,
             Some(error) => {
                 self.traffic.failed();
                 self.outcome_of(error, extent.op, answer.good_bytes() / SECTOR_BYTES)

@@ -52,7 +52,6 @@ use crate::{
                 Op,
                 Outcome,
                 Side,
-                Status,
                 Unanswered, //
             },
         },
@@ -102,8 +101,6 @@ const INLINE_DATA_BYTES: usize = 32 << 10;
 /// The number of `recvmsg()` calls that a task makes which has sent a reply: one for the header and
 /// the data that comes along with it, one for the rest of the data.
 const SENDER_CALLS: u32 = 2;
-/// The outcome of a command that the server has executed.
-pub(super) const SUCCESS: Outcome = Outcome::Complete(Status::OK);
 
 impl Connection {
     /// Logs why nothing more can be received, unless the reason was logged already or the end was
@@ -290,7 +287,7 @@ impl Connection {
                     true => self.handle_either(header, chunk),
                     false => self.handle_reply::<false>(header),
                 },
-                |payload| self.complete(payload.into_side(), SUCCESS),
+                |payload| self.complete(payload.into_side(), Outcome::SUCCESS),
             )?;
             if !(CHUNKS && receive.chunk.is_some()) {
                 return Ok(false);
@@ -336,7 +333,7 @@ impl Connection {
         if payload.left_bytes() > 0 {
             return Ok(Some(payload));
         }
-        self.complete(payload.into_side(), SUCCESS);
+        self.complete(payload.into_side(), Outcome::SUCCESS);
         Ok(None)
     }
 

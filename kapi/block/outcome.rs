@@ -38,6 +38,9 @@ pub(crate) enum Outcome {
 }
 
 impl Outcome {
+    /// The request is completed without an error.
+    pub(crate) const SUCCESS: Outcome = Outcome::Complete(Status::OK);
+
     /// Converts the outcome to the form in which a request stores it: a `blk_status_t` and the number of good sectors
     /// above it, or [`REQUEUE`].
     pub(super) fn pack(self) -> u32 {

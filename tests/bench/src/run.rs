@@ -92,7 +92,7 @@ impl Extent {
                     fio(&cell, &format!("--filename={DEVICE}"), &self.length(&cell))?
                 }
             };
-            let mut sample = self.sample(client, setting, &cell, round, told);
+            let mut sample = sample(self.mode, client, setting, &cell, round, told);
             let spent = Processors::now(&server)?.since(&before);
             sample.kernel_threads_us_per_io = Some(spent.kernel_threads_us / ios as f64);
             sample.cpu_us_per_io = sample
@@ -116,8 +116,7 @@ impl Extent {
                 Work::FileSystem { options } => {
                     let _disk = RamDisk::new()?;
                     let told = file_system(RamDisk::DEVICE, options)?;
-                    self.sample(Client::Floor, setting, &cell, round, told)
-                        .print()?;
+                    sample(self.mode, Client::Floor, setting, &cell, round, told).print()?;
                     continue;
                 }
             };
@@ -125,7 +124,7 @@ impl Extent {
                 let before = Processors::now(&server)?;
                 let target = format!("--ioengine=nbd --uri={uri}");
                 let (told, ios) = fio(&cell, &target, &self.length(&cell))?;
-                let mut sample = self.sample(Client::Fio, setting, &cell, round, told);
+                let mut sample = sample(self.mode, Client::Fio, setting, &cell, round, told);
                 let spent = Processors::now(&server)?.since(&before);
                 sample.cpu_us_per_io = sample
                     .cpu_us_per_io
@@ -141,8 +140,7 @@ impl Extent {
                 };
                 let (ios, time) = raw::run(setting.unix, &stream, self.ios(&cell), self.limit())?;
                 let told = Told::of(time, ios, ios * block);
-                self.sample(Client::Floor, setting, &cell, round, told)
-                    .print()?;
+                sample(self.mode, Client::Floor, setting, &cell, round, told).print()?;
             }
         }
         Ok(())
@@ -154,17 +152,6 @@ impl Extent {
             Some(ios) => format!("--io_size=1T --number_ios={ios}"),
             None => format!("--time_based --runtime={}ms", self.limit().as_millis()),
         }
-    }
-
-    fn sample(
-        &self,
-        client: Client,
-        setting: Setting,
-        cell: &Cell,
-        round: u32,
-        told: Told,
-    ) -> Sample {
-        sample(self.mode, client, setting, cell, round, told)
     }
 }
 

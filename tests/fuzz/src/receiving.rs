@@ -6,7 +6,7 @@ use crate::{
     chunks::Next,
     kapi::block::{
         payload::Payload,
-        request::{Op, Outcome, Side, Status, Unanswered},
+        request::{Op, Outcome, Side, Unanswered},
     },
     prelude::*,
     pure::{
@@ -18,8 +18,6 @@ use crate::{
     rnbd_translate::status_of,
     stream::Receive,
 };
-
-pub(crate) const SUCCESS: Outcome = Outcome::Complete(Status::OK);
 
 /// What is counted elsewhere.
 pub(crate) struct Traffic;
@@ -60,7 +58,7 @@ impl Connection {
                     true => self.handle_either(header, chunk),
                     false => self.handle_reply::<false>(header),
                 },
-                |payload| self.complete(payload.into_side(), SUCCESS),
+                |payload| self.complete(payload.into_side(), Outcome::SUCCESS),
             )?;
             if !(CHUNKS && receive.chunk.is_some()) {
                 return Ok(false);
@@ -88,7 +86,7 @@ impl Connection {
         if payload.left_bytes() > 0 {
             return Ok(Some(payload));
         }
-        self.complete(payload.into_side(), SUCCESS);
+        self.complete(payload.into_side(), Outcome::SUCCESS);
         Ok(None)
     }
 

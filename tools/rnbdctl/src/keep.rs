@@ -5,8 +5,8 @@
 //! - `config` reads what is to be kept; `find` finds that among the devices, and what it lacks
 //! - `dial` opens connections; `pass` gives them to the kernel; `backoff` is the time between attempts
 //! - `keeper` does all this for one device; `disconnect` undoes it at the end
-//! - `kept` is what is known of a device, and `served` where its connections lead; `lock` keeps another run of the
-//!   program away from it
+//! - `kept` is what is known of a device, `served` where its connections lead, and `peers` whether an address is there
+//! - `lock` keeps another run of the program away from a device; `files` has the names of what is locked or remembered
 //! - `notifier` tells the service manager
 //!
 //! The main thread waits for messages of others, which wait for events of the kernel, for signals, and for servers.
@@ -16,12 +16,14 @@ mod backoff;
 mod config;
 mod dial;
 mod disconnect;
+mod files;
 mod find;
 mod keeper;
 mod kept;
 mod lock;
 mod notifier;
 mod pass;
+mod peers;
 mod served;
 
 use std::sync::mpsc::{Receiver, Sender, channel};

@@ -4,19 +4,22 @@
 
 pub mod encrypted;
 mod structured;
+pub mod tool;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
-use std::process::Command;
 
-use super::user_space::{serve, use_device};
+use super::user_space::use_device;
 use crate::device::{self, SOON};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, say, wait_until};
-use crate::netlink::Netlink;
 use crate::programs::{Daemon, sh};
 use crate::test;
+use tool::{
+    MIB, SOCKET, Server, URI, disconnect, expect_connections, fails, nbdkit, ok, rnbdctl, run,
+    tells_more, use_and_disconnect,
+};
 
 pub fn tests() -> Vec<Test> {
     [of_every_kind(), encrypted::tests(), structured::tests()]
@@ -47,111 +50,6 @@ fn of_every_kind() -> Vec<Test> {
         test!(pages),
         test!(without_a_driver).unloaded(),
     ]
-}
-
-const MIB: u64 = 1 << 20;
-const SOCKET: &str = "/tmp/rnbdctl.sock";
-const URI: &str = "nbd+unix:///?socket=/tmp/rnbdctl.sock";
-
-/// What the tool has said, and how it has ended.
-#[derive(Debug)]
-pub struct Said {
-    pub status: i32,
-    out: String,
-    err: String,
-}
-
-fn run(program: &str, arguments: &[&str]) -> Said {
-    let output = Command::new(program)
-        .args(arguments)
-        .output()
-        .expect("rnbdctl");
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    Said {
-        status: output.status.code().expect("a status"),
-        out: text(&output.stdout),
-        err: text(&output.stderr),
-    }
-}
-
-pub fn rnbdctl(arguments: &str) -> Said {
-    run(
-        "/rnbd/rnbdctl",
-        &arguments.split_whitespace().collect::<Vec<_>>(),
-    )
-}
-
-/// Runs the tool, which must succeed.
-pub fn ok(arguments: &str) -> String {
-    let said = rnbdctl(arguments);
-    assert_eq!(said.status, 0, "{arguments}: {said:?}");
-    said.out
-}
-
-/// Runs the tool, which must fail in this way and say this.
-pub fn fails(arguments: &str, status: i32, words: &[&str]) {
-    let said = rnbdctl(arguments);
-    assert_eq!(said.status, status, "{arguments}: {said:?}");
-    for words in words {
-        assert!(said.err.contains(words), "{words:?} is not in {said:?}");
-    }
-    assert_eq!(said.out, "", "{arguments}");
-}
-
-/// A server. What is still connected when a test ends, as one does that fails, is disconnected before it
-/// ends.
-struct Server(Daemon);
-
-impl Server {
-    /// Starts a server that listens on `socket`; see [`serve`].
-    fn start(command: &str, socket: &str) -> Self {
-        Self(serve(command, socket))
-    }
-}
-
-impl Drop for Server {
-    fn drop(&mut self) {
-        if let Ok(netlink) = Netlink::try_open() {
-            for index in [0, 1] {
-                let _ = netlink.disconnect(index);
-            }
-        }
-    }
-}
-
-/// nbdkit on a UNIX socket.
-fn nbdkit(options: &str) -> Server {
-    let _ = fs::remove_file(SOCKET);
-    Server::start(&format!("nbdkit -f -U {SOCKET} {options}"), SOCKET)
-}
-
-/// Uses device 0, which is connected, and disconnects it.
-fn use_and_disconnect(size: u64) {
-    assert_eq!(device::sysfs(0, "size"), (size / 512).to_string());
-    use_device();
-    disconnect("disconnect /dev/nbd0");
-}
-
-fn disconnect(arguments: &str) {
-    assert_eq!(ok(arguments), "");
-    let free = wait_until(SOON, || {
-        device::pid(0).is_none() && device::sysfs(0, "size") == "0"
-    });
-    assert!(free.is_ok(), "nbd0 is still connected");
-}
-
-/// Waits until the server on the UNIX socket has this many connections.
-fn expect_connections(number: usize) {
-    // Its own ends have its path. The one with this flag only listens.
-    const LISTENS: &str = "00010000";
-    let accepted = |line: &&str| line.ends_with(SOCKET) && !line.contains(LISTENS);
-    let mut found = 0;
-    let right = wait_until(SOON, || {
-        let sockets = fs::read_to_string("/proc/net/unix").expect("/proc/net/unix");
-        found = sockets.lines().filter(accepted).count();
-        found == number
-    });
-    assert!(right.is_ok(), "{found} connections, not {number}");
 }
 
 fn over_tcp(_: &Guest) {
@@ -230,11 +128,6 @@ fn over_a_unix_socket_with_everything(_: &Guest) {
     let other = ok("show /dev/nbd1 --json");
     assert_eq!(other.lines().count(), json.lines().count(), "{other}");
     ok("disconnect 1 --backend image-7");
-}
-
-/// Whether the driver has the family "rnbd".
-fn tells_more(json: &str) -> bool {
-    json.contains("\"not_known\": null")
 }
 
 /// Where only sysfs tells, the session is all that can be seen.

@@ -10,7 +10,7 @@ use std::thread;
 
 use rustix::io::Errno;
 
-use super::events::{CLOSED, Heard, Listener, PROTOCOL_VIOLATED, RECEIVE_FAILED, WANTS_REKEYING};
+use super::events::listener::{CLOSED, Heard, Listener, PROTOCOL_VIOLATED, RECEIVE_FAILED, WANTS_REKEYING};
 use crate::device::{Plan, Rig, USUAL_FLAGS, assert_usable, errno, pattern, read_page};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test};

@@ -5,8 +5,8 @@
 use std::path::PathBuf;
 
 use super::config::{Config, name};
+use super::files::path_of_served;
 use super::find::Deaths;
-use super::lock::path_of_served;
 use super::served::Served;
 use crate::failure::Failure;
 use crate::log::tell;

@@ -3,9 +3,9 @@
 //! Gives connections that were dialled to the kernel.
 
 use super::config::Config;
-use super::dial::leads_to;
 use super::find::{Condition, Found, Goal, find};
 use super::kept::Kept;
+use super::peers::leads_to;
 use super::served::Served;
 use crate::connect::{open_family, prepare, start};
 use crate::device::Device;

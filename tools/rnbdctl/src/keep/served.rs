@@ -10,8 +10,8 @@ use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
-use super::dial::may_be;
 use super::find::Goal;
+use super::peers::may_be;
 use crate::device::Device;
 use crate::failure::{Exit, Failure};
 use crate::uri::NbdUri;

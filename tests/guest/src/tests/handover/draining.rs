@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use super::super::events::{Heard, Listener, REPLACED};
+use super::super::events::listener::{Heard, Listener, REPLACED};
 use super::super::shutdowns::draining::connection_states;
 use super::{
     ALIVE, CONNECTION_GET, DRAINING, IN_FLIGHT, INDEX, MIB, RECONNECTS, STATE, commands_on,

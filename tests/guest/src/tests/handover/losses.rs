@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use rustix::io::Errno;
 
-use super::super::events::{CLOSED, Heard, Listener, REPLACED};
+use super::super::events::listener::{CLOSED, Heard, Listener, REPLACED};
 use super::{
     FLAGS, MIB, connect, first_is_silent, hand_over, open, patient_ms, setup, wait_for_end,
     while_reading,

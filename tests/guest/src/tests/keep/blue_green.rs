@@ -6,7 +6,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::super::outages::{Host, Namespace, Storage, under_fio};
-use super::super::rnbdctl::ok;
+use super::super::rnbdctl::tool::ok;
 use super::{BLUE, Connected, GREEN, expect_alive, expect_connections, only_rnbd};
 use crate::device::SOON;
 use crate::harness::{Guest, Test, say, wait_until};

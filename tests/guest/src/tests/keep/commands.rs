@@ -7,7 +7,7 @@ use std::fs::File;
 use rustix::process::Signal;
 
 use super::super::outages::{Host, SIZE, STORAGE, Storage, under_fio};
-use super::super::rnbdctl::{fails, ok};
+use super::super::rnbdctl::tool::{fails, ok};
 use super::{BLUE, Connected, GREEN, expect_alive, expect_connections, only_rnbd, read_direct};
 use crate::device::SOON;
 use crate::driver::Driver;

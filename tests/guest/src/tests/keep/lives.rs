@@ -11,7 +11,7 @@ use rustix::io::Errno;
 use rustix::process::Signal;
 
 use super::super::outages::{Host, SIZE, STORAGE, Storage, under_fio};
-use super::super::rnbdctl::{fails, ok};
+use super::super::rnbdctl::tool::{fails, ok};
 use super::{CONFIG, Kept, config, expect_alive, expect_connections, only_rnbd, read_direct};
 use crate::device::{self, SOON, errno};
 use crate::driver::Driver;

@@ -25,7 +25,7 @@ use crate::netlink::Netlink;
 use crate::programs::Daemon;
 use crate::sys::Buffer;
 
-use super::rnbdctl::ok;
+use super::rnbdctl::tool::ok;
 
 pub fn tests() -> Vec<Test> {
     [

@@ -7,7 +7,7 @@ pub mod pki;
 use std::fs;
 
 use super::super::user_space::{fio, serve, use_device};
-use super::{MIB, SOCKET, Server, disconnect, fails, ok, rnbdctl, tells_more};
+use super::tool::{MIB, SOCKET, Server, disconnect, fails, ok, rnbdctl, tells_more};
 use crate::device::{self, SOON};
 use crate::harness::{Guest, Test, say, wait_until};
 use crate::programs::sh;

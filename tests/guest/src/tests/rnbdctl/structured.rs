@@ -5,7 +5,7 @@
 use std::fs;
 
 use super::super::user_space::serve;
-use super::{MIB, SOCKET, URI, disconnect, fails, nbdkit, ok, use_and_disconnect};
+use super::tool::{MIB, SOCKET, URI, disconnect, fails, nbdkit, ok, use_and_disconnect};
 use crate::device::SOON;
 use crate::driver::Driver;
 use crate::harness::{Guest, Test, wait_until};

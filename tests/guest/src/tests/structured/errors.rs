@@ -6,7 +6,7 @@ use std::os::unix::fs::FileExt;
 
 use rustix::io::Errno;
 
-use super::super::events::Listener;
+use super::super::events::listener::Listener;
 use super::{KIB, SIZE, plan, store_with_zeroes};
 use crate::device::{Rig, errno};
 use crate::front::{Export, FRONTS};

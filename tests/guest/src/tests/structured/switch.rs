@@ -7,7 +7,7 @@ use std::os::unix::fs::FileExt;
 use neli::types::Buffer as Bytes;
 use rustix::io::Errno;
 
-use super::super::connecting::{self, connect_to};
+use super::super::connecting::request::{self, connect_to};
 use super::{FLAGS, SIZE, store_with_zeroes};
 use crate::device::{Plan, USUAL_FLAGS, assert_usable, errno};
 use crate::driver::Driver;
@@ -99,9 +99,9 @@ fn assert_refused(guest: &Guest, flags: u64) {
 
 /// What a server has agreed on, it has to keep to.
 fn the_attribute_is_strict(guest: &Guest) {
-    let rnbd = connecting::open(guest);
+    let rnbd = request::open(guest);
     let strict = attr(STRUCTURED_REPLIES, Bytes::new());
-    let flags = attr(connecting::FLAGS, FLAGS);
+    let flags = attr(request::FLAGS, FLAGS);
     let connect = || {
         let server = Server::new();
         store_with_zeroes(&server);

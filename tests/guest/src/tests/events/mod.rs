@@ -2,27 +2,38 @@
 
 //! The events of the generic netlink family "rnbd".
 
+pub mod listener;
+mod namespaces;
+
 use std::fs::File;
-use std::path::Path;
-use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::thread::{CapabilitySet, capabilities, gettid, set_capabilities};
+use rustix::thread::gettid;
 
-use super::outages::Namespace;
 use crate::debug_kernel::patient;
-use crate::device::{Plan, SOON, USUAL_FLAGS, read_page};
-use crate::driver::Driver;
-use crate::harness::{Guest, Test, skip, wait_until};
+use crate::device::{Plan, USUAL_FLAGS, read_page};
+use crate::harness::{Guest, Test};
 use crate::netlink::{Attr, DISCONNECT_ON_CLOSE, Link, Netlink, Setup, number, text};
 use crate::proto::{self, CAN_MULTI_CONN, CLEAR_SOCK, Command, SET_BLKSIZE, SET_SIZE};
 use crate::server::Transport;
-use crate::sys::{self, ioctl_number};
+use crate::sys::ioctl_number;
 use crate::test;
+use listener::{
+    BACKEND, BLOCK_SIZE, CLOSED, CONNECTED, CONNECTION, CONNECTION_DEAD, CONNECTIONS, DISCONNECTED,
+    ERRNO, FLAGS, Heard, INTERFACE, Listener, PID, PROTOCOL_VIOLATED, REASON, RECEIVE_FAILED,
+    RECONNECTED, RECONNECTS, REPLACED, RESIZED, SEND_FAILED, SHUTTING_DOWN, SIZE, TIMED_OUT,
+};
 
 pub fn tests() -> Vec<Test> {
+    [of_all_kinds(), namespaces::tests()]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+fn of_all_kinds() -> Vec<Test> {
     vec![
         test!(connected_and_disconnected),
         test!(by_ioctl),
@@ -35,134 +46,12 @@ pub fn tests() -> Vec<Test> {
         test!(the_last_close_disconnects),
         test!(resized),
         test!(a_connect_that_fails),
-        test!(in_the_namespace_of_who_connected),
-        test!(a_namespace_is_given_back),
-        test!(by_a_socket_of_another_namespace),
-        test!(by_ioctl_in_another_namespace),
         test!(a_listener_that_does_not_listen),
-        test!(without_privilege),
         test!(in_order).limit_seconds(120),
     ]
 }
 
 const MIB: u64 = 1 << 20;
-
-/// Events.
-const CONNECTED: u8 = 3;
-const CONNECTION_DEAD: u8 = 4;
-const RECONNECTED: u8 = 5;
-const DISCONNECTED: u8 = 6;
-const RESIZED: u8 = 7;
-
-/// Attributes of an event.
-const DEVICE: u16 = 1;
-const CONNECTION: u16 = 2;
-const REASON: u16 = 3;
-const ERRNO: u16 = 4;
-const RECONNECTS: u16 = 5;
-const BACKEND: u16 = 6;
-const SIZE: u16 = 7;
-const BLOCK_SIZE: u16 = 8;
-const FLAGS: u16 = 9;
-const CONNECTIONS: u16 = 10;
-const INTERFACE: u16 = 11;
-const PID: u16 = 12;
-
-/// Why a connection has died.
-pub const CLOSED: u32 = 0;
-pub const RECEIVE_FAILED: u32 = 1;
-const SEND_FAILED: u32 = 2;
-pub const PROTOCOL_VIOLATED: u32 = 3;
-const TIMED_OUT: u32 = 4;
-const SHUTTING_DOWN: u32 = 5;
-pub const REPLACED: u32 = 6;
-pub const WANTS_REKEYING: u32 = 8;
-
-/// An event, as far as most tests look at it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Heard {
-    Connected,
-    /// The connection, how often there was another one at its place, and why.
-    Dead(u32, u32, u32),
-    Reconnected(u32, u32),
-    Disconnected,
-    Resized(u64),
-}
-
-/// What somebody hears of one device.
-pub struct Listener {
-    netlink: Netlink,
-    device: u32,
-}
-
-impl Listener {
-    /// Hears of device `device` from now on.
-    pub fn new(guest: &Guest, device: u32) -> Self {
-        if guest.driver == Driver::Nbd {
-            skip("the family is rnbd's");
-        }
-        Self {
-            netlink: Netlink::listen_to("rnbd"),
-            device,
-        }
-    }
-
-    fn next_attributes(&self) -> (u8, Vec<Attr>) {
-        let mut event = None;
-        let heard = wait_until(SOON, || {
-            event = self.netlink.told().expect("an event");
-            event.is_some()
-        });
-        assert!(heard.is_ok(), "nothing is heard");
-        event.unwrap()
-    }
-
-    /// The attributes of the next event, which is to be `command`.
-    fn expect(&self, command: u8) -> Vec<Attr> {
-        let (heard, attrs) = self.next_attributes();
-        assert_eq!(heard, command, "{attrs:?}");
-        assert_eq!(number::<u32>(&attrs, DEVICE), Some(self.device));
-        attrs
-    }
-
-    /// The attributes of the next event that is `command`.
-    pub fn await_event(&self, command: u8) -> Vec<Attr> {
-        loop {
-            let (heard, attrs) = self.next_attributes();
-            if heard == command {
-                assert_eq!(number::<u32>(&attrs, DEVICE), Some(self.device));
-                return attrs;
-            }
-        }
-    }
-
-    /// The next event.
-    pub fn next(&self) -> Heard {
-        let (command, attrs) = self.next_attributes();
-        self.heard(command, &attrs)
-    }
-
-    fn heard(&self, command: u8, attrs: &[Attr]) -> Heard {
-        assert_eq!(number::<u32>(attrs, DEVICE), Some(self.device));
-        let number = |kind| number::<u32>(attrs, kind).expect("a number");
-        match command {
-            CONNECTED => Heard::Connected,
-            CONNECTION_DEAD => Heard::Dead(number(CONNECTION), number(RECONNECTS), number(REASON)),
-            RECONNECTED => Heard::Reconnected(number(CONNECTION), number(RECONNECTS)),
-            DISCONNECTED => Heard::Disconnected,
-            RESIZED => Heard::Resized(crate::netlink::number(attrs, SIZE).expect("a size")),
-            other => panic!("event {other}: {attrs:?}"),
-        }
-    }
-
-    /// Nothing was told, and nothing comes within a moment.
-    pub fn expect_silence(&self) {
-        thread::sleep(Duration::from_millis(200));
-        let event = self.netlink.told().expect("nothing");
-        let event = event.map(|(command, attrs)| self.heard(command, &attrs));
-        assert_eq!(event, None);
-    }
-}
 
 fn connected_and_disconnected(guest: &Guest) {
     let listener = Listener::new(guest, 1);
@@ -446,120 +335,6 @@ fn a_connect_that_fails(guest: &Guest) {
     netlink.wait_free(0);
 }
 
-/// Who connects there, and whoever acts on the device afterwards, is somewhere else.
-fn in_the_namespace_of_who_connected(guest: &Guest) {
-    let here = Listener::new(guest, 0);
-    let (say, hear) = mpsc::channel();
-    thread::scope(|scope| {
-        let there = scope.spawn(move || {
-            sys::enter_new_network();
-            let listener = Listener {
-                netlink: Netlink::listen_to("rnbd"),
-                device: 0,
-            };
-            let setup = Setup::new(MIB).index(0).dead_timeout(20);
-            let link = setup.attach().settle();
-            assert_eq!(listener.next(), Heard::Connected);
-            say.send(()).unwrap();
-            assert_eq!(listener.next(), Heard::Resized(2 * MIB));
-            link.server.kill();
-            assert_eq!(listener.next(), Heard::Dead(0, 0, CLOSED));
-            say.send(()).unwrap();
-            assert_eq!(listener.next(), Heard::Reconnected(0, 1));
-            say.send(()).unwrap();
-            assert_eq!(listener.next(), Heard::Disconnected);
-            listener.expect_silence();
-        });
-        let act = |hear: &mpsc::Receiver<()>, act: &dyn Fn(&Netlink)| {
-            if hear.recv().is_ok() {
-                act(&Netlink::open());
-            }
-        };
-        let server = crate::server::Server::new();
-        act(&hear, &|netlink| {
-            let change = Setup::change(0).size(2 * MIB);
-            assert_eq!(netlink.reconfigure(&change), Ok(()));
-        });
-        act(&hear, &|netlink| {
-            let socket = server.connect(Transport::Unix);
-            let change = Setup::change(0).sockets([socket]);
-            assert_eq!(netlink.reconfigure(&change), Ok(()));
-        });
-        act(&hear, &|netlink| {
-            assert_eq!(netlink.disconnect(0), Ok(()));
-        });
-        there.join().unwrap();
-    });
-    here.expect_silence();
-
-    // Nobody is left there, and the next device is of this namespace.
-    let link = Setup::new(MIB).index(0).attach();
-    assert_eq!(here.next(), Heard::Connected);
-    link.disconnect_and_wait();
-    assert_eq!(here.next(), Heard::Disconnected);
-}
-
-/// Devices that were connected in a namespace do not keep it, and neither does a connect that has failed.
-fn a_namespace_is_given_back(guest: &Guest) {
-    drop(Listener::new(guest, 0));
-    let namespace = Namespace::new("events", 7);
-    namespace.inside(|| {
-        let link = Setup::new(MIB).index(0).attach();
-        link.disconnect_and_wait();
-        let socket = link.server.connect(Transport::Unix);
-        let twice = [socket.try_clone().unwrap(), socket];
-        let setup = Setup::new(MIB).index(0).flags(USUAL_FLAGS | CAN_MULTI_CONN);
-        let refused = link.netlink.connect(&setup.sockets(twice));
-        assert_eq!(refused, Err(Errno::BUSY));
-        let mut rig = Plan::new(MIB).attach();
-        assert_eq!(rig.disconnect(), Ok(0));
-    });
-    drop(namespace);
-    // The one end of a pair goes with the namespace of the other.
-    let gone = || !Path::new("/sys/class/net/veth7").exists();
-    assert!(
-        wait_until(SOON, gone).is_ok(),
-        "something keeps the namespace"
-    );
-}
-
-/// The namespace is that of the socket, wherever the task is.
-fn by_a_socket_of_another_namespace(guest: &Guest) {
-    let here = Listener::new(guest, 0);
-    let netlink = Netlink::open();
-    let server = crate::server::Server::new();
-    let sockets = [server.connect(Transport::Unix)];
-    let there = thread::spawn(move || {
-        sys::enter_new_network();
-        let connected = netlink.connect(&Setup::new(MIB).index(0).sockets(sockets));
-        assert_eq!(connected, Ok(0));
-    });
-    there.join().unwrap();
-    assert_eq!(here.next(), Heard::Connected);
-    let netlink = Netlink::open();
-    assert_eq!(netlink.disconnect(0), Ok(()));
-    assert_eq!(here.next(), Heard::Disconnected);
-    netlink.wait_free(0);
-}
-
-fn by_ioctl_in_another_namespace(guest: &Guest) {
-    let here = Listener::new(guest, 0);
-    let there = thread::spawn(|| {
-        sys::enter_new_network();
-        let listener = Listener {
-            netlink: Netlink::listen_to("rnbd"),
-            device: 0,
-        };
-        // The thread that plays the client inherits the namespace.
-        let mut rig = Plan::new(MIB).attach();
-        assert_eq!(listener.next(), Heard::Connected);
-        assert_eq!(rig.disconnect(), Ok(0));
-        assert_eq!(listener.next(), Heard::Disconnected);
-    });
-    there.join().unwrap();
-    here.expect_silence();
-}
-
 /// It learns that it has missed something, and keeps nobody else from hearing.
 fn a_listener_that_does_not_listen(guest: &Guest) {
     const RESIZES: u64 = 2000;
@@ -589,27 +364,6 @@ fn a_listener_that_does_not_listen(guest: &Guest) {
     link.disconnect_and_wait();
     assert_eq!(listener.next(), Heard::Disconnected);
     assert_eq!(deaf.next(), Heard::Disconnected);
-}
-
-fn without_privilege(guest: &Guest) {
-    drop(Listener::new(guest, 0));
-    let (say, hear) = mpsc::channel();
-    // Capabilities belong to a thread.
-    let thread = thread::spawn(move || {
-        let mut sets = capabilities(None).unwrap();
-        sets.effective = CapabilitySet::empty();
-        set_capabilities(None, sets).unwrap();
-        let listener = Listener {
-            netlink: Netlink::listen_to("rnbd"),
-            device: 0,
-        };
-        say.send(()).unwrap();
-        assert_eq!(listener.next(), Heard::Connected);
-    });
-    hear.recv().expect("a listener");
-    let link = Setup::new(MIB).index(0).attach();
-    thread.join().unwrap();
-    drop(link);
 }
 
 /// Whatever happens at once: each device and each connection begins before it ends.
