@@ -258,7 +258,7 @@ impl Table {
         }
     }
 
-    /// Ends a claimed command whose connection has died.
+    /// Ends a claimed command whose connection has died, or which was not sent.
     pub(crate) fn give_up(&self, request: Unanswered) {
         if self.structured != Structured::No {
             let (hw_queue, tag) = request.tag();
@@ -271,7 +271,8 @@ impl Table {
     }
 
     /// Undoes a claim: after a chunk that is not the last one, after a reply that violates the protocol, or as if a reply
-    /// had not arrived (fault injection, `blk_should_fake_timeout()`).
+    /// had not arrived (fault injection, `blk_should_fake_timeout()`). Ends the command if the transmit side has taken
+    /// it back without sending it, so that it is sent again.
     ///
     /// # Context
     ///
@@ -279,7 +280,9 @@ impl Table {
     pub(crate) fn unclaim(&self, request: Unanswered) {
         let (hw_queue, tag) = request.tag();
         if let Some(slot) = self.slot(hw_queue, tag) {
-            slot.unclaim(request);
+            if let Some(withdrawn) = slot.unclaim(request) {
+                self.give_up(withdrawn);
+            }
         }
     }
 

@@ -62,6 +62,8 @@ struct Word(u64);
 const OPEN: u16 = 1;
 /// The command was claimed, or the slot was never used.
 const CLAIMED: u16 = 0;
+/// As [`CLAIMED`], and the transmit side has taken the command back: it was not sent, so it must not be in flight again.
+const WITHDRAWN: u16 = 2;
 
 impl Word {
     fn new(generation: u32, connection: u16, state: u16) -> Word {
@@ -137,15 +139,48 @@ impl<P: Parking> Slot<P> {
         }
     }
 
-    /// Undoes a claim: the command is in flight again.
+    /// Undoes a claim: the command is in flight again. Returns the other side's reference if the transmit side has
+    /// [withdrawn](Self::withdraw) the command since. The caller must end it then.
     ///
     /// To be called by the winner of the claim. The connection must not be reaped concurrently,
     /// since the reaper examines each slot only once.
-    pub(crate) fn unclaim(&self, other_side: P::Item) {
+    pub(crate) fn unclaim(&self, other_side: P::Item) -> Option<P::Item> {
         let seen = Word(self.word.load());
+        let claimed = Word::new(seen.generation(), seen.connection(), CLAIMED);
+        let open = Word::new(seen.generation(), seen.connection(), OPEN);
         drop(self.parked.put(other_side));
-        self.word
-            .store(Word::new(seen.generation(), seen.connection(), OPEN).0);
+        match self.word.compare_exchange(claimed.0, open.0) {
+            Ok(_) => None,
+            Err(_) => self.parked.take(),
+        }
+    }
+
+    /// Takes a command back of which nothing was sent on `connection`. The caller has the transmit side's reference.
+    ///
+    /// Returns the other side's reference. If somebody has claimed the command, it is theirs: a reaper, or the receiver
+    /// of what a server has sent that has guessed the command's cookie. Then the command is not in flight again when
+    /// they [undo](Self::unclaim) the claim: no reply to it will ever come.
+    pub(crate) fn withdraw(&self, connection: u16) -> Option<P::Item> {
+        loop {
+            let seen = Word(self.word.load());
+            if seen.connection() != connection {
+                return None;
+            }
+            let withdrawn = Word::new(seen.generation(), connection, WITHDRAWN);
+            match seen.state() {
+                OPEN => {
+                    if let Ok(other_side) = self.claim(seen.generation(), connection) {
+                        return Some(other_side);
+                    }
+                }
+                CLAIMED => {
+                    if self.word.compare_exchange(seen.0, withdrawn.0).is_ok() {
+                        return None;
+                    }
+                }
+                _ => return None,
+            }
+        }
     }
 
     /// Claims the command in the slot if it is in flight on `connection`.

@@ -131,7 +131,7 @@ impl Session {
             return;
         };
         loop {
-            let generation = slot.start(connection.id(), unanswered);
+            slot.start(connection.id(), unanswered);
             let Err(back) = connection.push(unsent) else {
                 // `commit_rqs` kicks the connection of the hardware queue, which is not this one.
                 if last || u32::from(connection.index()) != tag.hw_queue {
@@ -141,9 +141,10 @@ impl Session {
             };
             unsent = back;
             // The connection has died or begun to drain since it was picked.
-            let Ok(ours) = slot.claim(generation, connection.id()) else {
-                // The reaper has claimed the command. A command that was not sent was not executed,
-                // whatever a reply that came before may claim.
+            let Some(ours) = slot.withdraw(connection.id()) else {
+                // The reaper has claimed the command, or the receive side for a reply to what was never sent. A
+                // command that was not sent was not executed, whatever such a reply says. It is requeued as soon
+                // as the other side lets go of it.
                 unsent.overrule(Outcome::Requeue);
                 return;
             };

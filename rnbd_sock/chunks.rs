@@ -5,7 +5,8 @@
 //! last one of its reply. In between, the command is in flight as any other: it can time out, and it is sent again if the
 //! connection dies. Then it is another command (`pure/cmd.rs`), and what was kept of the first one's reply no longer
 //! counts (`pure/coverage.rs`). All of this is done with the receive lock held, so the connection is not reaped
-//! concurrently: the reaper examines each slot only once, and would miss a claim that is given back.
+//! concurrently: the reaper examines each slot only once, and would miss a claim that is given back. The transmit side
+//! of a connection that drains may take the command back meanwhile, if it was not sent: then it is sent again instead.
 //!
 //! Most errors are `EPROTO`: the server has violated the protocol, which was logged.
 

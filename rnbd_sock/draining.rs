@@ -138,7 +138,7 @@ impl Connection {
         self.sending.drained.load(Acquire)
     }
 
-    /// To be called after a command was claimed that [`Self::push()`] has returned.
+    /// To be called after a command was withdrawn that [`Self::push()`] has returned.
     pub(crate) fn command_taken_back(self: ArcBorrow<'_, Self>) {
         // It may have been the last command in flight.
         if self.is_draining() {
@@ -177,12 +177,15 @@ impl Connection {
     }
 
     /// Ends a command of which nothing was sent, even if its reply has arrived.
+    ///
+    /// A server that has guessed its cookie may be sending that reply right now. The command then ends when the receive
+    /// side lets go of it: after the chunk, after the data, or when the connection is reaped.
     fn give_back(&self, request: Unsent, outcome: Outcome) {
         let (hw_queue, tag) = request.tag();
-        // The other handle is claimed first: without any handle, the slot could belong to another
+        // The other handle is taken back first: without any handle, the slot could belong to another
         // command.
         let slot = self.table.slot(hw_queue, tag);
-        let unanswered = slot.and_then(|slot| slot.reclaim(self.id()));
+        let unanswered = slot.and_then(|slot| slot.withdraw(self.id()));
         request.overrule(outcome);
         if let Some(unanswered) = unanswered {
             unanswered.finish(outcome);

@@ -109,6 +109,22 @@ const COMMANDS: &[Mutant] = &[
         model: "ownership::reply_to_a_command_that_is_being_started",
         complaint: "claimed by nobody",
     },
+    Mutant {
+        name: "withdraw_leaves_a_claim_as_it_is",
+        right: "if self.word.compare_exchange(seen.0, withdrawn.0).is_ok() {",
+        wrong: "let _ = withdrawn; if true {",
+        model: "ownership::taken_back_while_a_chunk_comes",
+        complaint: "it waits for a reply",
+    },
+    Mutant {
+        name: "unclaim_forgets_who_has_withdrawn",
+        right: "match self.word.compare_exchange(claimed.0, open.0) {",
+        wrong: "let _ = claimed;
+        self.word.store(open.0);
+        match Ok::<u64, u64>(open.0) {",
+        model: "ownership::taken_back_while_a_chunk_comes",
+        complaint: "it waits for a reply",
+    },
 ];
 
 const FATES: &[Mutant] = &[

@@ -51,6 +51,7 @@ impl Table {
     }
 
     pub(crate) fn unclaim(&self, request: Unanswered) {
-        self.slots[request.0.number as usize].unclaim(request);
+        let withdrawn = self.slots[request.0.number as usize].unclaim(request);
+        assert!(withdrawn.is_none());
     }
 }

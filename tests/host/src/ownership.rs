@@ -107,7 +107,8 @@ fn forgotten_reply<P: Parts>() {
     let shared = Shared::<P::Slot>::new();
     let (transmit, generation) = shared.start(0);
     let receiver = shared.spawn(move |slot| {
-        slot.unclaim(slot.claim(generation, 0).expect("a good reply was refused"));
+        let request = slot.claim(generation, 0).expect("a good reply was refused");
+        assert!(slot.unclaim(request).is_none(), "nobody has taken it back");
         let reclaimed = slot.reclaim(0).expect("a forgotten command is lost");
         reclaimed.finish(Verdict::Requeue);
     });
@@ -127,7 +128,7 @@ fn reply_in_chunks<P: Parts>() {
         for _ in 0..2 {
             let request = slot.claim(generation, 0).expect("a chunk was refused");
             request.0.write_pages();
-            slot.unclaim(request);
+            assert!(slot.unclaim(request).is_none(), "nobody has taken it back");
         }
         assert!(
             complete(slot.claim(generation, 0)),
@@ -153,7 +154,7 @@ fn death_between_chunks<P: Parts>() {
     let receiver = shared.spawn(move |slot| {
         let request = slot.claim(generation, 0).expect("a chunk was refused");
         request.0.write_pages();
-        slot.unclaim(request);
+        assert!(slot.unclaim(request).is_none(), "nobody has taken it back");
         let lost = slot
             .reclaim(0)
             .expect("a command of which a chunk has come is lost");
@@ -266,11 +267,63 @@ fn reply_after_requeue_to_another_connection<P: Parts>() {
     assert_eq!(shared.tag.history(), expected);
 }
 
+/// The transmit side of a connection that drains takes back what it has not sent, while a server that has guessed the
+/// cookie sends a chunk. It is sent again at once: no other chunk would have to come.
+pub(crate) fn taken_back_while_a_chunk_comes<P: Parts>() {
+    let shared = Shared::<P::Slot>::new();
+    let (transmit, generation) = shared.start(0);
+    let receiver = shared.spawn(move |slot| {
+        if let Some(request) = slot.claim(generation, 0) {
+            request.0.write_pages();
+            // As `Table::unclaim()`.
+            if let Some(withdrawn) = slot.unclaim(request) {
+                withdrawn.finish(Verdict::Requeue);
+            }
+        }
+    });
+    let ours = shared.slot.withdraw(0);
+    transmit.overrule(Verdict::Requeue);
+    if let Some(ours) = ours {
+        ours.finish(Verdict::Requeue);
+    }
+    receiver.join().unwrap();
+    let history = shared.tag.history();
+    assert_eq!(history, [Verdict::Requeue], "it waits for a reply");
+    assert!(!shared.slot.status().1, "it is still in flight");
+}
+
+/// The same with a reply that says that it was executed. It was not, and the reply does not count for its next use either.
+pub(crate) fn taken_back_while_it_is_answered<P: Parts>() {
+    let shared = Shared::<P::Slot>::new();
+    let (transmit, generation) = shared.start(0);
+    let receiver = shared.spawn(move |slot| {
+        let first = complete(slot.claim(generation, 0));
+        let second = complete(slot.claim(generation, 0));
+        assert!(!(first && second), "claimed twice");
+    });
+    let ours = shared.slot.withdraw(0);
+    transmit.overrule(Verdict::Requeue);
+    if let Some(ours) = ours {
+        ours.finish(Verdict::Requeue);
+    }
+    assert_eq!(shared.tag.wait_ended(), Verdict::Requeue);
+    let (transmit, again) = shared.start(0);
+    drop(transmit);
+    assert!(
+        complete(shared.slot.claim(again, 0)),
+        "a good reply was refused"
+    );
+    receiver.join().unwrap();
+    assert_eq!(shared.tag.history(), [Verdict::Requeue, Verdict::Complete]);
+}
+
 models! {
     write_is_answered_while_it_is_sent,
     read_is_answered_while_it_is_sent,
     reply_in_chunks,
     death_between_chunks,
+    taken_back_while_a_chunk_comes,
+    taken_back_while_it_is_answered,
     reply_or_death,
     forgotten_reply,
     repeated_reply,

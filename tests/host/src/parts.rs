@@ -14,7 +14,8 @@ pub(crate) trait Commands: Send + Sync + 'static {
     fn start(&self, connection: u16, other: Unanswered) -> u32;
     fn claim(&self, generation: u32, connection: u16) -> Option<Unanswered>;
     fn reclaim(&self, connection: u16) -> Option<Unanswered>;
-    fn unclaim(&self, other: Unanswered);
+    fn unclaim(&self, other: Unanswered) -> Option<Unanswered>;
+    fn withdraw(&self, connection: u16) -> Option<Unanswered>;
     fn generation(&self) -> u32;
     /// Which connection the command is in flight on, and whether it is still unclaimed.
     fn status(&self) -> (u16, bool);
@@ -89,8 +90,15 @@ macro_rules! commands {
                 self.reclaim(connection)
             }
 
-            fn unclaim(&self, other: crate::blk_mq::Unanswered) {
+            fn unclaim(
+                &self,
+                other: crate::blk_mq::Unanswered,
+            ) -> Option<crate::blk_mq::Unanswered> {
                 self.unclaim(other)
+            }
+
+            fn withdraw(&self, connection: u16) -> Option<crate::blk_mq::Unanswered> {
+                self.withdraw(connection)
             }
 
             fn generation(&self) -> u32 {

@@ -139,7 +139,7 @@ impl<P: Parts> Session<P> {
     ) {
         let slot = &self.table.slots[tag];
         loop {
-            let generation = slot.start(connection.index, other);
+            slot.start(connection.index, other);
             let Err(back) = connection.push(transmit) else {
                 connection.kick();
                 connection.is_used();
@@ -147,7 +147,7 @@ impl<P: Parts> Session<P> {
             };
             connection.is_used();
             transmit = back;
-            let Some(ours) = slot.claim(generation, connection.index) else {
+            let Some(ours) = slot.withdraw(connection.index) else {
                 transmit.overrule(Verdict::Requeue);
                 return;
             };
