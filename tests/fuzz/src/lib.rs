@@ -1,11 +1,11 @@
 // SPDX-License-Identifier: GPL-2.0
 //! Drives the module's own parser of the byte stream with whatever a server may send.
 //!
-//! The files that read a reply and find its command are compiled here as they are: `rnbd_sock/stream.rs`,
-//! `rnbd_sock/chunks.rs`, `pure/chunk.rs`, `pure/coverage.rs`, `pure/proto.rs`, `pure/cmd.rs`, `pure/ring.rs`, `rnbd_translate.rs`. [`run()`] takes a script, any
-//! bytes, of commands that are started, bytes that a server sends, and the pieces in which they arrive,
-//! in the callback or in the work item. What the module makes of it is compared with what [`model`]
-//! does, which takes one byte after the other.
+//! The files that read a reply and find its command are compiled here as they are: `rnbd_sock/receiving.rs`,
+//! `rnbd_sock/stream.rs`, `rnbd_sock/chunks.rs`, `pure/`, `rnbd_translate.rs`. [`run()`] takes a script, any bytes, of
+//! commands that are started, bytes that a server sends, and the pieces in which they come in, read by the callback, by
+//! the task that has sent them, or by the work item. What the module makes of it is compared with what [`model`] does,
+//! which takes one byte after the other.
 //!
 //! `make fuzz` looks for scripts that go where none has been; `cargo test` runs those that are kept in
 //! `corpus/`, and [`tests`] of the sending side.
@@ -36,32 +36,42 @@ mod stream;
 mod chunks;
 #[allow(clippy::all, dead_code)]
 #[rustfmt::skip]
+#[path = "../../../rnbd_sock/receiving.rs"]
+mod receiving;
+#[allow(clippy::all, dead_code)]
+#[rustfmt::skip]
 #[path = "../../../rnbd_translate.rs"]
 mod rnbd_translate;
 
+mod connection;
 mod model;
-mod receiving;
+mod rnbd_events;
 mod rnbd_table;
 mod script;
 #[cfg(test)]
 mod tests;
 
+use connection::{Connection, REAPED};
 use kapi::{
     block::{
         payload::Payload,
         request::{Extent, Log, Op, Outcome, Request, Unanswered, Unsent},
     },
-    net::{arrival::Segment, sock::Socket, transfer::Next},
+    net::{arrival::Arrival, transfer::Next},
 };
 use prelude::*;
 use pure::cmd::Cookie;
-use receiving::Connection;
+use receiving::WORKER_CALLS;
 use rnbd_table::Structured;
-use script::{Command, SLOTS, Script, Step};
+use script::{Command, Reader, SLOTS, Script, Step};
+use std::collections::VecDeque;
 use stream::{Mode, Receive, Transmit};
 
-/// As `rnbd_sock/receiving.rs`: more data than this is left to the work item.
-const INLINE_DATA_BYTES: usize = 32 << 10;
+/// What chunks may cost before the work item runs, and in one run of it, in bytes that are filled with zeroes.
+const INLINE_COST: usize = 256 << 10;
+const WORK_COST: usize = 64 << 20;
+/// By how much the last chunk, and those that are received with it, may exceed that.
+const LAST_COST: usize = 256 << 10;
 
 /// The connection that is fuzzed, and one that has commands in flight too.
 const OURS: u16 = 0;
@@ -78,7 +88,7 @@ pub fn run(script: &[u8]) {
     while let Some(step) = script.next_step(&session.commands()) {
         session.take(step);
     }
-    session.take(Step::Fill { limit: usize::MAX });
+    session.take(Step::ALL);
     session.finish();
 }
 
@@ -89,7 +99,8 @@ struct Session {
     started: Vec<Option<Command>>,
     receive: Receive,
     transmit: Transmit,
-    socket: Socket,
+    /// What the server has sent and has not come in.
+    on_its_way: VecDeque<u8>,
     dead: bool,
     decided: Log,
     model: model::Model,
@@ -109,7 +120,7 @@ impl Session {
             started: vec![None; SLOTS],
             receive: Receive::new(mode).unwrap(),
             transmit: Transmit::new().unwrap(),
-            socket: Socket::default(),
+            on_its_way: VecDeque::new(),
             dead: false,
             decided: Log::default(),
             model: model::Model::new(structured),
@@ -132,9 +143,8 @@ impl Session {
                 piece_bytes,
                 ours,
             } => self.start(slot, op, len_bytes, piece_bytes, ours),
-            Step::Serve(bytes) => self.socket.incoming.borrow_mut().extend(bytes),
-            Step::Arrive { limit } => self.arrive(limit),
-            Step::Fill { limit } => self.fill(limit),
+            Step::Serve(bytes) => self.on_its_way.extend(bytes),
+            Step::Arrive { limit, reader } => self.arrive(limit, reader),
             Step::Send { limit } => self.send(limit),
         }
         assert_eq!(*self.decided.borrow(), self.model.decided);
@@ -184,92 +194,76 @@ impl Session {
             .stage(&wire, Some(Payload::new(Unsent(request))));
     }
 
-    /// As `Connection::receive_in_callback()` of `rnbd_sock/receiving.rs`.
-    fn arrive(&mut self, limit: usize) {
-        let mut piece: Vec<u8> = self
-            .socket
-            .incoming
-            .borrow()
-            .iter()
-            .copied()
-            .take(limit)
+    /// So much comes in, and is received. Nothing of it may be left where the work item is not queued.
+    fn arrive(&mut self, limit: usize, reader: Reader) {
+        let bytes: Vec<u8> = self
+            .on_its_way
+            .drain(..limit.min(self.on_its_way.len()))
             .collect();
-        let mut segment = Segment(&piece);
-        if !self.dead && self.receive_segment(&mut segment).is_err() {
-            self.dead = true;
+        self.model.feed(&bytes);
+        if self.dead || bytes.is_empty() {
+            return;
         }
-        piece.truncate(piece.len() - segment.left_bytes());
-        self.socket.incoming.borrow_mut().drain(..piece.len());
-        self.model.feed(&piece);
-    }
-
-    fn receive_segment(&mut self, segment: &mut Segment<'_>) -> Result {
-        loop {
-            if self.parse(INLINE_DATA_BYTES)? {
-                // The receive work is queued.
-                self.parse(usize::MAX)?;
-                return Ok(());
+        let socket = &self.connection.socket;
+        socket.incoming.borrow_mut().extend(bytes);
+        socket.limit.set(usize::MAX);
+        let received = self.connection.traffic.received.get() + socket.incoming.borrow().len();
+        let left = match reader {
+            Reader::Callback { segment_bytes } => {
+                let arrival = Arrival {
+                    socket,
+                    segment_bytes,
+                };
+                let receive = &mut self.receive;
+                self.connection.receive_in_callback(receive, arrival)
             }
-            let data = self.receive.awaited_bytes();
-            if data > INLINE_DATA_BYTES || segment.left_bytes() == 0 {
-                return Ok(());
-            }
-            let before = segment.left_bytes();
-            let taken = match self.receive.mode {
-                Mode::Simple => self.receive.take_from::<false>(segment)?,
-                _ => self.receive.take_from::<true>(segment)?,
-            };
-            assert_eq!(taken, before - segment.left_bytes());
-            assert!(taken > 0, "nothing is wanted");
+            Reader::Sender => self.connection.receive_in_sender(&mut self.receive),
+            Reader::Work => true,
+        };
+        assert!(
+            self.receive.spent_bytes <= INLINE_COST + LAST_COST,
+            "{}",
+            self.receive.spent_bytes
+        );
+        if left {
+            self.work();
         }
-    }
-
-    /// As `Connection::receive_up_to()`.
-    fn fill(&mut self, limit: usize) {
-        self.socket.limit.set(limit);
-        while !self.dead {
-            let before: Vec<u8> = self.socket.incoming.borrow().iter().copied().collect();
-            let is_parsed = match self.receive.mode {
-                Mode::Simple => self.receive.is_parsed::<false>(),
-                _ => self.receive.is_parsed::<true>(),
-            };
-            let parsed = match is_parsed {
-                true => Ok(false),
-                false => self.parse(usize::MAX),
-            };
-            let got = parsed.and_then(|_| self.receive.fill(&self.socket));
-            match got {
-                Ok((got, _)) => self.model.feed(&before[..got]),
-                Err(e) if e == EAGAIN => return,
-                Err(_) => self.dead = true,
-            }
-            if self.parse(usize::MAX).is_err() {
-                self.dead = true;
-            }
-            if limit != usize::MAX {
-                return;
-            }
+        if !self.dead {
+            let all = self.connection.traffic.received.get();
+            assert_eq!(all, received, "something is left in the socket");
         }
     }
 
-    fn parse(&mut self, limit: usize) -> Result<bool> {
-        if limit == usize::MAX {
-            self.receive.spent_bytes = 0;
-        }
-        match self.receive.mode {
-            Mode::Simple => self.connection.parse::<false>(&mut self.receive, limit),
-            _ => self.connection.parse::<true>(&mut self.receive, limit),
+    /// As `Connection::receive_or_reap()` of `rnbd_sock.rs`, until the work item is not queued again.
+    fn work(&mut self) {
+        for run in 0.. {
+            assert!(run < 10_000, "it does not come to an end");
+            let receive = &mut self.receive;
+            let left = self
+                .connection
+                .receive_up_to(receive, WORKER_CALLS, usize::MAX);
+            assert!(receive.spent_bytes <= WORK_COST + LAST_COST);
+            match left {
+                Ok(true) => {}
+                Ok(false) => return,
+                Err(error) => {
+                    self.connection.receive_failed(error);
+                    self.receive.mode = Mode::Failed(error);
+                    self.dead = true;
+                    return;
+                }
+            }
         }
     }
 
     fn send(&mut self, limit: usize) {
-        self.socket.limit.set(limit);
+        self.connection.socket.limit.set(limit);
         let was_empty = self.transmit.is_empty();
-        match self.transmit.send(&self.socket, Next::Nothing) {
+        match self.transmit.send(&self.connection.socket, Next::Nothing) {
             Ok(sent) => assert!(sent.bytes <= limit && !was_empty),
             Err(e) => assert!(e == EAGAIN && (limit == 0 || was_empty)),
         }
-        let outgoing = self.socket.outgoing.borrow();
+        let outgoing = self.connection.socket.outgoing.borrow();
         assert!(self.to_send.starts_with(&outgoing), "wrong bytes were sent");
     }
 
@@ -292,7 +286,7 @@ impl Session {
             self.send(usize::MAX);
         }
         assert!(
-            *self.socket.outgoing.borrow() == self.to_send,
+            *self.connection.socket.outgoing.borrow() == self.to_send,
             "not all was sent"
         );
         assert!(

@@ -71,6 +71,9 @@ fn number(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0, |n, byte| (n << 8) | u64::from(*byte))
 }
 
+/// A server that shuts down has not executed it, whatever has come of its data.
+const SHUTDOWN: u32 = 108;
+
 fn status_of(error: u32, op: Op) -> u8 {
     match error {
         0 => 0,
@@ -177,12 +180,11 @@ impl Model {
             self.receiving = Some((command, Vec::new()));
             return;
         }
-        let status = status_of(error, command.op);
-        self.end(
-            command.slot,
-            Outcome::Complete(Status(status)),
-            command.data,
-        );
+        let outcome = match error {
+            SHUTDOWN => Outcome::Requeue,
+            error => Outcome::Complete(Status(status_of(error, command.op))),
+        };
+        self.end(command.slot, outcome, command.data);
     }
 
     fn claim(&mut self, cookie: u64) -> Option<InFlight> {
@@ -295,6 +297,7 @@ impl Model {
             _ => command.leading().min(command.good_end) / 512,
         };
         let outcome = match good {
+            _ if command.error == SHUTDOWN => Outcome::Requeue,
             0 => Outcome::Complete(status),
             good => Outcome::Partly(status, good as u32),
         };

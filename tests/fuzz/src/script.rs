@@ -31,12 +31,30 @@ pub(crate) enum Step {
     },
     /// The server sends something.
     Serve(Vec<u8>),
-    /// At most so much comes in with the callback.
-    Arrive { limit: usize },
-    /// At most so much is fetched by the work item.
-    Fill { limit: usize },
+    /// At most so much comes in, and is received.
+    Arrive { limit: usize, reader: Reader },
     /// At most so much is sent.
     Send { limit: usize },
+}
+
+impl Step {
+    /// All that the server has sent comes in.
+    pub(crate) const ALL: Step = Step::Arrive {
+        limit: usize::MAX,
+        reader: Reader::Work,
+    };
+}
+
+/// Who receives first. The work item does the rest.
+#[derive(Clone, Copy)]
+pub(crate) enum Reader {
+    /// The callback of TCP, from segments that are no longer than this.
+    Callback {
+        segment_bytes: usize,
+    },
+    /// The task that has sent it over a UNIX socket.
+    Sender,
+    Work,
 }
 
 const OPS: [Op; 5] = [Op::Read, Op::Write, Op::Flush, Op::Discard, Op::WriteZeroes];
@@ -94,9 +112,16 @@ impl<'a> Script<'a> {
             }
             5 => Step::Arrive {
                 limit: self.number()?,
+                reader: Reader::Callback {
+                    segment_bytes: if kind & 8 == 0 { 64 << 10 } else { 61 },
+                },
             },
-            6 => Step::Fill {
+            6 => Step::Arrive {
                 limit: self.number()?,
+                reader: match kind & 8 {
+                    0 => Reader::Work,
+                    _ => Reader::Sender,
+                },
             },
             _ => Step::Send {
                 limit: self.number()?,

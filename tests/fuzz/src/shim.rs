@@ -24,7 +24,13 @@ pub(crate) mod prelude {
     pub(crate) const EIO: Error = Error(5);
     pub(crate) const EAGAIN: Error = Error(11);
     pub(crate) const EINVAL: Error = Error(22);
-    pub(crate) const EPROTO: Error = Error(71);
+    pub(crate) const EPIPE: Error = Error(32);
+
+    impl Error {
+        pub(super) const fn new(number: i32) -> Self {
+            Error(number)
+        }
+    }
 
     impl From<AllocError> for Error {
         fn from(_: AllocError) -> Self {
@@ -33,6 +39,16 @@ pub(crate) mod prelude {
     }
 
     pub(crate) type Result<T = (), E = Error> = core::result::Result<T, E>;
+
+    /// A message for the log is one line, whatever a server has sent.
+    macro_rules! log {
+        ($($message:tt)*) => {{
+            let message = format!($($message)*);
+            let line = message.strip_suffix('\n').expect("a line");
+            assert!(!line.contains(char::is_control), "{line:?}");
+        }};
+    }
+    pub(crate) use {log as pr_err, log as pr_warn};
 }
 
 /// `kernel::sync`

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0
 //! The same without a fuzzer: what it has found, once more, and what needs no search.
 
+mod budgets;
+
 use crate::{
     kapi::block::request::{Extent, Log, Op, Outcome, Request, Status, Unanswered, Unsent},
     kapi::{
@@ -347,7 +349,7 @@ fn read_in_eighths(order: &[u8], holes: u8, wrong: u8) -> Option<Outcome> {
     while let Some(step) = steps.next_step(&session.commands()) {
         session.take(step);
     }
-    session.take(crate::Step::Fill { limit: usize::MAX });
+    session.take(crate::Step::ALL);
     let decided = session.decided.borrow();
     decided.first().map(|(_, outcome, _)| *outcome)
 }

@@ -5,6 +5,14 @@ pub(crate) mod payload;
 pub(crate) mod request;
 pub(crate) mod sock;
 
+pub(crate) mod errno {
+    use crate::prelude::Error;
+
+    pub(crate) const EPROTO: Error = Error::new(71);
+    pub(crate) const EREMOTEIO: Error = Error::new(121);
+    pub(crate) const EKEYEXPIRED: Error = Error::new(127);
+}
+
 pub(crate) mod task {
     pub(crate) fn jiffies() -> usize {
         7
@@ -43,8 +51,35 @@ fn memory(len: usize) -> Memory {
 /// What a request's memory has in it before anything is written there.
 pub(crate) const OLD: u8 = 0xee;
 
+/// What has come in when the socket's callback is called.
 pub(crate) mod arrival {
     pub(crate) use super::sock::Segment;
+    use super::sock::Socket;
+
+    pub(crate) struct Arrival<'a> {
+        pub(crate) socket: &'a Socket,
+        /// How long a segment is at most.
+        pub(crate) segment_bytes: usize,
+    }
+
+    impl Arrival<'_> {
+        pub(crate) fn read(self, mut each: impl FnMut(&mut Segment<'_>) -> bool) -> bool {
+            let mut incoming = self.socket.incoming.borrow_mut();
+            while !incoming.is_empty() {
+                let len = incoming.len().min(self.segment_bytes);
+                let bytes = &incoming.make_contiguous()[..len];
+                let mut segment = Segment(bytes);
+                let goes_on = each(&mut segment);
+                let left = segment.left_bytes();
+                incoming.drain(..len - left);
+                assert!(left == 0 || !goes_on);
+                if !goes_on {
+                    break;
+                }
+            }
+            !incoming.is_empty()
+        }
+    }
 }
 
 pub(crate) mod iov {

@@ -95,6 +95,10 @@ impl Unanswered {
     pub(crate) fn finish(self, outcome: Outcome) {
         self.0.end(outcome);
     }
+
+    pub(crate) fn should_fake_timeout(&self) -> bool {
+        false
+    }
 }
 
 pub(crate) trait Side {

@@ -106,12 +106,7 @@ impl<'a> Iov<'a> {
         at + len <= IoPage::BYTES && self.push(&page.0, at, at + len)
     }
 
-    pub(crate) fn push_room(
-        &mut self,
-        page: &'a mut IoPage,
-        at: usize,
-        len: usize,
-    ) -> bool {
+    pub(crate) fn push_room(&mut self, page: &'a mut IoPage, at: usize, len: usize) -> bool {
         self.push_bytes(page, at, len)
     }
 }
@@ -119,7 +114,7 @@ impl<'a> Iov<'a> {
 /// A socket that takes and gives as much as it is told to.
 #[derive(Default)]
 pub(crate) struct Socket {
-    /// What the server has sent.
+    /// What has come in from the server.
     pub(crate) incoming: RefCell<VecDeque<u8>>,
     /// What was sent to it.
     pub(crate) outgoing: RefCell<Vec<u8>>,
@@ -132,12 +127,15 @@ pub(crate) struct Socket {
 }
 
 impl Socket {
-    pub(crate) fn send(
-        &self,
-        data: Iov<'_>,
-        _frags: &mut FragPool,
-        next: Next,
-    ) -> Result<usize> {
+    pub(crate) fn has_input(&self) -> bool {
+        !self.incoming.borrow().is_empty()
+    }
+
+    pub(crate) fn has_upper_layer(&self) -> bool {
+        false
+    }
+
+    pub(crate) fn send(&self, data: Iov<'_>, _frags: &mut FragPool, next: Next) -> Result<usize> {
         self.more.set(next == Next::More);
         let mut room = self.limit.get();
         let mut outgoing = self.outgoing.borrow_mut();
