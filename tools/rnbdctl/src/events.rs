@@ -133,25 +133,11 @@ mod tests {
 
     fn event() -> Event {
         Event {
-            kind: Kind::ConnectionDead,
-            index: 1,
             connection: Some(0),
             reason: Some("timed-out"),
-            errno: None,
             reconnects: Some(2),
             backend: Some("a\nb".into()),
-            size: None,
-            block_size: None,
-            flags: None,
-            connections: None,
-            interface: None,
-            pid: None,
-            error: None,
-            error_offset: None,
-            text: None,
-            command: None,
-            offset: None,
-            length: None,
+            ..Event::new(Kind::ConnectionDead, 1)
         }
     }
 

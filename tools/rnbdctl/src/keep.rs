@@ -37,7 +37,6 @@ use signal_hook::iterator::Signals;
 use self::dial::{Dialled, Dialler};
 use self::disconnect::disconnect;
 use self::keeper::Keeper;
-use self::lock::Lock;
 use self::notifier::Notifier;
 use crate::cli::KeepArgs;
 use crate::connect::{no_driver, open_family};
@@ -64,12 +63,9 @@ pub fn run(args: &KeepArgs) -> Result<(), Failure> {
     let keepers: Result<Vec<Keeper>, Failure> = keepers
         .map(|(number, path)| Keeper::new(number, path))
         .collect();
-    let keepers = keepers?;
+    let mut keepers = keepers?;
     config::check_distinct(keepers.iter().map(|keeper| &keeper.kept.config))?;
-    let locks = keepers.iter().map(|keeper| Lock::take(&keeper.kept));
-    let locks: Result<Vec<Lock>, Failure> = locks.collect();
-    // They are held to the end.
-    let _locks = locks?;
+    keepers.iter_mut().try_for_each(Keeper::lock)?;
     // The threads inherit it.
     avoid_own_writeback();
     let (sender, told) = channel();
@@ -223,7 +219,7 @@ impl Keep {
     fn reload(&mut self) {
         self.notifier.reloading();
         for keeper in &mut self.keepers {
-            keeper.reload();
+            keeper.reload(Instant::now());
         }
     }
 

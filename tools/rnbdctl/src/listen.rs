@@ -160,8 +160,7 @@ impl Events {
         let parsed = heard.iter().filter_map(|heard| match heard {
             listener::Heard::Missed => Some(Heard::Missed),
             listener::Heard::Message(command, answer) => {
-                parse(self.driver, *command, answer)
-                    .map(|event| Heard::Event(Box::new(event)))
+                parse(self.driver, *command, answer).map(|event| Heard::Event(event.into()))
             }
         });
         Ok(parsed.collect())
@@ -172,33 +171,36 @@ fn parse(driver: Driver, command: u8, answer: &Answer) -> Option<Event> {
     match driver {
         Driver::Rnbd => event(command, answer),
         Driver::Nbd if command == LINK_DEAD => {
-            Some(only(Kind::ConnectionDead, answer.number(INDEX)?))
+            Some(Event::new(Kind::ConnectionDead, answer.number(INDEX)?))
         }
         Driver::Nbd => None,
     }
 }
 
-fn only(kind: Kind, index: u32) -> Event {
-    Event {
-        kind,
-        index,
-        connection: None,
-        reason: None,
-        errno: None,
-        reconnects: None,
-        backend: None,
-        size: None,
-        block_size: None,
-        flags: None,
-        connections: None,
-        interface: None,
-        pid: None,
-        error: None,
-        error_offset: None,
-        text: None,
-        command: None,
-        offset: None,
-        length: None,
+impl Event {
+    /// An event that tells no more than this.
+    pub fn new(kind: Kind, index: u32) -> Self {
+        Self {
+            kind,
+            index,
+            connection: None,
+            reason: None,
+            errno: None,
+            reconnects: None,
+            backend: None,
+            size: None,
+            block_size: None,
+            flags: None,
+            connections: None,
+            interface: None,
+            pid: None,
+            error: None,
+            error_offset: None,
+            text: None,
+            command: None,
+            offset: None,
+            length: None,
+        }
     }
 }
 
@@ -231,7 +233,7 @@ fn event(command: u8, answer: &Answer) -> Option<Event> {
         command: answer.number(COMMAND).map(command_name),
         offset: answer.number(OFFSET),
         length: answer.number(LENGTH),
-        ..only(kind, answer.number(DEVICE)?)
+        ..Event::new(kind, answer.number(DEVICE)?)
     })
 }
 
@@ -340,7 +342,7 @@ mod tests {
             let attrs = Attrs::default().with(INDEX, 3_u32).unwrap();
             parse(Driver::Nbd, command, &attrs.into())
         };
-        assert_eq!(link(LINK_DEAD), Some(only(Kind::ConnectionDead, 3)));
+        assert_eq!(link(LINK_DEAD), Some(Event::new(Kind::ConnectionDead, 3)));
         assert_eq!(link(1), None);
     }
 }

@@ -4,6 +4,7 @@
 
 use std::os::fd::OwnedFd;
 use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::cli::ServerArgs;
 use crate::dial::Address;
@@ -17,6 +18,10 @@ use crate::wire::{self, Opt};
 /// More connections than this have not been seen to help.
 const ENOUGH: usize = 4;
 
+/// Once a connection is ready, and fewer than wanted will do, the others may take at least so long, for each step and
+/// for all of them: requests are waiting.
+const OTHERS: Duration = Duration::from_secs(1);
+
 /// Connections that are ready for requests, and what the server says of the export.
 #[derive(Debug)]
 pub struct Opened {
@@ -24,6 +29,8 @@ pub struct Opened {
     pub address: Address,
     pub sockets: Vec<OwnedFd>,
     pub export: Export,
+    /// How many were wanted and could not be had.
+    pub missing: u32,
 }
 
 /// Opens connections to an export, all to one address, since another one could be another store.
@@ -50,7 +57,7 @@ pub enum Fewer {
 }
 
 /// As [`open`], to one of the addresses that `may` accepts. If fewer connections will do, they are those that the server
-/// accepts, if it accepts any.
+/// accepts, if it accepts any, and that are ready soon after the first one.
 ///
 /// # Errors
 ///
@@ -63,14 +70,29 @@ pub fn open_among(
     structured: Wanted,
     may: impl Fn(&Address) -> bool,
 ) -> Result<Opened, Failure> {
-    let server = Server::new(uri, args, structured)?;
-    let go = |problem| server.explain_option(problem, Opt::Go);
+    let mut server = Server::new(uri, args, structured)?;
+    let explain = |server: &Server, problem| server.explain_option(problem, Opt::Go);
+    let begun = Instant::now();
     let (address, handshake) = server.reach_among(may)?;
-    let (socket, export) = handshake.go(&uri.export).map_err(go)?;
+    let opened = handshake.go(&uri.export);
+    let (socket, export) = opened.map_err(|problem| explain(&server, problem))?;
     let mut sockets = vec![socket];
-    for number in 1..connections(wanted, &export)? {
+    let wanted = connections(wanted, &export)?;
+    let ready = Instant::now();
+    // A server may be slow, or its addresses before this one may have been.
+    let soon = OTHERS.max(ready.saturating_duration_since(begun) * 2);
+    if fewer == Fewer::WillDo {
+        server.hurry(soon);
+    }
+    for number in 1..wanted {
+        if fewer == Fewer::WillDo && ready.elapsed() > soon {
+            break;
+        }
         let handshake = server.reach_at(&address);
-        let opened = handshake.and_then(|handshake| handshake.go(&uri.export).map_err(go));
+        let opened = handshake.and_then(|handshake| {
+            let opened = handshake.go(&uri.export);
+            opened.map_err(|problem| explain(&server, problem))
+        });
         let (socket, same) = match opened {
             Ok(opened) => opened,
             // Whoever asks for the rest is told why there is no more.
@@ -82,6 +104,7 @@ pub fn open_among(
     }
     Ok(Opened {
         address,
+        missing: wanted.saturating_sub(sockets.len() as u32),
         sockets,
         export,
     })
@@ -130,6 +153,8 @@ fn compare(number: u32, first: &Export, other: &Export) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::io::{Read, Write};
+    use std::os::unix::net::UnixListener;
 
     #[test]
     fn several_connections_take_a_server_that_allows_them() {
@@ -140,6 +165,51 @@ mod tests {
         assert_eq!(connections(Some(9), &several).unwrap(), 9);
         let number = connections(None, &several).unwrap();
         assert!((1..=4).contains(&number));
+    }
+
+    /// A server that greets one client, and not the next one.
+    #[test]
+    fn one_that_is_ready_waits_for_no_other() {
+        let path = format!("rnbdctl-greets-once-{}", std::process::id());
+        let path = std::env::temp_dir().join(path);
+        let listener = UnixListener::bind(&path).unwrap();
+        let server = thread::spawn(move || {
+            let (mut client, _) = listener.accept().unwrap();
+            client.write_all(b"NBDMAGICIHAVEOPT\0\x03").unwrap();
+            // The client's flags, and the option GO for an export without a name.
+            client.read_exact(&mut [0; 4 + 16 + 8]).unwrap();
+            let mut reply = |kind: u32, data: &[u8]| {
+                let mut bytes = wire::REPLY_MAGIC.to_be_bytes().to_vec();
+                for field in [7, kind, data.len() as u32] {
+                    bytes.extend(field.to_be_bytes());
+                }
+                bytes.extend(data);
+                client.write_all(&bytes).unwrap();
+            };
+            let flags = 1 | wire::CAN_MULTI_CONN;
+            let size = (1_u64 << 20).to_be_bytes();
+            reply(3, &[&[0, 0], &size[..], &flags.to_be_bytes()].concat());
+            reply(1, &[]);
+            (listener, client)
+        });
+        let uri = NbdUri::parse(&format!("nbd+unix:///?socket={}", path.display())).unwrap();
+        let mut args = ServerArgs {
+            connect_timeout: Duration::from_secs(60),
+            tls: crate::tls::TlsArgs::default(),
+        };
+        let begun = Instant::now();
+        let any = |_: &Address| true;
+        let opened = open_among(&uri, Some(3), Fewer::WillDo, &args, Wanted::No, any).unwrap();
+        assert!(begun.elapsed() < Duration::from_secs(30), "it has waited");
+        assert_eq!((opened.sockets.len(), opened.missing), (1, 2));
+        let _listens = server.join().unwrap();
+        // A first one is given all its time.
+        args.connect_timeout = Duration::from_millis(1500);
+        let begun = Instant::now();
+        let failure = open_among(&uri, Some(1), Fewer::WillDo, &args, Wanted::No, any).unwrap_err();
+        assert_eq!(failure.exit, Exit::Unreachable);
+        assert!(begun.elapsed() >= args.connect_timeout);
+        std::fs::remove_file(path).unwrap();
     }
 
     #[test]

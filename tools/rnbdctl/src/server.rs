@@ -41,6 +41,11 @@ impl<'a> Server<'a> {
         })
     }
 
+    /// From now on no step may take longer than this.
+    pub fn hurry(&mut self, patience: Duration) {
+        self.patience = self.patience.min(patience);
+    }
+
     /// Connects to the first of its addresses that answers, has it greet, and starts TLS if that is wanted.
     ///
     /// # Errors

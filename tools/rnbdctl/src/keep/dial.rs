@@ -6,13 +6,16 @@ use std::sync::mpsc::Sender;
 use std::thread;
 
 use super::Message;
+use super::find::Goal;
+use super::kept::Kept;
 use super::peers::leads_to;
-use super::served::Served;
+use super::served::{Served, choose};
 use crate::cli::ServerArgs;
 use crate::dial::{Address, resolve};
 use crate::failure::{Exit, Failure};
 use crate::opening::{Fewer, Opened, open_among};
 use crate::structured::Wanted;
+use crate::tls::TlsArgs;
 use crate::uri::NbdUri;
 
 /// What is to be opened.
@@ -31,6 +34,45 @@ pub struct Order {
     pub peers: Vec<String>,
     /// Nothing is opened: only whether a URI leads to one of these addresses is asked.
     pub asks_only: bool,
+}
+
+impl Order {
+    /// What is to be dialled for a goal. `structured` is what new connections of the device have to be like.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Choice::wanted`](crate::structured::Choice::wanted).
+    pub fn new(kept: &Kept, goal: &Goal, structured: Wanted) -> Result<Self, Failure> {
+        let (wanted, peers) = match goal {
+            Goal::Connect => (kept.config.connections(), Vec::new()),
+            Goal::Adopt { peers, .. } => (None, peers.clone()),
+            Goal::Replace { dead, peers, .. } => {
+                (dead.or(kept.config.connections()), peers.clone())
+            }
+            Goal::HandOver { connections } => (Some(*connections), Vec::new()),
+        };
+        let structured = match goal {
+            Goal::Connect => kept.config.structured_replies.wanted()?,
+            _ => structured,
+        };
+        Ok(Self {
+            uris: choose(&kept.config.uris, kept.served.as_ref(), goal),
+            wanted,
+            // A server that has restarted may take some of its clients back before it has room for the others.
+            fewer: match goal {
+                Goal::Replace { .. } => Fewer::WillDo,
+                _ => Fewer::WillNotDo,
+            },
+            server: ServerArgs {
+                connect_timeout: kept.config.connect_timeout,
+                // The URI says what is needed for TLS.
+                tls: TlsArgs::default(),
+            },
+            peers,
+            structured,
+            asks_only: matches!(goal, Goal::Adopt { .. }),
+        })
+    }
 }
 
 /// What was found.
@@ -141,7 +183,6 @@ fn compare(order: &Order) -> Result<Reached, Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tls::TlsArgs;
     use std::net::TcpListener;
     use std::time::Duration;
 

@@ -90,11 +90,19 @@ impl Deaths {
     /// What was dialled for a goal could not be had.
     pub fn put_back(&mut self, goal: &Goal) {
         match goal {
-            Goal::Replace {
-                dead: Some(dead), ..
-            } => self.number = self.number.saturating_add(*dead),
             Goal::Replace { dead: None, .. } => self.more = true,
-            _ => (),
+            goal => self.put_back_some(goal, u32::MAX),
+        }
+    }
+
+    /// So many of what was dialled for a goal could not be had, and the others could. If it is not known how many are
+    /// dead, these may have been enough.
+    pub fn put_back_some(&mut self, goal: &Goal, missing: u32) {
+        if let Goal::Replace {
+            dead: Some(dead), ..
+        } = goal
+        {
+            self.number = self.number.saturating_add(missing.min(*dead));
         }
     }
 }
@@ -299,5 +307,19 @@ mod tests {
         deaths = Deaths::default();
         deaths.put_back(&unknown);
         assert!(deaths.more);
+        // A server has taken one of three.
+        let three = Goal::Replace {
+            dead: Some(3),
+            all: false,
+            peers: Vec::new(),
+        };
+        deaths = Deaths::default();
+        deaths.put_back_some(&three, 0);
+        assert_eq!(deaths, Deaths::default());
+        deaths.put_back_some(&three, 2);
+        assert_eq!((deaths.number, deaths.more), (2, false));
+        // Those that it has taken may be all that were dead.
+        deaths.put_back_some(&unknown, 1);
+        assert_eq!((deaths.number, deaths.more), (2, false));
     }
 }

@@ -15,20 +15,22 @@ use super::dial::{Dialled, Dialler, Order, Reached};
 use super::files::path_of_served;
 use super::find::{Condition, Deaths, Found, Goal, find};
 use super::kept::Kept;
+use super::lock::Lock;
 use super::pass;
-use super::served::{Served, choose};
-use crate::cli::ServerArgs;
+use super::served::Served;
 use crate::failure::{Exit, Failure};
 use crate::handover::{check_allowed, check_driver, check_reconfigurable};
 use crate::kernel::Kernel;
 use crate::listen::{Event, Kind};
-use crate::opening::Fewer;
 use crate::structured::Wanted;
 use crate::sysfs::{Driver, Sysfs};
-use crate::tls::TlsArgs;
 
 /// How often it looks without an event: not all that happens is told, as what happens in another network namespace.
 const SLOW_LOOK: Duration = Duration::from_secs(60);
+
+/// How long connections may be dialled for a handover, at the least. Whoever has asked for it waits, as "systemctl reload"
+/// does for 90 seconds.
+const HANDOVER_LIMIT: Duration = Duration::from_secs(60);
 
 /// What it is doing.
 #[derive(Debug)]
@@ -71,7 +73,10 @@ pub struct Keeper {
     backoff: Backoff,
     /// The number of the last order. What comes of earlier ones is not wanted any more.
     orders: u64,
-    wants_handover: bool,
+    /// A handover is to be done, until this time.
+    wants_handover: Option<Instant>,
+    /// Nobody else may keep the device.
+    lock: Option<Lock>,
     /// Whether the last look has found a connection that is alive.
     is_alive: bool,
     /// What was said last, so that it is not said again and again.
@@ -91,11 +96,22 @@ impl Keeper {
             task: Task::Look,
             backoff: Backoff::default(),
             orders: 0,
-            wants_handover: false,
+            wants_handover: None,
+            lock: None,
             is_alive: false,
             complaint: None,
             status: "looking for the device".into(),
         })
+    }
+
+    /// Keeps other runs of the program away.
+    ///
+    /// # Errors
+    ///
+    /// Those of [`Lock::take`].
+    pub fn lock(&mut self) -> Result<(), Failure> {
+        self.lock = Some(Lock::take(&self.kept)?);
+        Ok(())
     }
 
     /// Whether the driver can reach the servers.
@@ -117,7 +133,7 @@ impl Keeper {
     pub fn is_settled(&self) -> bool {
         match self.task {
             Task::Ended(exit) => exit.is_none(),
-            _ => self.kept.index.is_some() && self.is_alive && !self.wants_handover,
+            _ => self.kept.index.is_some() && self.is_alive && self.wants_handover.is_none(),
         }
     }
 
@@ -131,11 +147,12 @@ impl Keeper {
 
     /// When it has something to do if nothing happens; `None`: never.
     pub fn due(&self, now: Instant) -> Option<Instant> {
-        match self.task {
+        let task = match self.task {
             Task::Look => Some(now),
             Task::Wait(until) | Task::Idle(until) => Some(until),
             _ => None,
-        }
+        };
+        task.into_iter().chain(self.wants_handover).min()
     }
 
     /// Something has happened to a device.
@@ -170,7 +187,7 @@ impl Keeper {
     }
 
     /// Reads the configuration again, and has all connections handed over to the server that it names.
-    pub fn reload(&mut self) {
+    pub fn reload(&mut self, now: Instant) {
         // What another one was refused for may have changed.
         if self.ended() == Some(None) {
             return self
@@ -200,7 +217,8 @@ impl Keeper {
         self.kept.config = config;
         self.complaint = None;
         // Also of a device that it has yet to find.
-        self.wants_handover = true;
+        let limit = self.kept.config.connect_timeout.saturating_mul(3);
+        self.wants_handover = now.checked_add(limit.max(HANDOVER_LIMIT));
         self.abandon();
         if self.ended().is_some() {
             self.kept.index = None;
@@ -230,6 +248,9 @@ impl Keeper {
 
     /// Does what is to be done now.
     pub fn run(&mut self, now: Instant, dialler: &Dialler) {
+        if self.wants_handover.is_some_and(|until| until <= now) {
+            self.give_up_handover();
+        }
         let after_wait = match self.task {
             Task::Look => false,
             Task::Idle(until) if until <= now => false,
@@ -240,6 +261,18 @@ impl Keeper {
             Ok(None) => self.task = Task::Idle(now + SLOW_LOOK),
             Ok(Some(goal)) => self.pursue(goal, after_wait, now, dialler),
             Err(trouble) => self.give_way(trouble, now),
+        }
+    }
+
+    /// It takes too long. What is dialled is of no use any more.
+    fn give_up_handover(&mut self) {
+        self.wants_handover = None;
+        if matches!(self.task, Task::Dial(Goal::HandOver { .. })) {
+            self.abandon();
+        }
+        if self.ended().is_none() {
+            let what = "it has taken too long, the connections stay as they are";
+            self.complain(&Failure::new(Exit::Unreachable, "handing over", what));
         }
     }
 
@@ -254,7 +287,7 @@ impl Keeper {
             }
         }
         self.orders += 1;
-        let order = self.order(&goal);
+        let order = Order::new(&self.kept, &goal, self.structured);
         match order.and_then(|order| dialler.dial(self.number, self.orders, order)) {
             Ok(()) => {
                 // What dies from now on comes on top.
@@ -263,38 +296,6 @@ impl Keeper {
             }
             Err(failure) => self.retry(&failure, now),
         }
-    }
-
-    fn order(&self, goal: &Goal) -> Result<Order, Failure> {
-        let (wanted, peers) = match goal {
-            Goal::Connect => (self.kept.config.connections(), Vec::new()),
-            Goal::Adopt { peers, .. } => (None, peers.clone()),
-            Goal::Replace { dead, peers, .. } => {
-                (dead.or(self.kept.config.connections()), peers.clone())
-            }
-            Goal::HandOver { connections } => (Some(*connections), Vec::new()),
-        };
-        let structured = match goal {
-            Goal::Connect => self.kept.config.structured_replies.wanted()?,
-            _ => self.structured,
-        };
-        Ok(Order {
-            uris: choose(&self.kept.config.uris, self.kept.served.as_ref(), goal),
-            wanted,
-            // A server that has restarted may take some of its clients back before it has room for the others.
-            fewer: match goal {
-                Goal::Replace { .. } => Fewer::WillDo,
-                _ => Fewer::WillNotDo,
-            },
-            server: ServerArgs {
-                connect_timeout: self.kept.config.connect_timeout,
-                // The URI says what is needed for TLS.
-                tls: TlsArgs::default(),
-            },
-            peers,
-            structured,
-            asks_only: matches!(goal, Goal::Adopt { .. }),
-        })
     }
 
     /// Looks what the device lacks.
@@ -306,7 +307,7 @@ impl Keeper {
             Found::Nothing if self.kept.index.is_none() => {
                 self.status = "not connected yet".into();
                 // All connections are new.
-                self.wants_handover = false;
+                self.wants_handover = None;
                 self.kept.served = None;
                 return Ok(Some(Goal::Connect));
             }
@@ -343,12 +344,12 @@ impl Keeper {
         self.status = condition.status;
         self.is_alive = condition.is_alive;
         let goal = condition.goal;
-        if !self.wants_handover {
+        if self.wants_handover.is_none() {
             return Ok(goal);
         }
         if matches!(goal, Some(Goal::Replace { all: true, .. })) {
             // All connections are made anew.
-            self.wants_handover = false;
+            self.wants_handover = None;
             return Ok(goal);
         }
         match check_driver(&kernel).and_then(|()| check_allowed(&device)) {
@@ -356,7 +357,7 @@ impl Keeper {
                 connections: device.connections.unwrap_or(1),
             })),
             Err(failure) => {
-                self.wants_handover = false;
+                self.wants_handover = None;
                 self.complain(&failure);
                 Ok(goal)
             }
@@ -386,7 +387,12 @@ impl Keeper {
         let is_adoption = matches!(goal, Goal::Adopt { .. });
         let is_elsewhere = matches!(&dialled.outcome, Err(failure) if failure.exit == Exit::Busy);
         let outcome = match dialled.outcome {
-            Ok(Reached::Opened(uri, opened)) => pass::on(&mut self.kept, &goal, uri, opened),
+            Ok(Reached::Opened(uri, opened)) => {
+                let missing = opened.missing;
+                let passed = pass::on(&mut self.kept, &goal, uri, opened);
+                // The rest is as dead as before, and nbd.ko does not tell that once more.
+                passed.inspect(|()| self.kept.deaths.put_back_some(&goal, missing))
+            }
             Ok(Reached::Same(served)) => match &goal {
                 Goal::Adopt { index, .. } => self.adopt(*index).map(|()| self.kept.serve(served)),
                 _ => Ok(()),
@@ -418,7 +424,7 @@ impl Keeper {
             }
         }
         if is_handover {
-            self.wants_handover = false;
+            self.wants_handover = None;
         }
     }
 
@@ -431,6 +437,10 @@ impl Keeper {
                 // That somebody has disconnected it is as good an end as another.
                 let was_kept = self.kept.index.is_some() && failure.exit == Exit::NoDevice;
                 self.task = Task::Ended((!was_kept).then_some(failure.exit));
+                if was_kept {
+                    // That is for good, so another run may keep it.
+                    self.lock = None;
+                }
             }
         }
     }

@@ -20,6 +20,12 @@ use crate::failure::{Exit, Failure};
 pub struct Lock(#[expect(dead_code, reason = "it is held")] Option<File>);
 
 impl Lock {
+    /// Nothing is locked.
+    #[cfg(test)]
+    pub fn none() -> Self {
+        Self(None)
+    }
+
     /// Where no file can be made, it says so, and nothing is locked.
     ///
     /// # Errors

@@ -49,7 +49,7 @@ fn what_is_lost_is_not_settled() {
     assert!(!keeper.is_settled());
     keeper.is_alive = true;
     assert!(keeper.is_settled());
-    keeper.wants_handover = true;
+    keeper.wants_handover = Some(Instant::now());
     assert!(!keeper.is_settled());
 }
 
@@ -59,7 +59,7 @@ fn a_reload_forgets_no_death() {
     let mut keeper = keeper("reload");
     fs::write(&keeper.kept.path, "uris = ['nbd://127.0.0.1:3']").unwrap();
     keeper.task = Task::Dial(replace(false, &[]));
-    keeper.reload();
+    keeper.reload(Instant::now());
     fs::remove_file(&keeper.kept.path).unwrap();
     assert_eq!(keeper.kept.config.uris.len(), 1);
     assert!(matches!(keeper.task, Task::Look));
@@ -75,12 +75,13 @@ fn a_reload_does_not_change_where_lost_connections_are_made_to() {
         uri: old.clone(),
         address: "127.0.0.1:2".into(),
     });
-    let uris = |keeper: &Keeper, goal: &Goal| keeper.order(goal).unwrap().uris;
+    let uris =
+        |keeper: &Keeper, goal: &Goal| Order::new(&keeper.kept, goal, Wanted::No).unwrap().uris;
     let both = keeper.kept.config.uris.clone();
     assert_eq!(uris(&keeper, &replace(true, &[])), both);
     assert_eq!(uris(&keeper, &replace(false, &[])), [old.clone()]);
     fs::write(&keeper.kept.path, "uris = ['nbd://127.0.0.1:3']").unwrap();
-    keeper.reload();
+    keeper.reload(Instant::now());
     fs::remove_file(&keeper.kept.path).unwrap();
     assert_eq!(uris(&keeper, &replace(false, &[])), [old]);
     let new = keeper.kept.config.uris.clone();
@@ -114,9 +115,9 @@ fn a_reload_before_the_device_is_found_hands_over() {
     fs::write(&keeper.kept.path, "uris = ['nbd://127.0.0.1:3']").unwrap();
     let (index, peers) = (0, vec!["127.0.0.1:1".into()]);
     keeper.task = Task::Dial(Goal::Adopt { index, peers });
-    keeper.reload();
+    keeper.reload(Instant::now());
     fs::remove_file(&keeper.kept.path).unwrap();
-    assert!(keeper.wants_handover);
+    assert!(keeper.wants_handover.is_some());
 }
 
 /// What somebody else has disconnected stays so.
@@ -125,10 +126,49 @@ fn a_reload_tries_again_what_was_refused() {
     let mut keeper = keeper("again");
     fs::write(&keeper.kept.path, "uris = ['nbd://127.0.0.1:3']").unwrap();
     keeper.task = Task::Ended(None);
-    keeper.reload();
+    keeper.reload(Instant::now());
     assert_eq!(keeper.ended(), Some(None));
     keeper.task = Task::Ended(Some(Exit::Busy));
-    keeper.reload();
+    keeper.reload(Instant::now());
     fs::remove_file(&keeper.kept.path).unwrap();
     assert!(matches!(keeper.task, Task::Look));
+}
+
+/// Its servers may hang one after the other. Whoever has sent the signal waits.
+#[test]
+fn a_handover_does_not_take_for_ever() {
+    let mut keeper = keeper("limit");
+    fs::write(&keeper.kept.path, "uris = ['nbd://127.0.0.1:3']").unwrap();
+    let now = Instant::now();
+    keeper.reload(now);
+    fs::remove_file(&keeper.kept.path).unwrap();
+    let limit = now + Duration::from_secs(60);
+    keeper.task = Task::Dial(Goal::HandOver { connections: 2 });
+    assert_eq!(keeper.due(now), Some(limit));
+    let orders = keeper.orders;
+    keeper.give_up_handover();
+    assert!(keeper.wants_handover.is_none());
+    assert!(keeper.orders > orders, "what comes of it must not count");
+    assert!(matches!(keeper.task, Task::Look));
+    // What is lost is still dialled for.
+    keeper.reload(now);
+    keeper.task = Task::Dial(replace(false, &[]));
+    keeper.give_up_handover();
+    assert!(matches!(keeper.task, Task::Dial(Goal::Replace { .. })));
+}
+
+/// Another run of the program may keep a device again that somebody has disconnected.
+#[test]
+fn what_has_ended_is_not_locked() {
+    let mut keeper = keeper("unlocked");
+    let gone = |exit| Trouble::End(Failure::new(exit, "device", "gone"));
+    let now = Instant::now();
+    keeper.lock = Some(Lock::none());
+    // A reload may find that it is not refused any more.
+    keeper.give_way(gone(Exit::Busy), now);
+    assert!(keeper.lock.is_some());
+    keeper.kept.index = Some(0);
+    keeper.give_way(gone(Exit::NoDevice), now);
+    assert_eq!(keeper.ended(), Some(None));
+    assert!(keeper.lock.is_none());
 }
