@@ -96,15 +96,22 @@ pub(super) unsafe fn tls_context(sk: *mut bindings::sock) -> Option<NonNull<u8>>
     NonNull::new(context).filter(|_| name == *b"tls\0")
 }
 
-/// Whether TLS has keys for both directions. They stay until the socket is closed, or are replaced by others.
+/// The directions for which TLS has keys. They stay until the socket is closed, or are replaced by others.
+#[derive(Clone, Copy, Default)]
+pub(super) struct Keys {
+    pub(super) sends: bool,
+    pub(super) receives: bool,
+}
+
+/// Returns for which directions TLS has keys.
 ///
 /// # Safety
 ///
 /// `sk` must be a valid socket.
-pub(super) unsafe fn is_encrypted(sk: *mut bindings::sock) -> bool {
+pub(super) unsafe fn tls_keys(sk: *mut bindings::sock) -> Keys {
     // SAFETY: By this function's safety requirements, `sk` is valid.
     let Some(context) = (unsafe { tls_context(sk) }) else {
-        return false;
+        return Keys::default();
     };
     // SAFETY: The pointer is that of a `struct tls_context`, which has a byte there.
     let configured = unsafe { context.add(bindings::OFFSET_TLS_CONF).read_volatile() };
@@ -112,7 +119,10 @@ pub(super) unsafe fn is_encrypted(sk: *mut bindings::sock) -> bool {
     // endian, as all are for which this driver is built.
     const { assert!(cfg!(target_endian = "little")) };
     let has_keys = |direction| matches!(direction & 7, bindings::TLS_SW | bindings::TLS_HW);
-    has_keys(configured) && has_keys(configured >> 3)
+    Keys {
+        sends: has_keys(configured),
+        receives: has_keys(configured >> 3),
+    }
 }
 
 /// Whether the socket is connected, or was until it was shut down. No other socket may be hooked: a TCP

@@ -15,7 +15,7 @@ use super::{
     context::outside_bpf,
     kind::{
         has_upper_layer,
-        is_encrypted,
+        tls_keys,
         was_connected,
         Kind, //
     },
@@ -235,7 +235,14 @@ impl Socket {
     /// Whether TLS encrypts what is sent, and decrypts what is received. It stays so.
     pub(crate) fn is_encrypted(&self) -> bool {
         // SAFETY: By the type invariant, `sk` is valid.
-        unsafe { is_encrypted(self.sk()) }
+        let keys = unsafe { tls_keys(self.sk()) };
+        keys.sends && keys.receives
+    }
+
+    /// Whether TLS decrypts what is received. It stays so.
+    pub(crate) fn is_decrypted(&self) -> bool {
+        // SAFETY: By the type invariant, `sk` is valid.
+        unsafe { tls_keys(self.sk()) }.receives
     }
 
     /// Ends the connection: nothing can be sent or received any more. May be called again.

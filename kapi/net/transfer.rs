@@ -179,7 +179,7 @@ impl Socket {
         match unsafe { self.receive_message(msg)? } {
             // There was a record of TLS, but an empty one, with one that is no data behind it. Other sockets set
             // the flag at the end of the stream, too, if they have been asked for control messages.
-            0 if self.is_encrypted() && msg.msg_flags & bindings::MSG_CTRUNC != 0 => Ok(0),
+            0 if self.is_decrypted() && msg.msg_flags & bindings::MSG_CTRUNC != 0 => Ok(0),
             0 => Err(EPIPE),
             got => Ok(got),
         }

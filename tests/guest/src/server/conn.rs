@@ -14,6 +14,7 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sockopt};
 
 use super::State;
+use super::sockets::send_empty_record;
 use crate::proto::{self, Command, REQUEST_LEN, REQUEST_MAGIC, Request};
 use crate::sys::send_tls_record;
 
@@ -166,6 +167,11 @@ impl Conn {
         let sent = send_tls_record(&self.socket, kind, bytes)?;
         assert_eq!(sent, bytes.len());
         Ok(())
+    }
+
+    /// Sends an empty record of data; see [`send_empty_record`].
+    pub fn send_empty_record(&mut self) -> io::Result<()> {
+        send_empty_record(&self.socket)
     }
 
     /// Sends a byte that is not part of the stream.

@@ -26,8 +26,8 @@ use rustix::io::fcntl_dupfd_cloexec;
 
 pub use self::conn::{Conn, ok};
 pub use self::sockets::{
-    MPTCP, Transport, encrypt, encrypt_sending, listen_on_vsock, mptcp_pair, new_socket, tcp_pair,
-    with_subflows_to_join,
+    MPTCP, Transport, decrypt_receiving, encrypt, encrypt_sending, listen_on_vsock, mptcp_pair,
+    new_socket, tcp_pair, with_subflows_to_join,
 };
 use self::store::Store;
 use crate::debug_kernel::patient;

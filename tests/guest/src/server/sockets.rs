@@ -2,13 +2,14 @@
 
 //! The connections that servers are reached by: both ends of each.
 
-use std::io;
+use std::io::{self, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
 
+use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, Protocol, SocketFlags, SocketType, accept_with, bind, connect, getsockname,
     ipproto, listen, socket_with, sockopt,
@@ -163,16 +164,48 @@ pub fn encrypt_sending(socket: impl AsFd) {
     encrypt_directions(TLS_1_3, socket, &[TLS_TX]);
 }
 
+/// Has the kernel decrypt what is received, and nothing else.
+pub fn decrypt_receiving(socket: impl AsFd) {
+    encrypt_directions(TLS_1_3, socket, &[TLS_RX]);
+}
+
+/// Sends an empty record of data, which the kernel itself never sends, as the first one that is encrypted, and has the
+/// kernel encrypt what is sent from then on.
+pub fn send_empty_record(socket: &UnixStream) -> io::Result<()> {
+    // What the secrets below make of it with TLS 1.3.
+    const RECORD: [u8; 22] = [
+        0x17, 0x03, 0x03, 0x00, 0x11, 0x12, 0xa0, 0x9e, 0x28, 0x1e, 0xf1, 0xda, 0xee, 0x6a, 0x3b,
+        0x35, 0xda, 0x91, 0xf4, 0x2d, 0x65, 0x1d,
+    ];
+    let mut to = socket;
+    to.write_all(&RECORD)?;
+    set_keys(TLS_1_3, socket, &[TLS_TX], SECRET + 1);
+    Ok(())
+}
+
 fn encrypt_directions(version: u16, socket: impl AsFd, directions: &[i32]) {
+    set_keys(version, socket, directions, SECRET);
+}
+
+/// What each byte of the secrets is.
+const SECRET: u8 = 0x5a;
+
+/// `next_record` is the last byte of the number of the next record.
+fn set_keys(version: u16, socket: impl AsFd, directions: &[i32], next_record: u8) {
     const TCP_ULP: i32 = 31;
     const SOL_TLS: i32 = 282;
     const TLS_CIPHER_AES_GCM_128: u16 = 51;
     // Initialization vector, key, salt, number of the next record: the same for both directions, which
     // is good enough for a test.
-    let secrets = [0x5a; 8 + 16 + 4 + 8];
+    let mut secrets = [SECRET; 8 + 16 + 4 + 8];
+    secrets[8 + 16 + 4 + 7] = next_record;
     let info = [version, TLS_CIPHER_AES_GCM_128].map(u16::to_ne_bytes);
     let info = [info.as_flattened(), &secrets].concat();
-    set_socket_option(&socket, libc::IPPROTO_TCP, TCP_ULP, b"tls\0").expect("TCP_ULP");
+    match set_socket_option(&socket, libc::IPPROTO_TCP, TCP_ULP, b"tls\0") {
+        // It has keys for the other direction.
+        Ok(_) | Err(Errno::EXIST) => {}
+        Err(errno) => panic!("TCP_ULP: {errno}"),
+    }
     for direction in directions {
         set_socket_option(&socket, SOL_TLS, *direction, &info).expect("TLS_TX, TLS_RX");
     }

@@ -10,14 +10,16 @@ use std::thread;
 
 use rustix::io::Errno;
 
-use super::events::listener::{CLOSED, Heard, Listener, PROTOCOL_VIOLATED, RECEIVE_FAILED, WANTS_REKEYING};
+use super::events::listener::{
+    CLOSED, Heard, Listener, PROTOCOL_VIOLATED, RECEIVE_FAILED, WANTS_REKEYING,
+};
 use crate::device::{Plan, Rig, USUAL_FLAGS, assert_usable, errno, pattern, read_page};
 use crate::driver::Driver;
 use crate::harness::{Guest, Test};
 use crate::netlink::{Link, Netlink, Setup};
 use crate::programs::sh;
 use crate::proto::{CAN_MULTI_CONN, Command, REPLY_LEN, Request};
-use crate::server::{Conn, Transport};
+use crate::server::{Conn, Server, Transport, decrypt_receiving, encrypt_sending, tcp_pair};
 use crate::sys::{Buffer, SysResult, set_socket_option};
 use crate::test;
 
@@ -28,6 +30,7 @@ pub fn tests() -> Vec<Test> {
         test!(what_must_not_come),
         test!(tickets_are_skipped),
         test!(tickets_among_replies_in_pieces),
+        test!(tickets_behind_an_empty_record),
         test!(a_flood_of_tickets),
         test!(another_connection_goes_on_after_a_key_update),
         test!(requests_wait_after_a_key_update),
@@ -225,6 +228,52 @@ fn tickets_among_replies_in_pieces(guest: &Guest) {
     }
 }
 
+/// A record of data without any is not the end of the stream, also where only one direction is encrypted.
+fn tickets_behind_an_empty_record(guest: &Guest) {
+    load_tls();
+    for sends_encrypted in [true, false] {
+        let (client, served) = tcp_pair(([127, 0, 0, 1], 0).into());
+        decrypt_receiving(&client);
+        if sends_encrypted {
+            encrypt_sending(&client);
+            decrypt_receiving(&served);
+        }
+        let server = Server::new();
+        server.serve_socket(served);
+        let begun = AtomicBool::new(false);
+        server.script(move |conn, request| {
+            if begun.swap(true, Ordering::SeqCst) {
+                return conn.serve(request);
+            }
+            // One call is to find both records.
+            cork(conn, true)?;
+            conn.send_empty_record()?;
+            conn.send_record(HANDSHAKE, &ticket(100))?;
+            cork(conn, false)?;
+            conn.serve(request)
+        });
+        let setup = Setup::new(MIB).index(0).sockets([client]);
+        let netlink = Netlink::open();
+        assert_eq!(netlink.connect(&setup), Ok(0));
+        let expected = match guest.expected("tls-records-are-understood") {
+            Driver::Rnbd => Ok(()),
+            Driver::Nbd => Err(Errno::IO),
+        };
+        let device = File::open("/dev/nbd0").expect("the device");
+        assert_eq!(read_page(&device, 0), expected, "{sends_encrypted}");
+        drop(device);
+        assert_eq!(netlink.disconnect(0), Ok(()));
+        netlink.wait_free(0);
+    }
+}
+
+/// Collects what the server sends, until this is off again.
+fn cork(conn: &Conn, on: bool) -> SysResult<()> {
+    const TCP_CORK: i32 = 3;
+    let on = u32::from(on).to_ne_bytes();
+    set_socket_option(conn.socket(), libc::IPPROTO_TCP, TCP_CORK, &on).map(drop)
+}
+
 /// A server that sends half a reply and then nothing but tickets does not put off the timeout.
 fn a_flood_of_tickets(_: &Guest) {
     load_tls();
@@ -323,21 +372,12 @@ fn requests_wait_after_a_key_update(guest: &Guest) {
 
 /// It is noticed although nothing follows it, and the reply that has come with it counts.
 fn a_key_update_after_the_last_reply(guest: &Guest) {
-    const TCP_CORK: i32 = 3;
     let listener = Listener::new(guest, 0);
     let answered = |conn: &mut Conn, request: &Request| {
-        let cork = |conn: &Conn, on: u32| {
-            set_socket_option(
-                conn.socket(),
-                libc::IPPROTO_TCP,
-                TCP_CORK,
-                &on.to_ne_bytes(),
-            )
-        };
-        cork(conn, 1)?;
+        cork(conn, true)?;
         conn.serve(request)?;
         conn.send_record(HANDSHAKE, &KEY_UPDATE)?;
-        cork(conn, 0)?;
+        cork(conn, false)?;
         conn.stall()
     };
     for version in VERSIONS {
