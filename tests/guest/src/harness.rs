@@ -30,8 +30,19 @@ pub struct Test {
     /// None: the test loads the module itself.
     parameters: Option<&'static str>,
     limit: Duration,
-    on_request: bool,
+    request: Request,
     leaves_module: bool,
+}
+
+/// What has to be asked for to have a test run.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Request {
+    /// Nothing, or any part of its name.
+    None,
+    /// Its group, `group::`, at the beginning.
+    Group,
+    /// Its whole name.
+    Name,
 }
 
 impl Test {
@@ -42,7 +53,7 @@ impl Test {
             run,
             parameters: Some(PARAMETERS),
             limit: Duration::from_secs(120),
-            on_request: false,
+            request: Request::None,
             leaves_module: false,
         }
     }
@@ -74,7 +85,15 @@ impl Test {
     /// Takes so long, or leaves so much, that it runs only where its whole name is asked for.
     pub fn on_request(self) -> Self {
         Self {
-            on_request: true,
+            request: Request::Name,
+            ..self
+        }
+    }
+
+    /// Belongs to a group that takes so long that its tests run only where the group is asked for.
+    pub fn on_request_of_its_group(self) -> Self {
+        Self {
+            request: Request::Group,
             ..self
         }
     }
@@ -87,8 +106,14 @@ impl Test {
         }
     }
 
-    pub fn is_on_request(&self) -> bool {
-        self.on_request
+    /// Whether it is to run, by the comma-separated parts of `filter`.
+    pub fn is_selected(&self, filter: Option<&str>) -> bool {
+        let mut parts = filter.into_iter().flat_map(|filter| filter.split(','));
+        match self.request {
+            Request::None => filter.is_none() || parts.any(|part| self.name.contains(part)),
+            Request::Group => parts.any(|part| part.contains("::") && self.name.starts_with(part)),
+            Request::Name => parts.any(|part| part == self.name),
+        }
     }
 
     pub fn name(&self) -> &str {

@@ -65,7 +65,6 @@ use std::process::{Command, exit};
 use libtest_mimic::Arguments;
 
 use crate::driver::Driver;
-use crate::harness::Test;
 
 const STATUS_FD: &str = "RNBD_GUEST_STATUS_FD";
 
@@ -135,7 +134,7 @@ fn run_tests(status_fd: &str) -> i32 {
     arguments.filter.take_if(|filter| filter.contains(','));
     let trials = tests
         .into_iter()
-        .filter(|test| arguments.list || selected(test, filter.as_deref()))
+        .filter(|test| arguments.list || test.is_selected(filter.as_deref()))
         .map(|test| test.into_trial(driver))
         .collect();
     let conclusion = libtest_mimic::run(&arguments, trials);
@@ -156,14 +155,4 @@ fn run_tests(status_fd: &str) -> i32 {
     let _ = std::io::stdout().flush();
     let _ = File::from(status_pipe).write_all(&[status]);
     status.into()
-}
-
-/// Whether one of the comma-separated parts of `filter` is in the test's name, or has to be all of it.
-fn selected(test: &Test, filter: Option<&str>) -> bool {
-    let mut parts = filter.into_iter().flat_map(|filter| filter.split(','));
-    if test.is_on_request() {
-        parts.any(|part| part == test.name())
-    } else {
-        filter.is_none() || parts.any(|part| test.name().contains(part))
-    }
 }
