@@ -40,6 +40,7 @@ mod shared_sockets;
 mod shutdowns;
 mod signals;
 mod soak;
+mod stacks;
 mod structured;
 mod timeouts;
 mod tls;
@@ -98,6 +99,7 @@ pub fn all() -> Vec<Test> {
         journals::tests(),
         network::tests(),
         long::tests(),
+        stacks::tests(),
         soak::tests(),
     ]
     .into_iter()

@@ -372,7 +372,7 @@ fn keep_connected(index: u32, address: &str, ready: impl FnOnce(), done: &Atomic
 }
 
 /// A writer's part of the device, and what was last acknowledged for each block of it.
-struct Ledger {
+pub struct Ledger {
     number: u64,
     generations: Vec<u64>,
 }
@@ -381,7 +381,7 @@ impl Ledger {
     const BLOCK: usize = 8 << 10;
     const BLOCKS: u64 = 256;
 
-    fn new(number: u64) -> Self {
+    pub fn new(number: u64) -> Self {
         Self {
             number,
             generations: vec![0; Self::BLOCKS as usize],
@@ -393,7 +393,7 @@ impl Ledger {
     }
 
     /// Writes blocks anywhere, each with its generation, and counts what is acknowledged.
-    fn write(&mut self, direct: &File, seed: u64, acknowledged: &AtomicU64, done: &AtomicBool) {
+    pub fn write(&mut self, direct: &File, seed: u64, acknowledged: &AtomicU64, done: &AtomicBool) {
         let mut random = Rng::with_seed(seed ^ self.number);
         let mut generation = 0;
         while !done.load(Ordering::Relaxed) {
@@ -408,7 +408,7 @@ impl Ledger {
     }
 
     /// Asserts that everything that was acknowledged is there.
-    fn verify(&self, file: &File) {
+    pub fn verify(&self, file: &File) {
         for (block, generation) in (0..).zip(&self.generations) {
             let mut data = Buffer::new(Self::BLOCK);
             file.read_exact_at(&mut data, self.offset(block)).unwrap();
