@@ -20,6 +20,8 @@
 ##   make check              run all tests, or those that match T=pattern
 ##   make check-debug        the tests in the virtual machine on a kernel with KASAN, lockdep, kmemleak
 ##                           and others; the first run builds that kernel, in 15 to 25 minutes
+##   make check-stacks       RAID, volumes, encryption, multipath, caches and the kernel's targets on top of
+##                           devices, in the virtual machine; not part of check
 ##   make misuse             check that code that misuses kapi does not compile
 ##   make mutate             put faults into the driver, one at a time: does "make check" find each?
 ##   make mutants            the same for all that is compiled on this machine, by cargo-mutants
@@ -48,7 +50,8 @@
 ##
 ## Variables
 ##   KDIR=dir                the kernel build tree for "make"
-##   DRIVER=nbd              demo, check, check-debug, soak and shell: use the kernel's own driver instead
+##   DRIVER=nbd              demo, check, check-debug, check-stacks, soak and shell: use the kernel's own driver
+##                           instead
 ##   KERNEL=name             stock, deb, demo, check, soak and shell: use another kernel: debug, that of
 ##                           check-debug; rt, with PREEMPT_RT; cloud; 7.2; and for stock, check and
 ##                           shell: arm64
@@ -232,6 +235,9 @@ check-debug: export KERNEL := debug
 check-debug:
 	$(workbench) tools/check
 
+check-stacks:
+	$(workbench) tools/check stacks
+
 fuzz: export KERNEL := debug
 fuzz:
 	$(workbench) tools/fuzz -max_total_time=$(or $(SECONDS),60)
@@ -269,5 +275,5 @@ help:
 	@sed -n 's/^## \{0,1\}//p' Makefile
 
 .DEFAULT_GOAL := modules
-.PHONY: modules faults modules_install install uninstall deb deb-dkms check-packages check-prebuilt check-kdir kernels stock rnbdctl rnbdctl-install rnbdctl-uninstall demo shell check check-debug misuse mutate mutants fuzz soak \
+.PHONY: modules faults modules_install install uninstall deb deb-dkms check-packages check-prebuilt check-kdir kernels stock rnbdctl rnbdctl-install rnbdctl-uninstall demo shell check check-debug check-stacks misuse mutate mutants fuzz soak \
 	bench lint rustfmt rustfmtcheck clippy rustdoc shellcheck unsafecheck htmldocs clean distclean help
