@@ -8,13 +8,12 @@ use humantime::format_rfc3339_millis;
 use serde::Serialize;
 
 use crate::cli::EventsArgs;
-use crate::connect::no_driver;
 use crate::device::{Device, State};
 use crate::failure::{Exit, Failure};
 use crate::kernel::Kernel;
 use crate::listen::{Event, Events, Heard};
 use crate::show::render_list;
-use crate::sysfs::{Driver, Sysfs};
+use crate::sysfs::Driver;
 use crate::text::{plain, say};
 
 /// A line for programs: an event, or what has become of the devices when some were missed.
@@ -35,23 +34,34 @@ struct Missed {
 ///
 /// `NoDevice`: no driver is loaded. Or the kernel's reason.
 pub fn run(args: &EventsArgs) -> Result<(), Failure> {
-    let driver = Sysfs::new().driver().ok_or_else(no_driver)?;
-    let events = Events::open(driver)?;
-    if driver == Driver::Nbd {
-        eprintln!(
-            "rnbdctl: nbd.ko tells only that a connection is dead, not which one, nor why, nor anything else"
-        );
-    }
-    // Tells who waits for it that nothing is missed from now on.
-    eprintln!("rnbdctl: listening");
+    let mut events = Events::open()?;
+    tell_what_is_heard(&events);
     loop {
         for heard in events.wait()? {
             match heard {
                 Heard::Event(event) => print(&event, args.json)?,
                 Heard::Missed => print_missed(args.json)?,
+                Heard::Changed => {
+                    tell_what_is_heard(&events);
+                    if events.family().is_some() {
+                        print_missed(args.json)?;
+                    }
+                }
             }
         }
     }
+}
+
+/// Tells who waits for it that nothing is missed from now on.
+fn tell_what_is_heard(events: &Events) {
+    match events.family() {
+        None => return eprintln!("rnbdctl: no driver is loaded any more; waiting for one"),
+        Some(Driver::Nbd) => eprintln!(
+            "rnbdctl: nbd.ko tells only that a connection is dead, not which one, nor why, nor anything else"
+        ),
+        Some(Driver::Rnbd) => (),
+    }
+    eprintln!("rnbdctl: listening");
 }
 
 fn now() -> String {
@@ -110,7 +120,12 @@ fn describe(event: &Event) -> String {
 
 /// What was missed can be seen in the devices only.
 fn print_missed(json: bool) -> Result<(), Failure> {
-    let mut devices = Kernel::look()?.devices()?;
+    let mut devices = match Kernel::look() {
+        Ok(kernel) => kernel.devices()?,
+        // The driver is gone again.
+        Err(failure) if failure.exit == Exit::NoDevice => return Ok(()),
+        Err(failure) => return Err(failure),
+    };
     devices.retain(|device| device.state != State::Unused);
     if json {
         return say_line(Missed {

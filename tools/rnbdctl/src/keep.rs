@@ -39,7 +39,7 @@ use self::disconnect::disconnect;
 use self::keeper::Keeper;
 use self::notifier::Notifier;
 use crate::cli::KeepArgs;
-use crate::connect::{no_driver, open_family};
+use crate::connect::open_family;
 use crate::failure::{Exit, Failure};
 use crate::listen::{Events, Heard};
 use crate::log::{self, tell};
@@ -111,8 +111,7 @@ fn hear_signals(sender: Sender<Message>) -> Result<(), Failure> {
 }
 
 fn hear_events(sender: Sender<Message>) -> Result<(), Failure> {
-    let driver = Sysfs::new().driver().ok_or_else(no_driver)?;
-    let events = Events::open(driver)?;
+    let mut events = Events::open()?;
     let hear = move || {
         loop {
             let message = match events.wait() {
@@ -198,13 +197,17 @@ impl Keep {
 
     fn heard(&mut self, heard: &[Heard]) {
         for heard in heard {
-            if *heard == Heard::Missed {
-                tell("events were missed; looking at the devices");
+            match heard {
+                Heard::Event(_) => (),
+                Heard::Missed => tell("events were missed; looking at the devices"),
+                Heard::Changed => tell("the driver has changed; looking at the devices"),
             }
+            let driver = Sysfs::new().driver();
             for keeper in &mut self.keepers {
                 match heard {
                     Heard::Event(event) => keeper.heard(event),
                     Heard::Missed => keeper.missed(),
+                    Heard::Changed => keeper.driver_changed(driver, Instant::now()),
                 }
             }
         }

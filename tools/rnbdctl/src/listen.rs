@@ -9,11 +9,24 @@ use crate::connect::no_driver;
 use crate::device::Interface;
 use crate::failure::Failure;
 use crate::netlink::Answer;
-use crate::netlink::listener::{self, Listener};
-use crate::sysfs::Driver;
+use crate::netlink::listener::{self, Group, Listener};
+use crate::sysfs::{Driver, Sysfs};
 use crate::wire;
 
 const LISTENING: &str = "listening to the kernel";
+
+/// What is heard, if there is the family. rnbd has both.
+const RNBD: usize = 0;
+const GROUPS: [Group; 2] = [
+    Group {
+        family: "rnbd",
+        name: "events",
+    },
+    Group {
+        family: "nbd",
+        name: "nbd_mc_group",
+    },
+];
 
 /// Events of the family "rnbd".
 const CONNECTED: u8 = 3;
@@ -125,28 +138,36 @@ pub enum Heard {
     Event(Box<Event>),
     /// Nobody knows which events, so the devices are to be looked at.
     Missed,
+    /// The driver was loaded anew, or another one was, or it is gone. What has happened meanwhile was missed.
+    Changed,
 }
 
-/// A listener to the driver that is loaded.
-pub struct Events {
-    listener: Listener,
-    driver: Driver,
-}
+/// A listener to the driver that is loaded, whichever that is.
+pub struct Events(Listener);
 
 impl Events {
     /// Hears from now on.
     ///
     /// # Errors
     ///
-    /// `NoDevice`: the driver is not loaded any more, or does not have the family. Or the kernel's reason.
-    pub fn open(driver: Driver) -> Result<Self, Failure> {
-        let (family, group) = match driver {
-            Driver::Rnbd => ("rnbd", "events"),
-            Driver::Nbd => ("nbd", "nbd_mc_group"),
-        };
-        let listener = Listener::open(family, group).map_err(|error| error.during(LISTENING))?;
-        let listener = listener.ok_or_else(no_driver)?;
-        Ok(Self { listener, driver })
+    /// `NoDevice`: no driver is loaded. Or the kernel's reason.
+    pub fn open() -> Result<Self, Failure> {
+        let listener = Listener::open(&GROUPS).map_err(|error| error.during(LISTENING))?;
+        listener.heard().ok_or_else(no_driver)?;
+        Ok(Self(listener))
+    }
+
+    /// The driver whose family is heard. That of rnbd may be missing where rnbd is older.
+    pub fn family(&self) -> Option<Driver> {
+        self.0.heard().map(|place| match place {
+            RNBD => Driver::Rnbd,
+            _ => Driver::Nbd,
+        })
+    }
+
+    /// Whether rnbd, which has both families, is about to register its own one, or has just unregistered it.
+    fn is_between(&self) -> bool {
+        self.family() == Some(Driver::Nbd) && Sysfs::new().driver() == Some(Driver::Rnbd)
     }
 
     /// Waits for what comes next. What is not known is left out, so there may be nothing.
@@ -154,13 +175,16 @@ impl Events {
     /// # Errors
     ///
     /// The socket has failed.
-    pub fn wait(&self) -> Result<Vec<Heard>, Failure> {
-        let heard = self.listener.wait();
+    pub fn wait(&mut self) -> Result<Vec<Heard>, Failure> {
+        let family = self.family();
+        let heard = self.0.wait();
         let heard = heard.map_err(|error| error.during(LISTENING))?;
         let parsed = heard.iter().filter_map(|heard| match heard {
             listener::Heard::Missed => Some(Heard::Missed),
+            listener::Heard::Changed if self.is_between() => None,
+            listener::Heard::Changed => Some(Heard::Changed),
             listener::Heard::Message(command, answer) => {
-                parse(self.driver, *command, answer).map(|event| Heard::Event(event.into()))
+                parse(family?, *command, answer).map(|event| Heard::Event(event.into()))
             }
         });
         Ok(parsed.collect())

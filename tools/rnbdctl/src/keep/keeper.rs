@@ -12,15 +12,11 @@ use std::time::{Duration, Instant};
 use super::backoff::Backoff;
 use super::config::Config;
 use super::dial::{Dialled, Dialler, Order, Reached};
-use super::files::path_of_served;
-use super::find::{Condition, Deaths, Found, Goal, find};
+use super::find::{Deaths, Goal};
 use super::kept::Kept;
 use super::lock::Lock;
 use super::pass;
-use super::served::Served;
 use crate::failure::{Exit, Failure};
-use crate::handover::{check_allowed, check_driver, check_reconfigurable};
-use crate::kernel::Kernel;
 use crate::listen::{Event, Kind};
 use crate::structured::Wanted;
 use crate::sysfs::{Driver, Sysfs};
@@ -179,6 +175,18 @@ impl Keeper {
         self.look_soon();
     }
 
+    /// Another driver is loaded, or the same one anew. It may lack what the servers take.
+    pub fn driver_changed(&mut self, driver: Option<Driver>, now: Instant) {
+        self.missed();
+        if self.ended().is_some() {
+            return;
+        }
+        if let Err(failure) = self.check_transports(driver) {
+            self.abandon();
+            self.give_way(Trouble::End(failure), now);
+        }
+    }
+
     /// Whoever waits or dials looks after that.
     fn look_soon(&mut self) {
         if matches!(self.task, Task::Idle(_)) {
@@ -298,83 +306,6 @@ impl Keeper {
         }
     }
 
-    /// Looks what the device lacks.
-    fn look(&mut self) -> Result<Option<Goal>, Trouble> {
-        let kernel = Kernel::look()?;
-        let found = find(&kernel.devices()?, &self.kept.config).map_err(Trouble::End)?;
-        let device = match found {
-            Found::Device(device) => device,
-            Found::Nothing if self.kept.index.is_none() => {
-                self.status = "not connected yet".into();
-                // All connections are new.
-                self.wants_handover = None;
-                self.kept.served = None;
-                return Ok(Some(Goal::Connect));
-            }
-            Found::Nothing => {
-                return Err(Trouble::End(Failure::new(
-                    Exit::NoDevice,
-                    "device",
-                    "somebody else has disconnected it",
-                )));
-            }
-        };
-        self.structured = Wanted::by(&device);
-        if self.kept.index != Some(device.index) {
-            self.is_alive = false;
-            check_reconfigurable(&device).map_err(Trouble::End)?;
-            let Condition { goal, peers, .. } = Condition::of(&kernel, &device, &self.kept.deaths)?;
-            let path = path_of_served(&self.kept.config);
-            self.kept.served = Served::recall(&path, &device);
-            // Where all are dead, any of the servers may have the device.
-            let is_lost = matches!(goal, Some(Goal::Replace { all: true, .. }));
-            if let Some(served) = self.kept.served.as_ref().filter(|_| !is_lost) {
-                let checked = served.check(&self.kept.config.uris, &peers, &path);
-                checked.map_err(Trouble::End)?;
-            }
-            if !peers.is_empty() {
-                self.status = format!("{} is connected already", device.device);
-                let index = device.index;
-                return Ok(Some(Goal::Adopt { index, peers }));
-            }
-            // Nobody tells what it is connected to.
-            self.adopt(device.index)?;
-        }
-        let condition = Condition::of(&kernel, &device, &self.kept.deaths)?;
-        self.status = condition.status;
-        self.is_alive = condition.is_alive;
-        let goal = condition.goal;
-        if self.wants_handover.is_none() {
-            return Ok(goal);
-        }
-        if matches!(goal, Some(Goal::Replace { all: true, .. })) {
-            // All connections are made anew.
-            self.wants_handover = None;
-            return Ok(goal);
-        }
-        match check_driver(&kernel).and_then(|()| check_allowed(&device)) {
-            Ok(()) => Ok(Some(Goal::HandOver {
-                connections: device.connections.unwrap_or(1),
-            })),
-            Err(failure) => {
-                self.wants_handover = None;
-                self.complain(&failure);
-                Ok(goal)
-            }
-        }
-    }
-
-    /// Keeps a device from now on that somebody else has connected, or an earlier run of the program.
-    fn adopt(&mut self, index: u32) -> Result<(), Failure> {
-        pass::timeouts(index, &self.kept.config)?;
-        self.kept
-            .say(&format!("/dev/nbd{index} is connected already"));
-        self.kept.index = Some(index);
-        self.kept.known = None;
-        self.missed();
-        Ok(())
-    }
-
     /// What was ordered is there, or cannot be had.
     pub fn dialled(&mut self, dialled: Dialled, now: Instant) {
         if dialled.number != self.orders {
@@ -461,6 +392,8 @@ impl Keeper {
         }
     }
 }
+
+mod look;
 
 #[cfg(test)]
 mod tests;

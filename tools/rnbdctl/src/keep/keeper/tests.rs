@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: GPL-2.0
 
+use super::super::served::Served;
 use super::*;
 use std::fs;
 
@@ -171,4 +172,28 @@ fn what_has_ended_is_not_locked() {
     keeper.give_way(gone(Exit::NoDevice), now);
     assert_eq!(keeper.ended(), Some(None));
     assert!(keeper.lock.is_none());
+}
+
+/// While it waits for a server, another driver may be loaded, for which the configuration makes no sense.
+#[test]
+fn a_driver_that_cannot_reach_the_server() {
+    let mut keeper = keeper("driver");
+    keeper.kept.config = toml::from_str("uris = ['nbd+vsock://2/']").unwrap();
+    let now = Instant::now();
+    for driver in [None, Some(Driver::Rnbd)] {
+        keeper.driver_changed(driver, now);
+        assert!(keeper.ended().is_none(), "{driver:?}");
+    }
+    keeper.driver_changed(Some(Driver::Nbd), now);
+    assert_eq!(keeper.ended(), Some(Some(Exit::Usage)));
+}
+
+/// Whoever changes the driver unloads the old one first.
+#[test]
+fn between_two_drivers_it_waits() {
+    let mut keeper = keeper("between");
+    let gone = || Failure::new(Exit::NoDevice, "driver", "none is loaded");
+    assert!(matches!(keeper.without_driver(gone()), Trouble::Retry(_)));
+    keeper.kept.index = Some(0);
+    assert!(matches!(keeper.without_driver(gone()), Trouble::End(_)));
 }
