@@ -2,7 +2,7 @@
 
 //! What is known of a device and of its connections. What is not known is `None`, and null in JSON.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::netlink::tls::Tls;
 
@@ -63,6 +63,17 @@ impl Interface {
     }
 }
 
+/// What tells one session of a device from the next one, which may have the same index and identifier.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Session {
+    /// The process that has started it.
+    pub pid: Option<u32>,
+    /// The inode of the file in sysfs that says so: both drivers make it for each session, and sysfs gives no
+    /// number twice. One process may start several sessions.
+    #[serde(default)]
+    pub file: Option<u64>,
+}
+
 #[derive(Clone, Debug, Serialize)]
 pub struct Device {
     pub index: u32,
@@ -71,6 +82,9 @@ pub struct Device {
     pub state: State,
     pub interface: Option<Interface>,
     pub pid: Option<u32>,
+    /// See [`Session::file`].
+    #[serde(skip)]
+    pub session_file: Option<u64>,
     pub backend: Option<String>,
     /// In bytes.
     pub size: u64,
@@ -99,6 +113,7 @@ impl Device {
             state: State::Unused,
             interface: None,
             pid: None,
+            session_file: None,
             backend: None,
             size: 0,
             block_size: None,
@@ -115,6 +130,13 @@ impl Device {
 
     pub fn name(&self) -> String {
         format!("nbd{}", self.index)
+    }
+
+    pub fn session(&self) -> Session {
+        Session {
+            pid: self.pid,
+            file: self.session_file,
+        }
     }
 }
 

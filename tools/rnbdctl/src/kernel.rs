@@ -71,6 +71,7 @@ impl Kernel {
         devices.sort_unstable_by_key(|device| device.index);
         for device in &mut devices {
             device.read_only = self.sysfs.read_only(device.index);
+            device.session_file = self.sysfs.session_file(device.index);
         }
         Ok(devices)
     }

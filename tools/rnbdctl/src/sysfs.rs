@@ -4,6 +4,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
@@ -102,6 +103,12 @@ impl Sysfs {
         self.number(index, "pid").ok()?
     }
 
+    /// The inode of the file that names this process; see [`Session::file`](crate::device::Session::file).
+    pub fn session_file(&self, index: u32) -> Option<u64> {
+        let found = fs::metadata(self.disk(index).join("pid"));
+        found.ok().map(|found| found.ino())
+    }
+
     /// The backend identifier, if the device has one.
     pub fn backend(&self, index: u32) -> Option<String> {
         self.identifier(index).ok()?
@@ -131,6 +138,7 @@ impl Sysfs {
         }
         device.state = State::Connected;
         device.pid = pid;
+        device.session_file = self.session_file(index);
         device.backend = self.identifier(index)?;
         device.size = sectors.saturating_mul(SECTOR);
         device.block_size = self.number(index, "queue/logical_block_size")?;
@@ -243,6 +251,12 @@ mod tests {
         assert_eq!((device.state, device.pid), (State::Connected, Some(77)));
         assert_eq!((device.size, device.block_size), (1 << 20, Some(4096)));
         assert_eq!(device.backend.as_deref(), Some("disk a"));
+        // One process has connected it twice.
+        let first = device.session();
+        assert_eq!(sysfs.device(2).unwrap().session(), first);
+        fs::rename(root.join("block/nbd2/pid"), root.join("old")).unwrap();
+        file("block/nbd2/pid", "77\n");
+        assert_ne!(sysfs.device(2).unwrap().session(), first);
         assert_eq!(device.read_only, Some(true));
         assert_eq!(sysfs.device(10).unwrap().state, State::Unused);
         assert_eq!(sysfs.device(11).unwrap().state, State::Unused);

@@ -62,7 +62,7 @@ fn still_there(kept: &Kept) -> Result<Option<(Kernel, Device)>, Failure> {
     let kernel = Kernel::look()?;
     let found = find(&kernel.devices()?, &kept.config)?;
     Ok(match found {
-        Found::Device(device) if Some(device.index) == kept.index => Some((kernel, device)),
+        Found::Device(device) if kept.is(&device) => Some((kernel, device)),
         _ => None,
     })
 }

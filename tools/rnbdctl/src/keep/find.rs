@@ -5,7 +5,7 @@
 use std::collections::BTreeSet;
 
 use super::config::Config;
-use crate::device::{Connection, ConnectionState, Device, State};
+use crate::device::{Connection, ConnectionState, Device, Session, State};
 use crate::failure::{Exit, Failure};
 use crate::handover::in_use;
 use crate::kernel::Kernel;
@@ -25,6 +25,7 @@ pub enum Goal {
     /// Whether a device that is connected already is connected to one of the servers.
     Adopt {
         index: u32,
+        session: Session,
         /// The addresses that it is connected to.
         peers: Vec<String>,
     },

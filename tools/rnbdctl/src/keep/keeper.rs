@@ -229,7 +229,7 @@ impl Keeper {
         self.wants_handover = now.checked_add(limit.max(HANDOVER_LIMIT));
         self.abandon();
         if self.ended().is_some() {
-            self.kept.index = None;
+            self.kept.forget();
         }
         self.task = Task::Look;
         self.backoff = Backoff::default();
@@ -325,7 +325,9 @@ impl Keeper {
                 passed.inspect(|()| self.kept.deaths.put_back_some(&goal, missing))
             }
             Ok(Reached::Same(served)) => match &goal {
-                Goal::Adopt { index, .. } => self.adopt(*index).map(|()| self.kept.serve(served)),
+                Goal::Adopt { index, session, .. } => self
+                    .adopt(*index, *session)
+                    .map(|()| self.kept.serve(served)),
                 _ => Ok(()),
             },
             Err(failure) => Err(failure),

@@ -8,10 +8,10 @@ use super::config::{Config, name};
 use super::files::path_of_served;
 use super::find::Deaths;
 use super::served::Served;
+use crate::device::{Device, Session};
 use crate::failure::Failure;
 use crate::log::tell;
 use crate::negotiate::Export;
-use crate::sysfs::Sysfs;
 
 pub struct Kept {
     pub name: String,
@@ -20,6 +20,8 @@ pub struct Kept {
     pub config: Config,
     /// The device, once it was connected.
     pub index: Option<u32>,
+    /// Its session. The next one may lead to something else.
+    pub session: Session,
     /// What was last accepted as its export.
     pub known: Option<Export>,
     /// Where its connections lead, if that is known.
@@ -38,10 +40,25 @@ impl Kept {
             config: Config::read(&path)?,
             path,
             index: None,
+            session: Session::default(),
             known: None,
             served: None,
             deaths: Deaths::default(),
         })
+    }
+
+    /// Whether a device, and its session, is that which is kept.
+    pub fn is(&self, device: &Device) -> bool {
+        (self.index, self.session) == (Some(device.index), device.session())
+    }
+
+    /// There is no device any more, or it is another one. Nothing holds that was known of it.
+    pub fn forget(&mut self) {
+        self.index = None;
+        self.session = Session::default();
+        self.known = None;
+        self.served = None;
+        self.deaths = Deaths::default();
     }
 
     /// Connections lead there now.
@@ -53,7 +70,7 @@ impl Kept {
         if self.served.as_ref() == Some(&served) && path.exists() {
             return;
         }
-        if let Err(error) = served.remember(&path, index, Sysfs::new().pid(index)) {
+        if let Err(error) = served.remember(&path, index, self.session) {
             self.say(&format!(
                 "where the connections lead is not known after a restart: {}: {error}",
                 path.display()

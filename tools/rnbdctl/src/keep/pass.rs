@@ -8,7 +8,7 @@ use super::kept::Kept;
 use super::peers::leads_to;
 use super::served::Served;
 use crate::connect::{open_family, prepare, start};
-use crate::device::Device;
+use crate::device::{Device, Session};
 use crate::dial::Address;
 use crate::failure::{Exit, Failure};
 use crate::family_nbd::Change;
@@ -16,6 +16,7 @@ use crate::handover::{check_export, count_dead, hand_over};
 use crate::kernel::Kernel;
 use crate::negotiate::Export;
 use crate::opening::Opened;
+use crate::sysfs::Sysfs;
 use crate::uri::NbdUri;
 use crate::wire;
 
@@ -77,7 +78,12 @@ fn connect(kept: &mut Kept, opened: Opened) -> Result<(), Failure> {
     // Dialling takes time, and the kernel does not compare identifiers.
     check_absent(&Kernel::look()?.devices()?, config)?;
     let index = start(&open_family()?, &setup, &export)?;
+    kept.forget();
     kept.index = Some(index);
+    // If it is gone again, the next look finds that out.
+    kept.session = Sysfs::new()
+        .device(index)
+        .map_or_else(|_| Session::default(), |device| device.session());
     kept.say(&format!(
         "connected /dev/nbd{index} to {address}, {number} {}",
         connections(number)
@@ -167,11 +173,11 @@ fn reconfigure(index: u32, backend: Option<&str>, change: &Change<'_>) -> Result
 fn look_again(kept: &Kept) -> Result<(Kernel, Device), Failure> {
     let kernel = Kernel::look()?;
     match find(&kernel.devices()?, &kept.config)? {
-        Found::Device(device) if Some(device.index) == kept.index => Ok((kernel, device)),
+        Found::Device(device) if kept.is(&device) => Ok((kernel, device)),
         _ => Err(Failure::new(
             Exit::Failed,
             PASSING,
-            "the device is gone meanwhile",
+            "the device is gone, or was connected anew meanwhile",
         )),
     }
 }

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use super::find::Goal;
 use super::peers::may_be;
-use crate::device::Device;
+use crate::device::{Device, Session};
 use crate::failure::{Exit, Failure};
 use crate::uri::NbdUri;
 
@@ -24,11 +24,12 @@ pub struct Served {
     pub address: String,
 }
 
-/// What is in the file. The index and the process tell one session of a device from the next one.
+/// What is in the file, and of which session.
 #[derive(Debug, Serialize, Deserialize)]
 struct Record {
     index: u32,
-    pid: Option<u32>,
+    #[serde(flatten)]
+    session: Session,
     served: Served,
 }
 
@@ -36,17 +37,25 @@ impl Served {
     /// What is remembered of this session of a device; `None`: nothing.
     pub fn recall(path: &Path, device: &Device) -> Option<Self> {
         let record: Record = serde_json::from_slice(&fs::read(path).ok()?).ok()?;
-        let is_its = (record.index, record.pid) == (device.index, device.pid);
+        let session = Session {
+            // Older versions have not written it.
+            file: record.session.file.and(device.session_file),
+            ..device.session()
+        };
+        let is_its = (record.index, record.session) == (device.index, session);
         is_its.then_some(record.served)
     }
 
     /// # Errors
     ///
     /// Those of writing the file.
-    pub fn remember(&self, path: &Path, index: u32, pid: Option<u32>) -> std::io::Result<()> {
-        let served = self.clone();
-        let record = serde_json::to_vec(&Record { index, pid, served })?;
-        fs::write(path, record)
+    pub fn remember(&self, path: &Path, index: u32, session: Session) -> std::io::Result<()> {
+        let record = Record {
+            index,
+            session,
+            served: self.clone(),
+        };
+        fs::write(path, serde_json::to_vec(&record)?)
     }
 
     /// Whether the live connections still lead there, whose addresses are known, or `peers` is empty. Otherwise
@@ -186,10 +195,17 @@ mod tests {
         let mut device = Device::unused(3);
         device.pid = Some(7);
         assert_eq!(Served::recall(&path, &device), None);
-        old.remember(&path, 3, Some(7)).unwrap();
+        device.session_file = Some(100);
+        old.remember(&path, 3, device.session()).unwrap();
         assert_eq!(Served::recall(&path, &device), Some(old));
         device.pid = Some(8);
         assert_eq!(Served::recall(&path, &device), None);
+        device.pid = Some(7);
+        device.session_file = Some(101);
+        assert_eq!(Served::recall(&path, &device), None, "connected anew");
+        let written = fs::read_to_string(&path).unwrap();
+        fs::write(&path, written.replace("\"file\":100,", "")).unwrap();
+        assert!(Served::recall(&path, &device).is_some(), "{written}");
         fs::write(&path, "x").unwrap();
         assert_eq!(Served::recall(&path, &device), None);
         fs::remove_file(path).unwrap();

@@ -7,6 +7,7 @@ use super::super::find::{Condition, Found, Goal, find};
 use super::super::pass;
 use super::super::served::Served;
 use super::{Keeper, Trouble};
+use crate::device::{Device, Session};
 use crate::failure::{Exit, Failure};
 use crate::handover::{check_allowed, check_driver, check_reconfigurable};
 use crate::kernel::Kernel;
@@ -23,7 +24,7 @@ impl Keeper {
                 self.status = "not connected yet".into();
                 // All connections are new.
                 self.wants_handover = None;
-                self.kept.served = None;
+                self.kept.forget();
                 return Ok(Some(Goal::Connect));
             }
             Found::Nothing => {
@@ -35,8 +36,8 @@ impl Keeper {
             }
         };
         self.structured = Wanted::by(&device);
-        if self.kept.index != Some(device.index) {
-            self.is_alive = false;
+        self.recognise(&device);
+        if self.kept.index.is_none() {
             check_reconfigurable(&device).map_err(Trouble::End)?;
             let Condition { goal, peers, .. } = Condition::of(&kernel, &device, &self.kept.deaths)?;
             let path = path_of_served(&self.kept.config);
@@ -49,11 +50,14 @@ impl Keeper {
             }
             if !peers.is_empty() {
                 self.status = format!("{} is connected already", device.device);
-                let index = device.index;
-                return Ok(Some(Goal::Adopt { index, peers }));
+                return Ok(Some(Goal::Adopt {
+                    index: device.index,
+                    session: device.session(),
+                    peers,
+                }));
             }
             // Nobody tells what it is connected to.
-            self.adopt(device.index)?;
+            self.adopt(device.index, device.session())?;
         }
         let condition = Condition::of(&kernel, &device, &self.kept.deaths)?;
         self.status = condition.status;
@@ -79,6 +83,20 @@ impl Keeper {
         }
     }
 
+    /// A device that somebody else has disconnected and connected again, between two looks, is another one: it may lead
+    /// to something else.
+    pub(super) fn recognise(&mut self, device: &Device) {
+        if self.kept.is(device) {
+            return;
+        }
+        if self.kept.index.is_some() {
+            let what = format!("somebody else has connected {} anew", device.device);
+            self.kept.say(&what);
+        }
+        self.is_alive = false;
+        self.kept.forget();
+    }
+
     /// Somebody may be about to load another driver. Where there was a device, that is gone with the old one.
     pub(super) fn without_driver(&self, failure: Failure) -> Trouble {
         match self.kept.index {
@@ -88,11 +106,12 @@ impl Keeper {
     }
 
     /// Keeps a device from now on that somebody else has connected, or an earlier run of the program.
-    pub(super) fn adopt(&mut self, index: u32) -> Result<(), Failure> {
+    pub(super) fn adopt(&mut self, index: u32, session: Session) -> Result<(), Failure> {
         pass::timeouts(index, &self.kept.config)?;
         self.kept
             .say(&format!("/dev/nbd{index} is connected already"));
         self.kept.index = Some(index);
+        self.kept.session = session;
         self.kept.known = None;
         self.missed();
         Ok(())

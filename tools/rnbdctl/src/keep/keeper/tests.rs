@@ -2,6 +2,8 @@
 
 use super::super::served::Served;
 use super::*;
+use crate::device::{Device, Session};
+use crate::negotiate::Export;
 use std::fs;
 
 /// A keeper of two servers on one host, with a file of its own.
@@ -94,7 +96,7 @@ fn a_reload_does_not_change_where_lost_connections_are_made_to() {
 fn what_has_not_got_its_timeouts_is_not_adopted() {
     let mut keeper = keeper("timeouts");
     // No device has this index.
-    assert!(keeper.adopt(u32::MAX).is_err());
+    assert!(keeper.adopt(u32::MAX, Session::default()).is_err());
     assert_eq!(keeper.kept.index, None);
 }
 
@@ -114,8 +116,11 @@ fn what_is_dialled_for_is_dead_at_the_end() {
 fn a_reload_before_the_device_is_found_hands_over() {
     let mut keeper = keeper("early");
     fs::write(&keeper.kept.path, "uris = ['nbd://127.0.0.1:3']").unwrap();
-    let (index, peers) = (0, vec!["127.0.0.1:1".into()]);
-    keeper.task = Task::Dial(Goal::Adopt { index, peers });
+    keeper.task = Task::Dial(Goal::Adopt {
+        index: 0,
+        session: Session::default(),
+        peers: vec!["127.0.0.1:1".into()],
+    });
     keeper.reload(Instant::now());
     fs::remove_file(&keeper.kept.path).unwrap();
     assert!(keeper.wants_handover.is_some());
@@ -196,4 +201,44 @@ fn between_two_drivers_it_waits() {
     assert!(matches!(keeper.without_driver(gone()), Trouble::Retry(_)));
     keeper.kept.index = Some(0);
     assert!(matches!(keeper.without_driver(gone()), Trouble::End(_)));
+}
+
+/// Somebody else has disconnected it and connected it again, to something else, between two looks.
+#[test]
+fn the_next_session_is_another_device() {
+    let mut device = Device::unused(0);
+    (device.pid, device.session_file) = (Some(7), Some(100));
+    let known = |device: &Device| {
+        let mut keeper = keeper("session");
+        keeper.kept.index = Some(0);
+        keeper.kept.session = device.session();
+        keeper.kept.known = Some(Export::of(1, 1));
+        keeper.kept.served = Some(Served {
+            uri: keeper.kept.config.uris[0].clone(),
+            address: "127.0.0.1:1".into(),
+        });
+        keeper.kept.deaths.number = 1;
+        keeper.is_alive = true;
+        keeper
+    };
+    let mut same = known(&device);
+    same.recognise(&device);
+    assert_eq!((same.kept.index, same.kept.deaths.number), (Some(0), 1));
+    assert!(same.kept.known.is_some() && same.kept.served.is_some() && same.is_settled());
+    let mut others = [device.clone(), device.clone(), device.clone()];
+    others[0].pid = Some(8);
+    // One process may have connected both.
+    others[1].session_file = Some(101);
+    others[2].index = 1;
+    for other in others {
+        let mut keeper = known(&device);
+        assert!(!keeper.kept.is(&other), "{other:?}");
+        keeper.recognise(&other);
+        assert_eq!(
+            (keeper.kept.index, keeper.kept.deaths),
+            (None, Deaths::default())
+        );
+        assert!(keeper.kept.known.is_none() && keeper.kept.served.is_none());
+        assert!(!keeper.is_settled());
+    }
 }
