@@ -13,6 +13,13 @@ use crate::failure::Failure;
 use crate::log::tell;
 use crate::negotiate::Export;
 
+/// What connections are made to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    pub export: Export,
+    pub served: Served,
+}
+
 pub struct Kept {
     pub name: String,
     /// Where the configuration is.
@@ -59,6 +66,12 @@ impl Kept {
         self.known = None;
         self.served = None;
         self.deaths = Deaths::default();
+    }
+
+    /// Connections lead there now, and that was accepted as the device's export.
+    pub fn lead_to(&mut self, target: Target) {
+        self.known = Some(target.export);
+        self.serve(target.served);
     }
 
     /// Connections lead there now.

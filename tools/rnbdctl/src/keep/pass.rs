@@ -4,7 +4,7 @@
 
 use super::config::Config;
 use super::find::{Condition, Found, Goal, find};
-use super::kept::Kept;
+use super::kept::{Kept, Target};
 use super::peers::leads_to;
 use super::served::Served;
 use crate::connect::{open_family, prepare, start};
@@ -12,7 +12,7 @@ use crate::device::{Device, Session};
 use crate::dial::Address;
 use crate::failure::{Exit, Failure};
 use crate::family_nbd::Change;
-use crate::handover::{check_export, count_dead, hand_over};
+use crate::handover::{check_export, count_dead, hand_over, in_use};
 use crate::kernel::Kernel;
 use crate::negotiate::Export;
 use crate::opening::Opened;
@@ -31,19 +31,66 @@ pub fn on(kept: &mut Kept, goal: &Goal, uri: NbdUri, opened: Opened) -> Result<(
     if let Some(known) = &kept.known {
         check_known(known, &opened.export)?;
     }
-    let (address, export) = (opened.address.to_string(), opened.export.clone());
+    let target = Target {
+        export: opened.export.clone(),
+        served: Served {
+            uri,
+            address: opened.address.to_string(),
+        },
+    };
     match goal {
-        Goal::Connect => connect(kept, opened)?,
-        Goal::HandOver { .. } => all(kept, &opened)?,
-        // Nothing is dead any more, so nothing was passed on.
-        Goal::Replace { .. } if replace(kept, &opened)? == 0 => return Ok(()),
-        Goal::Replace { .. } => (),
+        Goal::Connect => {
+            connect(kept, opened)?;
+            kept.lead_to(target);
+            Ok(())
+        }
+        Goal::HandOver { .. } => all(kept, &opened, target),
+        Goal::Replace { .. } => replace(kept, &opened, target),
         // Nothing is opened for this.
-        Goal::Adopt { .. } => return Ok(()),
+        Goal::Adopt { .. } => Ok(()),
     }
-    kept.known = Some(export);
-    kept.serve(Served { uri, address });
-    Ok(())
+}
+
+/// Which connection has each place of a device: its index, and how many were there before. `None`: nobody tells.
+type Places = Option<Vec<(u32, Option<u32>)>>;
+
+fn places(kernel: &Kernel, index: u32) -> Places {
+    let found = kernel.connections(Some(index)).ok()??;
+    let places = in_use(&found).map(|connection| (connection.index, connection.reconnects));
+    Some(places.collect())
+}
+
+/// Has connections replaced, and records where they lead. The kernel takes one after the other, and what it has taken
+/// stays if it fails then.
+///
+/// `all`: none of the others is in use.
+///
+/// # Errors
+///
+/// Those of `pass`, and whether it may have replaced any.
+fn record(
+    kept: &mut Kept,
+    target: Target,
+    all: bool,
+    look: impl Fn() -> Places,
+    pass: impl FnOnce(&Kept) -> Result<(), Failure>,
+) -> Result<(), (Failure, bool)> {
+    if all {
+        // This program may be killed before it can say so.
+        kept.lead_to(target.clone());
+    }
+    let before = look();
+    let Err(failure) = pass(kept) else {
+        kept.lead_to(target);
+        return Ok(());
+    };
+    let has_changed = before.is_none() || look() != before;
+    if has_changed {
+        kept.lead_to(target);
+        // Nobody knows how many of those that were counted are replaced.
+        kept.deaths.more = true;
+    }
+    Err((failure, has_changed))
 }
 
 /// What a device does not tell is compared with what was told when it was connected.
@@ -103,11 +150,10 @@ fn check_absent(devices: &[Device], config: &Config) -> Result<(), Failure> {
     }
 }
 
-/// Returns how many connections were passed on.
-fn replace(kept: &Kept, opened: &Opened) -> Result<usize, Failure> {
+fn replace(kept: &mut Kept, opened: &Opened, target: Target) -> Result<(), Failure> {
     let (kernel, device) = look_again(kept)?;
-    let peers = Condition::of(&kernel, &device, &kept.deaths)?.peers;
-    check_peers(&peers, &opened.address)?;
+    let condition = Condition::of(&kernel, &device, &kept.deaths)?;
+    check_peers(&condition.peers, &opened.address)?;
     check_export(&kernel, &device, &opened.export)?;
     let dead = count_dead(&kernel, device.index)?;
     // With more sockets than are dead, rnbd may replace stuck ones, if it was told so.
@@ -116,15 +162,21 @@ fn replace(kept: &Kept, opened: &Opened) -> Result<usize, Failure> {
         .len()
         .min(dead.map_or(usize::MAX, |dead| dead as usize));
     if number == 0 {
-        return Ok(0);
+        // Nothing is dead any more.
+        return Ok(());
     }
     let sockets = opened.sockets.get(..number).unwrap_or_default();
-    let change = Change {
-        sockets,
-        timeout: kept.config.timeout,
-        dead_conn_timeout: kept.config.dead_conn_timeout,
+    let pass = |kept: &Kept| {
+        let change = Change {
+            sockets,
+            timeout: kept.config.timeout,
+            dead_conn_timeout: kept.config.dead_conn_timeout,
+        };
+        reconfigure(device.index, kept.config.backend(), &change)
     };
-    reconfigure(device.index, kept.config.backend(), &change)?;
+    let all = matches!(condition.goal, Some(Goal::Replace { all: true, .. }));
+    let look = || places(&kernel, device.index);
+    record(kept, target, all, look, pass).map_err(|(failure, _)| failure)?;
     let what = if dead.is_some() {
         "replaced"
     } else {
@@ -132,14 +184,22 @@ fn replace(kept: &Kept, opened: &Opened) -> Result<usize, Failure> {
     };
     let (named, address) = (connections(number), &opened.address);
     kept.say(&format!("{what} {number} {named}, to {address}"));
-    Ok(number)
+    Ok(())
 }
 
-fn all(kept: &Kept, opened: &Opened) -> Result<(), Failure> {
+fn all(kept: &mut Kept, opened: &Opened, target: Target) -> Result<(), Failure> {
     let (kernel, device) = look_again(kept)?;
     check_export(&kernel, &device, &opened.export)?;
-    let (sockets, drain) = (&opened.sockets, kept.config.drain);
-    hand_over(&kernel, &device, None, sockets, drain)?;
+    let sockets = &opened.sockets;
+    let pass = |kept: &Kept| hand_over(&kernel, &device, None, sockets, kept.config.drain);
+    let look = || places(&kernel, device.index);
+    record(kept, target, false, look, pass).map_err(
+        |(failure, has_changed)| match has_changed {
+            // It is to be tried again: a part of the connections leads to the old server.
+            true => Failure::new(Exit::Busy, "handing over some of the connections", failure),
+            false => failure,
+        },
+    )?;
     kept.say(&format!(
         "handed {} {} over to {}",
         sockets.len(),
@@ -254,5 +314,65 @@ mod tests {
         assert!(check_peers(&["127.0.0.2:7".into()], &address).is_err());
         let address = Address::Unix("/dev/null".into());
         assert!(check_peers(&["/dev/../dev/null".into()], &address).is_ok());
+    }
+
+    fn kept(name: &str) -> Kept {
+        let path = std::env::temp_dir().join(format!("rnbdctl-{name}-{}.toml", std::process::id()));
+        std::fs::write(&path, "uris = ['nbd://127.0.0.1:1/old']").unwrap();
+        let mut kept = Kept::new(path.clone()).unwrap();
+        std::fs::remove_file(path).unwrap();
+        kept.index = Some(u32::MAX);
+        kept.served = Some(target("old").served);
+        kept
+    }
+
+    fn target(export: &str) -> Target {
+        let uri = NbdUri::parse(&format!("nbd://127.0.0.1:1/{export}")).unwrap();
+        Target {
+            export: Export::of(1, 1),
+            served: Served {
+                uri,
+                address: "127.0.0.1:1".into(),
+            },
+        }
+    }
+
+    /// The next lost connection must lead to where the first one that was taken leads.
+    #[test]
+    fn what_was_taken_before_an_error_counts() {
+        let failed = |_: &Kept| Err(Failure::new(Exit::Failed, PASSING, "no memory"));
+        let served = |kept: &Kept| kept.served.clone().unwrap().uri.export;
+        let places = |reconnects: u32| Some(vec![(0, Some(reconnects)), (1, Some(0))]);
+        let mut kept = kept("taken");
+        let (_, has_changed) =
+            record(&mut kept, target("new"), false, || places(0), failed).unwrap_err();
+        assert_eq!((served(&kept).as_str(), has_changed), ("old", false));
+        // The first one was replaced.
+        let calls = std::cell::Cell::new(0);
+        let look = || places(calls.replace(1));
+        let (_, has_changed) = record(&mut kept, target("new"), false, look, failed).unwrap_err();
+        assert_eq!((served(&kept).as_str(), has_changed), ("new", true));
+        assert!(kept.known.is_some() && kept.deaths.more);
+        // nbd.ko does not tell.
+        let (_, has_changed) = record(&mut kept, target("x"), false, || None, failed).unwrap_err();
+        assert_eq!((served(&kept).as_str(), has_changed), ("x", true));
+    }
+
+    /// The program may be killed while the kernel replaces them.
+    #[test]
+    fn where_all_are_dead_it_is_recorded_before() {
+        let mut kept = kept("before");
+        let pass = |kept: &Kept| {
+            assert_eq!(kept.served.as_ref().unwrap().uri.export, "new");
+            Ok(())
+        };
+        let look = || Some(Vec::new());
+        record(&mut kept, target("new"), true, look, pass).unwrap();
+        let pass = |kept: &Kept| {
+            assert_eq!(kept.served.as_ref().unwrap().uri.export, "new");
+            Ok(())
+        };
+        record(&mut kept, target("next"), false, look, pass).unwrap();
+        assert_eq!(kept.served.unwrap().uri.export, "next");
     }
 }
