@@ -46,8 +46,11 @@ impl Order {
         let (wanted, peers) = match goal {
             Goal::Connect => (kept.config.connections(), Vec::new()),
             Goal::Adopt { peers, .. } => (None, peers.clone()),
-            Goal::Replace { dead, peers, .. } => {
-                (dead.or(kept.config.connections()), peers.clone())
+            Goal::Replace { dead, all, peers } => {
+                let served = kept.served.as_ref();
+                let served = served.filter(|_| !all && peers.is_empty());
+                let peers = served.map_or_else(|| peers.clone(), Served::peers);
+                (dead.or(kept.config.connections()), peers)
             }
             Goal::HandOver { connections } => (Some(*connections), Vec::new()),
         };
@@ -160,6 +163,7 @@ fn compare(order: &Order) -> Result<Reached, Failure> {
                     return Ok(Reached::Same(Served {
                         uri: uri.clone(),
                         address: address.to_string(),
+                        connections: None,
                     }));
                 }
             }

@@ -31,11 +31,16 @@ pub fn on(kept: &mut Kept, goal: &Goal, uri: NbdUri, opened: Opened) -> Result<(
     if let Some(known) = &kept.known {
         check_known(known, &opened.export)?;
     }
+    let connections = match goal {
+        Goal::Connect | Goal::HandOver { .. } => Some(opened.sockets.len() as u32),
+        _ => kept.served.as_ref().and_then(|served| served.connections),
+    };
     let target = Target {
         export: opened.export.clone(),
         served: Served {
             uri,
             address: opened.address.to_string(),
+            connections,
         },
     };
     match goal {
@@ -333,6 +338,7 @@ mod tests {
             served: Served {
                 uri,
                 address: "127.0.0.1:1".into(),
+                connections: None,
             },
         }
     }

@@ -22,6 +22,9 @@ pub struct Served {
     pub uri: NbdUri,
     /// The address that it led to.
     pub address: String,
+    /// How many connections the device has, if that is known. nbd.ko does not tell.
+    #[serde(default)]
+    pub connections: Option<u32>,
 }
 
 /// What is in the file, and of which session.
@@ -56,6 +59,15 @@ impl Served {
             served: self.clone(),
         };
         fs::write(path, serde_json::to_vec(&record)?)
+    }
+
+    /// The addresses that a lost connection may be made to, where nobody tells those of the others. A host may have
+    /// several, which need not be one store. A device that has lost its only connection is bound to none.
+    pub fn peers(&self) -> Vec<String> {
+        match self.connections {
+            Some(1) => Vec::new(),
+            _ => vec![self.address.clone()],
+        }
     }
 
     /// Whether the live connections still lead there, whose addresses are known, or `peers` is empty. Otherwise
@@ -123,6 +135,7 @@ mod tests {
         Served {
             uri: NbdUri::parse(uri).unwrap(),
             address: "127.0.0.1:1".into(),
+            connections: None,
         }
     }
 

@@ -77,6 +77,7 @@ fn a_reload_does_not_change_where_lost_connections_are_made_to() {
     keeper.kept.served = Some(Served {
         uri: old.clone(),
         address: "127.0.0.1:2".into(),
+        connections: None,
     });
     let uris =
         |keeper: &Keeper, goal: &Goal| Order::new(&keeper.kept, goal, Wanted::No).unwrap().uris;
@@ -216,6 +217,7 @@ fn the_next_session_is_another_device() {
         keeper.kept.served = Some(Served {
             uri: keeper.kept.config.uris[0].clone(),
             address: "127.0.0.1:1".into(),
+            connections: None,
         });
         keeper.kept.deaths.number = 1;
         keeper.is_alive = true;
@@ -241,4 +243,31 @@ fn the_next_session_is_another_device() {
         assert!(keeper.kept.known.is_none() && keeper.kept.served.is_none());
         assert!(!keeper.is_settled());
     }
+}
+
+/// nbd.ko does not tell where connections lead. A host name may have several addresses.
+#[test]
+fn a_lost_connection_stays_with_its_address() {
+    let mut keeper = keeper("address");
+    let peers = |keeper: &Keeper, goal: &Goal| {
+        let order = Order::new(&keeper.kept, goal, Wanted::No);
+        order.unwrap().peers
+    };
+    let partial = replace(false, &[]);
+    assert!(peers(&keeper, &partial).is_empty(), "nothing is known");
+    let served = |connections| Served {
+        uri: keeper.kept.config.uris[0].clone(),
+        address: "127.0.0.1:1".into(),
+        connections,
+    };
+    let (unknown, one, two) = (served(None), served(Some(1)), served(Some(2)));
+    for several in [unknown, two] {
+        keeper.kept.served = Some(several);
+        assert_eq!(peers(&keeper, &partial), ["127.0.0.1:1"]);
+        assert_eq!(peers(&keeper, &replace(false, &["a:1"])), ["a:1"]);
+        assert!(peers(&keeper, &replace(true, &[])).is_empty());
+        assert!(peers(&keeper, &Goal::HandOver { connections: 2 }).is_empty());
+    }
+    keeper.kept.served = Some(one);
+    assert!(peers(&keeper, &partial).is_empty(), "it was the only one");
 }
