@@ -174,28 +174,24 @@ impl Handshake {
         Ok(self.stream.start_tls(client)?)
     }
 
-    /// Asks for structured replies (`NBD_OPT_STRUCTURED_REPLY`). Returns whether the server agrees; then it may
-    /// use them as soon as an export is chosen.
+    /// Asks for structured replies (`NBD_OPT_STRUCTURED_REPLY`). If the server agrees, it may use them as soon as an
+    /// export is chosen.
     ///
     /// # Errors
     ///
-    /// The server breaks the protocol, or is gone.
-    pub fn ask_for_structured_replies(&mut self) -> Result<bool, Problem> {
-        if !self.fixed {
-            return Ok(false);
-        }
+    /// The server refuses, or knows no options; it can be asked for an export nevertheless. Or it breaks the protocol,
+    /// or is gone.
+    pub fn ask_for_structured_replies(&mut self) -> Result<(), Problem> {
         self.send(Opt::StructuredReply, &[])?;
-        match self.reply(Opt::StructuredReply) {
-            Ok(None) => self.structured = true,
-            Ok(Some(_)) => {
-                return Err(Problem::Broken(
-                    "it answers STRUCTURED_REPLY with something else",
-                ));
+        match self.reply(Opt::StructuredReply)? {
+            None => {
+                self.structured = true;
+                Ok(())
             }
-            Err(Problem::Refused { .. }) => (),
-            Err(problem) => return Err(problem),
+            Some(_) => Err(Problem::Broken(
+                "it answers STRUCTURED_REPLY with something else",
+            )),
         }
-        Ok(self.structured)
     }
 
     /// Chooses an export and ends the handshake: the socket is ready for requests then.

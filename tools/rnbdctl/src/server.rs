@@ -122,18 +122,30 @@ impl<'a> Server<'a> {
     }
 
     fn agree_on_replies(&self, handshake: &mut Handshake) -> Result<(), Failure> {
-        const OPTION: Opt = Opt::StructuredReply;
         if self.structured == Wanted::No {
             return Ok(());
         }
         let agreed = handshake.ask_for_structured_replies();
-        let agreed = agreed.map_err(|problem| self.explain_option(problem, OPTION))?;
-        if self.structured == Wanted::Yes && !agreed {
-            let step = format!("option {}", OPTION.name());
-            let what = "the server does not have structured replies";
-            return Err(Failure::new(Exit::Refused, step, what));
+        agreed.or_else(|problem| self.without_structured_replies(problem))
+    }
+
+    /// A server that refuses them may do all the same.
+    fn without_structured_replies(&self, problem: Problem) -> Result<(), Failure> {
+        const OPTION: Opt = Opt::StructuredReply;
+        let wanted = self.structured == Wanted::Yes;
+        match problem {
+            Problem::Refused { .. } | Problem::NotFixed if !wanted => Ok(()),
+            // Others have them, and do not want them to be used, or not by this client.
+            Problem::Refused {
+                refusal: Refusal::Unsupported,
+                ..
+            } => {
+                let step = format!("option {}", OPTION.name());
+                let what = "the server does not have structured replies";
+                Err(Failure::new(Exit::Refused, step, what))
+            }
+            problem => Err(self.explain_option(problem, OPTION)),
         }
-        Ok(())
     }
 
     /// An option that has failed, for people.
@@ -270,5 +282,38 @@ mod tests {
         let (without, with) = (advice(None), advice(Some(UriTls::default())));
         assert!(without.contains("nbds") && !without.contains("--tls-cert"));
         assert!(!with.contains("nbds") && with.contains("--tls-cert"));
+    }
+
+    /// Only one kind of refusal means that it does not have them.
+    #[test]
+    fn a_server_that_refuses_structured_replies() {
+        let place = Place::Tcp("localhost".into(), 10809);
+        let outcome = |structured, refusal| {
+            let server = Server {
+                place: &place,
+                patience: Duration::ZERO,
+                tls: None,
+                structured,
+            };
+            server.without_structured_replies(Problem::Refused {
+                refusal,
+                words: "not today".into(),
+            })
+        };
+        assert!(outcome(Wanted::IfOffered, Refusal::Unsupported).is_ok());
+        assert!(outcome(Wanted::IfOffered, Refusal::Policy).is_ok());
+        let words = |refusal| outcome(Wanted::Yes, refusal).unwrap_err().to_string();
+        let unsupported = words(Refusal::Unsupported);
+        assert!(
+            unsupported.contains("does not have structured replies"),
+            "{unsupported}"
+        );
+        for refusal in [Refusal::Policy, Refusal::TlsRequired] {
+            let told = words(refusal);
+            assert!(
+                told.contains("not today") && !told.contains("does not have"),
+                "{told}"
+            );
+        }
     }
 }

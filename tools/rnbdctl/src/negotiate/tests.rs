@@ -404,7 +404,7 @@ fn noise() {
 }
 
 /// Asks for structured replies, which are answered so, and then for an export with DF among its flags.
-fn structured(answer: Act) -> Result<(bool, Export), Problem> {
+fn structured(answer: Act) -> (Result<(), Problem>, Export) {
     let mut script = greeted();
     script.extend([
         option(8, b""),
@@ -415,27 +415,31 @@ fn structured(answer: Act) -> Result<(bool, Export), Problem> {
         Wait,
     ]);
     let (stream, server) = serve(script, PATIENCE);
-    let outcome = Handshake::begin(stream).and_then(|mut handshake| {
-        let agreed = handshake.ask_for_structured_replies()?;
-        let (_, export) = handshake.go("")?;
-        Ok((agreed, export))
-    });
+    let mut handshake = Handshake::begin(stream).unwrap();
+    let agreed = handshake.ask_for_structured_replies();
+    let (_, export) = handshake.go("").unwrap();
     server.join().unwrap();
-    outcome
+    (agreed, export)
 }
 
 #[test]
 fn structured_replies_are_agreed_on() {
-    let (agreed, export) = structured(reply(8, 1, &[])).unwrap();
-    assert!(agreed && export.structured_replies);
+    let (agreed, export) = structured(reply(8, 1, &[]));
+    assert!(agreed.is_ok() && export.structured_replies);
     assert_eq!(export.flags, 0x81);
 }
 
 #[test]
 fn without_structured_replies() {
-    let (agreed, export) = structured(reply(8, wire::REP_ERROR | 1, b"what?")).unwrap();
-    assert!(!agreed && !export.structured_replies);
-    assert_eq!(export.flags, 1, "a flag that makes no sense then");
+    for (error, refusal) in [(1, Refusal::Unsupported), (2, Refusal::Policy)] {
+        let (agreed, export) = structured(reply(8, wire::REP_ERROR | error, b"what?"));
+        match agreed {
+            Err(Problem::Refused { refusal: told, .. }) => assert_eq!(told, refusal),
+            other => panic!("{other:?}"),
+        }
+        assert!(!export.structured_replies);
+        assert_eq!(export.flags, 1, "a flag that makes no sense then");
+    }
 }
 
 #[test]
@@ -443,7 +447,8 @@ fn a_server_that_knows_no_options_is_not_asked_for_structured_replies() {
     let script = vec![greeting(0), Hear(0_u32.to_be_bytes().to_vec()), Wait];
     let (stream, server) = serve(script, PATIENCE);
     let mut handshake = Handshake::begin(stream).unwrap();
-    assert!(!handshake.ask_for_structured_replies().unwrap());
+    let refused = handshake.ask_for_structured_replies();
+    assert!(matches!(refused, Err(Problem::NotFixed)), "{refused:?}");
     drop(handshake);
     server.join().unwrap();
 }
