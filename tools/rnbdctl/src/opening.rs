@@ -10,6 +10,7 @@ use crate::cli::ServerArgs;
 use crate::dial::Address;
 use crate::failure::{Exit, Failure};
 use crate::negotiate::Export;
+use crate::same::differences;
 use crate::server::Server;
 use crate::structured::Wanted;
 use crate::uri::NbdUri;
@@ -131,18 +132,10 @@ fn connections(wanted: Option<u32>, export: &Export) -> Result<u32, Failure> {
 
 /// All connections must lead to the same thing.
 fn compare(number: u32, first: &Export, other: &Export) -> Result<(), Failure> {
-    let told = |export: &Export| {
-        let replies = export.structured_replies;
-        (export.size, export.flags, export.block_sizes, replies)
-    };
-    if told(first) == told(other) {
+    let Some(differences) = differences(first, other) else {
         return Ok(());
-    }
-    let what = format!(
-        "the server describes another export than by the first one: {} bytes with flags {:#x}, not {} \
-         bytes with flags {:#x}",
-        other.size, other.flags, first.size, first.flags
-    );
+    };
+    let what = format!("the server describes another export than by the first one: {differences}");
     Err(
         Failure::new(Exit::Refused, format!("connection {number}"), what).advise(
             "Is the address shared by servers with different contents? Use --connections 1.",
@@ -220,5 +213,21 @@ mod tests {
         for other in sizes {
             assert!(compare(2, &first, &other).is_err());
         }
+        let words = |other: &Export| compare(2, &first, other).unwrap_err().to_string();
+        let said = |other: &Export| words(other).split_once("first one: ").unwrap().1.to_owned();
+        let mut other = first.clone();
+        other.structured_replies = true;
+        assert_eq!(said(&other), "replies structured, not simple");
+        other = first.clone();
+        other.block_sizes.as_mut().unwrap().preferred = 512;
+        assert_eq!(said(&other), "preferred block 512 bytes, not 4096 bytes");
+        other.block_sizes = None;
+        assert!(said(&other).contains("smallest block not told, not 1 bytes"));
+        other = first.clone();
+        (other.size, other.flags) = (1 << 21, 3);
+        assert_eq!(
+            said(&other),
+            "size 2097152 bytes, not 1048576 bytes; flags read-only (0x3), not none (0x1)"
+        );
     }
 }

@@ -7,7 +7,7 @@
 
 use crate::device::Device;
 use crate::failure::{Exit, Failure};
-use crate::negotiate::Export;
+use crate::negotiate::{BlockSizes, Export};
 use crate::sysfs::SECTOR;
 use crate::wire::{self, flag_names};
 
@@ -17,7 +17,7 @@ use crate::wire::{self, flag_names};
 ///
 /// `Refused`: it is another export.
 pub fn check(device: &Device, limit: Option<u32>, export: &Export) -> Result<(), Failure> {
-    differences(device, limit, export).map_err(|what| {
+    compare(device, limit, export).map_err(|what| {
         Failure::new(Exit::Refused, "comparing the export", what).advise(format!(
             "{} was connected to another export. Is it the right server, and the right image?",
             device.device
@@ -25,7 +25,33 @@ pub fn check(device: &Device, limit: Option<u32>, export: &Export) -> Result<(),
     })
 }
 
-fn differences(device: &Device, limit: Option<u32>, export: &Export) -> Result<(), String> {
+/// In what an export differs from what was told before, in words; `None`: in nothing.
+pub fn differences(before: &Export, now: &Export) -> Option<String> {
+    let both = [now, before];
+    let flags = |flags: u16| format!("{} ({flags:#x})", names(flags));
+    let told =
+        |bytes: Option<u32>| bytes.map_or("not told".into(), |bytes| format!("{bytes} bytes"));
+    let sizes = |of: fn(BlockSizes) -> u32| both.map(|export| told(export.block_sizes.map(of)));
+    let replies = |structured: bool| if structured { "structured" } else { "simple" }.to_owned();
+    let all = [
+        ("size", both.map(|export| format!("{} bytes", export.size))),
+        ("flags", both.map(|export| flags(export.flags))),
+        ("smallest block", sizes(|sizes| sizes.minimum)),
+        ("preferred block", sizes(|sizes| sizes.preferred)),
+        ("largest request", sizes(|sizes| sizes.max_payload)),
+        (
+            "replies",
+            both.map(|export| replies(export.structured_replies)),
+        ),
+    ];
+    let differ = all.into_iter().filter(|(_, [now, before])| now != before);
+    let words: Vec<String> = differ
+        .map(|(what, [now, before])| format!("{what} {now}, not {before}"))
+        .collect();
+    (!words.is_empty()).then(|| words.join("; "))
+}
+
+fn compare(device: &Device, limit: Option<u32>, export: &Export) -> Result<(), String> {
     // nbd.ko tells the size in sectors only.
     if device.size / SECTOR != export.size / SECTOR {
         return Err(format!(
@@ -84,7 +110,6 @@ fn names(flags: u16) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::negotiate::BlockSizes;
 
     const FLUSH: u16 = 1 << 2;
     const USUAL: u16 = wire::HAS_FLAGS | FLUSH | wire::CAN_MULTI_CONN;

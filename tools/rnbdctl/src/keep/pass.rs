@@ -14,8 +14,9 @@ use crate::failure::{Exit, Failure};
 use crate::family_nbd::Change;
 use crate::handover::{check_export, count_dead, hand_over, in_use};
 use crate::kernel::Kernel;
-use crate::negotiate::Export;
+use crate::negotiate::{BlockSizes, Export};
 use crate::opening::Opened;
+use crate::same::differences;
 use crate::sysfs::Sysfs;
 use crate::uri::NbdUri;
 use crate::wire;
@@ -100,23 +101,20 @@ fn record(
 
 /// What a device does not tell is compared with what was told when it was connected.
 fn check_known(known: &Export, export: &Export) -> Result<(), Failure> {
-    // What it prefers, a server may tell differently each time: it is a hint.
-    let told = |export: &Export| {
-        let sizes = export.block_sizes;
-        let limits = sizes.map(|sizes| (sizes.minimum, sizes.max_payload));
-        (wire::effective(export.flags), limits)
+    let told = |export: &Export| Export {
+        flags: wire::effective(export.flags),
+        // What it prefers, a server may tell differently each time: it is a hint.
+        block_sizes: export.block_sizes.map(|sizes| BlockSizes {
+            preferred: 0,
+            ..sizes
+        }),
+        ..Export::default()
     };
-    if told(known) == told(export) {
+    let Some(differences) = differences(&told(known), &told(export)) else {
         return Ok(());
-    }
-    Err(Failure::new(
-        Exit::Refused,
-        "comparing the export",
-        format!(
-            "its flags are {:#x} and its block sizes {:?}; they were {:#x} and {:?}",
-            export.flags, export.block_sizes, known.flags, known.block_sizes
-        ),
-    ))
+    };
+    let what = format!("it is not as it was: {differences}");
+    Err(Failure::new(Exit::Refused, "comparing the export", what))
 }
 
 fn connect(kept: &mut Kept, opened: Opened) -> Result<(), Failure> {
@@ -270,7 +268,6 @@ fn connections(number: usize) -> &'static str {
 mod tests {
     use super::*;
     use crate::device::State;
-    use crate::negotiate::BlockSizes;
 
     /// A second one with this identifier would be another device for the same data.
     #[test]
@@ -302,7 +299,11 @@ mod tests {
         other.block_sizes.as_mut().unwrap().preferred = 65536;
         assert!(check_known(&known, &other).is_ok());
         other.block_sizes.as_mut().unwrap().max_payload = 65536;
-        assert!(check_known(&known, &other).is_err());
+        let told = check_known(&known, &other).unwrap_err().to_string();
+        assert!(
+            told.ends_with("it is not as it was: largest request 65536 bytes, not 33554432 bytes"),
+            "{told}"
+        );
         other = known.clone();
         other.flags = wire::HAS_FLAGS;
         assert!(check_known(&known, &other).is_err());
