@@ -26,6 +26,7 @@ mod pass;
 mod peers;
 mod served;
 
+use std::collections::BTreeSet;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
 use std::time::Instant;
@@ -65,6 +66,13 @@ pub fn run(args: &KeepArgs) -> Result<(), Failure> {
         .collect();
     let mut keepers = keepers?;
     config::check_distinct(keepers.iter().map(|keeper| &keeper.kept.config))?;
+    let named = keepers
+        .iter()
+        .filter_map(|keeper| keeper.kept.config.device);
+    let named: BTreeSet<u32> = named.collect();
+    for keeper in &mut keepers {
+        keeper.kept.reserved.clone_from(&named);
+    }
     keepers.iter_mut().try_for_each(Keeper::lock)?;
     // The threads inherit it.
     avoid_own_writeback();

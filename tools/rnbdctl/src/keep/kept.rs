@@ -2,6 +2,7 @@
 
 //! What is kept: the configuration of a device, and what is known of the device.
 
+use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use super::config::{Config, name};
@@ -35,6 +36,8 @@ pub struct Kept {
     pub served: Option<Served>,
     /// What is to be replaced, where the driver does not list it.
     pub deaths: Deaths,
+    /// Devices that configurations name.
+    pub reserved: BTreeSet<u32>,
 }
 
 impl Kept {
@@ -51,6 +54,7 @@ impl Kept {
             known: None,
             served: None,
             deaths: Deaths::default(),
+            reserved: BTreeSet::new(),
         })
     }
 

@@ -2,13 +2,15 @@
 
 //! Gives connections that were dialled to the kernel.
 
+use std::collections::BTreeSet;
+
 use super::config::Config;
 use super::find::{Condition, Found, Goal, find};
 use super::kept::{Kept, Target};
 use super::peers::leads_to;
 use super::served::Served;
 use crate::connect::{open_family, prepare, start};
-use crate::device::{Device, Session};
+use crate::device::{Device, Session, State};
 use crate::dial::Address;
 use crate::failure::{Exit, Failure};
 use crate::family_nbd::Change;
@@ -22,6 +24,9 @@ use crate::uri::NbdUri;
 use crate::wire;
 
 const PASSING: &str = "passing the connections to the device";
+
+/// How many unused devices are tried. What is in use may also be a socket.
+const ENOUGH: usize = 4;
 
 /// Passes on what was opened with `uri`, if it is the device's export.
 ///
@@ -121,13 +126,17 @@ fn connect(kept: &mut Kept, opened: Opened) -> Result<(), Failure> {
     let (config, number) = (&kept.config, opened.sockets.len());
     let (address, export) = (opened.address.clone(), opened.export.clone());
     let mut setup = prepare(opened, config.block_size, config.read_only)?;
-    setup.index = config.device;
     setup.timeout = config.timeout;
     setup.dead_conn_timeout = config.dead_conn_timeout;
     setup.backend = config.backend().map(str::to_owned);
     // Dialling takes time, and the kernel does not compare identifiers.
-    check_absent(&Kernel::look()?.devices()?, config)?;
-    let index = start(&open_family()?, &setup, &export)?;
+    let devices = Kernel::look()?.devices()?;
+    check_absent(&devices, config)?;
+    let family = open_family()?;
+    let index = first_free(candidates(&devices, config, &kept.reserved), |index| {
+        setup.index = index;
+        start(&family, &setup, &export)
+    })?;
     kept.forget();
     kept.index = Some(index);
     // If it is gone again, the next look finds that out.
@@ -139,6 +148,39 @@ fn connect(kept: &mut Kept, opened: Opened) -> Result<(), Failure> {
         connections(number)
     ));
     Ok(())
+}
+
+/// The devices to be tried, one after the other; `None`: the kernel chooses one. It does not know which ones other
+/// configurations name.
+fn candidates(devices: &[Device], config: &Config, reserved: &BTreeSet<u32>) -> Vec<Option<u32>> {
+    if config.device.is_some() || reserved.is_empty() {
+        return vec![config.device];
+    }
+    let is_named = |index: &u32| reserved.contains(index);
+    let unused = devices
+        .iter()
+        .filter(|device| device.state == State::Unused)
+        .map(|device| device.index)
+        .filter(|index| !is_named(index));
+    let exists = |index: &u32| devices.iter().any(|device| device.index == *index);
+    // It is added.
+    let new = (0..).find(|index| !exists(index) && !is_named(index));
+    unused.take(ENOUGH).chain(new).map(Some).collect()
+}
+
+/// Connects the first one that is not in use: a program may have one open that has no session.
+fn first_free(
+    candidates: Vec<Option<u32>>,
+    mut connect: impl FnMut(Option<u32>) -> Result<u32, Failure>,
+) -> Result<u32, Failure> {
+    let mut busy = None;
+    for index in candidates {
+        match connect(index) {
+            Err(failure) if failure.exit == Exit::Busy => busy = Some(failure),
+            outcome => return outcome,
+        }
+    }
+    Err(busy.unwrap_or_else(|| Failure::new(Exit::Busy, PASSING, "no device is free")))
 }
 
 /// Somebody else may have connected the device meanwhile.
@@ -267,7 +309,6 @@ fn connections(number: usize) -> &'static str {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::State;
 
     /// A second one with this identifier would be another device for the same data.
     #[test]
@@ -279,6 +320,31 @@ mod tests {
         device.state = State::Connected;
         let failure = check_absent(&[device], &config).unwrap_err();
         assert_eq!(failure.exit, Exit::Failed, "it is tried again: {failure}");
+    }
+
+    /// The kernel would choose the first one.
+    #[test]
+    fn what_another_configuration_names_is_left_to_that() {
+        let config = |more: &str| -> Config {
+            toml::from_str(&format!("uris = ['nbd://h']\n{more}")).unwrap()
+        };
+        let mut devices = [0, 1, 2, 3].map(Device::unused);
+        devices[2].state = State::Connected;
+        let reserved = BTreeSet::from([0, 4]);
+        let chosen = |more: &str| candidates(&devices, &config(more), &reserved);
+        assert_eq!(chosen(""), [Some(1), Some(3), Some(5)]);
+        assert_eq!(chosen("device = 'nbd2'"), [Some(2)]);
+        let free = BTreeSet::new();
+        assert_eq!(candidates(&devices, &config(""), &free), [None]);
+        // Somebody has opened the first one.
+        let busy = || Failure::new(Exit::Busy, PASSING, "in use");
+        let connect = |index: Option<u32>| match index {
+            Some(1) => Err(busy()),
+            other => Ok(other.unwrap()),
+        };
+        assert_eq!(first_free(chosen(""), connect).unwrap(), 3);
+        let failure = first_free(chosen(""), |_| Err(busy())).unwrap_err();
+        assert_eq!(failure.exit, Exit::Busy);
     }
 
     #[test]
