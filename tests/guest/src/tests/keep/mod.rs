@@ -6,8 +6,10 @@
 //! - `encrypted`: servers with TLS
 //! - `restarts`: servers that are restarted under load
 //! - `lives`: what `keep` does from its start to its end, and what it refuses to do
+//! - `anew`: the driver is loaded anew, or the device connected anew
 //! - `commands`: handover, reconnect, events
 
+mod anew;
 mod blue_green;
 mod commands;
 mod encrypted;
@@ -34,6 +36,7 @@ pub fn tests() -> Vec<Test> {
         lives::tests(),
         commands::tests(),
         blue_green::tests(),
+        anew::tests(),
     ]
     .into_iter()
     .flatten()
