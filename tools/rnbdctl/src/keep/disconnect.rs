@@ -9,7 +9,7 @@ use std::path::Path;
 
 use rustix::fs::OFlags;
 
-use super::find::{Condition, Found, find};
+use super::find::{Condition, Found};
 use super::kept::Kept;
 use crate::connect::open_family;
 use crate::device::Device;
@@ -60,7 +60,7 @@ fn still_there(kept: &Kept) -> Result<Option<(Kernel, Device)>, Failure> {
         return Ok(None);
     }
     let kernel = Kernel::look()?;
-    let found = find(&kernel.devices()?, &kept.config)?;
+    let found = kept.find(&kernel.devices()?)?;
     Ok(match found {
         Found::Device(device) if kept.is(&device) => Some((kernel, device)),
         _ => None,

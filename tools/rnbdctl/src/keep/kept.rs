@@ -4,10 +4,11 @@
 
 use std::collections::BTreeSet;
 use std::path::PathBuf;
+use std::slice;
 
 use super::config::{Config, name};
 use super::files::path_of_served;
-use super::find::Deaths;
+use super::find::{Deaths, Found, find};
 use super::served::Served;
 use crate::device::{Device, Session};
 use crate::failure::Failure;
@@ -61,6 +62,19 @@ impl Kept {
     /// Whether a device, and its session, is that which is kept.
     pub fn is(&self, device: &Device) -> bool {
         (self.index, self.session) == (Some(device.index), device.session())
+    }
+
+    /// As [`find`], but a second device with the same identifier does not take the place of the one that is kept.
+    ///
+    /// # Errors
+    ///
+    /// The same.
+    pub fn find(&self, devices: &[Device]) -> Result<Found, Failure> {
+        let ours = devices.iter().find(|device| self.is(device));
+        match ours.map(|device| find(slice::from_ref(device), &self.config)) {
+            Some(Ok(Found::Device(device))) => Ok(Found::Device(device)),
+            _ => find(devices, &self.config),
+        }
     }
 
     /// There is no device any more, or it is another one. Nothing holds that was known of it.

@@ -277,7 +277,7 @@ fn reconfigure(index: u32, backend: Option<&str>, change: &Change<'_>) -> Result
 /// Dialling takes time.
 fn look_again(kept: &Kept) -> Result<(Kernel, Device), Failure> {
     let kernel = Kernel::look()?;
-    match find(&kernel.devices()?, &kept.config)? {
+    match kept.find(&kernel.devices()?)? {
         Found::Device(device) if kept.is(&device) => Ok((kernel, device)),
         _ => Err(Failure::new(
             Exit::Failed,

@@ -3,7 +3,7 @@
 //! Looks what a device lacks.
 
 use super::super::files::path_of_served;
-use super::super::find::{Condition, Found, Goal, find};
+use super::super::find::{Condition, Found, Goal};
 use super::super::pass;
 use super::super::served::Served;
 use super::{Keeper, Trouble};
@@ -17,7 +17,7 @@ impl Keeper {
     /// What is to be dialled for; `None`: nothing.
     pub(super) fn look(&mut self) -> Result<Option<Goal>, Trouble> {
         let kernel = Kernel::look().map_err(|failure| self.without_driver(failure))?;
-        let found = find(&kernel.devices()?, &self.kept.config).map_err(Trouble::End)?;
+        let found = self.kept.find(&kernel.devices()?).map_err(Trouble::End)?;
         let device = match found {
             Found::Device(device) => device,
             Found::Nothing if self.kept.index.is_none() => {

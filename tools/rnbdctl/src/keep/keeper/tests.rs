@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: GPL-2.0
 
+use super::super::find::Found;
 use super::super::served::Served;
 use super::*;
-use crate::device::{Device, Session};
+use crate::device::{Device, Session, State};
 use crate::negotiate::Export;
 use std::fs;
 
@@ -270,4 +271,28 @@ fn a_lost_connection_stays_with_its_address() {
     }
     keeper.kept.served = Some(one);
     assert!(peers(&keeper, &partial).is_empty(), "it was the only one");
+}
+
+/// The kernel does not compare identifiers.
+#[test]
+fn a_second_device_with_the_identifier() {
+    let device = |index, pid| {
+        let mut device = Device::unused(index);
+        device.state = State::Connected;
+        device.backend = keeper("second").kept.config.backend().map(str::to_owned);
+        device.pid = Some(pid);
+        device
+    };
+    let devices = [device(0, 8), device(1, 7)];
+    let mut keeper = keeper("second");
+    let index = |keeper: &Keeper, devices: &[Device]| match keeper.kept.find(devices) {
+        Ok(Found::Device(device)) => Some(device.index),
+        _ => None,
+    };
+    assert_eq!(index(&keeper, &devices), Some(0));
+    keeper.kept.index = Some(1);
+    keeper.kept.session = devices[1].session();
+    assert_eq!(index(&keeper, &devices), Some(1));
+    let ended = [device(0, 8), Device::unused(1)];
+    assert_eq!(index(&keeper, &ended), Some(0));
 }
